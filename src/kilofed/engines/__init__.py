@@ -1,0 +1,1 @@
+"""Engines move bytes between the server and numbered clients; one file each."""

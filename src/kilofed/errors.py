@@ -1,0 +1,70 @@
+"""What can go wrong, as one family.
+
+KilofedError                  every error that kilofed raises on purpose; a ValueError
+├── RecipeError               the recipe asks for something that does not exist or does not fit
+├── DataError                 a file, a row, a column or a split is not usable
+├── ModelError                a model, tokeniser or adapter cannot be loaded or does not fit
+├── PayloadError              bytes that are not a whole, well-formed payload
+├── PrivacyError              a method asked for more than the privacy policy allows
+├── ClientError               one client could not do its part: the run stops or goes on without it
+│   └── NonFiniteLoss         a loss was NaN or infinite
+├── TooFewReplies             fewer clients answered than the quorum
+└── RunError                  a run folder cannot be made, read, resumed or written
+
+The message says what was seen, what was expected and what to do:
+
+    try:
+        run = kilofed.run("tiny", rounds=3)
+    except kilofed.KilofedError as error:
+        print(error)
+"""
+
+import difflib
+from collections.abc import Iterable
+
+
+class KilofedError(ValueError):
+    """Root of the family."""
+
+
+class RecipeError(KilofedError):
+    """The recipe asks for something that does not exist or does not fit."""
+
+
+class DataError(KilofedError):
+    """A file, a row, a column or a split is not usable."""
+
+
+class ModelError(KilofedError):
+    """A model, tokeniser or adapter cannot be loaded or does not fit."""
+
+
+class PayloadError(KilofedError):
+    """Bytes that are not a whole, well-formed payload."""
+
+
+class PrivacyError(KilofedError):
+    """A method asked for more than the privacy policy allows."""
+
+
+class ClientError(KilofedError):
+    """One client could not do its part."""
+
+
+class NonFiniteLoss(ClientError):
+    """A loss was NaN or infinite."""
+
+
+class TooFewReplies(KilofedError):
+    """Fewer clients answered than the quorum."""
+
+
+class RunError(KilofedError):
+    """A run folder cannot be made, read, resumed or written."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The hint ` (did you mean X?)` for a misspelt name, or the list of what exists."""
+    names = sorted(known)
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
+    return f" (did you mean {close[0]}?)" if close else f" (there is: {', '.join(names) or 'nothing'})"

@@ -1,0 +1,126 @@
+"""Scores on held-out rows, always beside the untouched base model, local-only and central training."""
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import nn
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+from kilofed.data import Example
+from kilofed.recipe import EvaluateSpec
+from kilofed.train import collate, token_losses
+
+SCORES = ("loss", "accuracy", "perplexity", "rouge_l", "exact_match")
+
+
+@dataclass(frozen=True)
+class Scores:
+    """How one model does on one client's held-out rows."""
+
+    loss: float
+    """Mean over response tokens, nats."""
+    accuracy: float
+    """Share of response tokens that were the first guess."""
+    num_tokens: int
+    rouge_l: float | None = None
+    """Mean ROUGE-L F of greedy answers, best over references, with stemming (rouge-score)."""
+    exact_match: float | None = None
+    """Share of greedy answers that equal a reference but for case and outer white space."""
+
+    @property
+    def perplexity(self) -> float:
+        """exp(loss)."""
+        return math.exp(min(self.loss, 700.0))
+
+    def as_dict(self) -> dict[str, float | int | None]:
+        """Fields and perplexity."""
+        return {**asdict(self), "perplexity": self.perplexity}
+
+
+def score(model: nn.Module, examples: Sequence[Example], batch_size: int) -> Scores:
+    """Loss and next-token accuracy; rows are sorted by length, so order does not matter."""
+    device = next(model.parameters()).device
+    ordered = sorted(examples, key=lambda e: (len(e.input_ids), e.input_ids))
+    total, right, tokens = 0.0, 0, 0
+    with torch.inference_mode():
+        for start in range(0, len(ordered), batch_size):
+            losses, hits = token_losses(model, collate(ordered[start : start + batch_size], device))
+            total += float(losses.double().sum())
+            right += int(hits.sum())
+            tokens += len(losses)
+    return Scores(total / max(tokens, 1), right / max(tokens, 1), tokens)
+
+
+def answer(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Sequence[int]], max_new_tokens: int
+) -> list[str]:
+    """Greedy continuations of `prompts` (token ids), padded on the left into one batch."""
+    device = next(model.parameters()).device
+    width = max(len(prompt) for prompt in prompts)
+    pad = tokenizer.pad_token_id
+    input_ids = torch.tensor([[pad] * (width - len(p)) + list(p) for p in prompts], device=device)
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
+    config = GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        pad_token_id=pad,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+    )
+    with torch.inference_mode():
+        out = model.generate(input_ids=input_ids, attention_mask=mask, generation_config=config)  # type: ignore[operator]
+    return [str(text) for text in tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)]
+
+
+def score_all(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], spec: EvaluateSpec
+) -> Scores:
+    """`score` with ROUGE-L and exact match of greedy answers to the first `spec.generate` rows that have references."""
+    found = score(model, examples, spec.batch_size)
+    asked = [e for e in examples if e.references and e.prompt_ids][: spec.generate]
+    if not asked:
+        return found
+    answers = answer(model, tokenizer, [e.prompt_ids for e in asked], spec.max_new_tokens)
+    rouge = statistics.fmean(rouge_l(a, e.references) for a, e in zip(answers, asked, strict=True))
+    exact = statistics.fmean(exact_match(a, e.references) for a, e in zip(answers, asked, strict=True))
+    return Scores(found.loss, found.accuracy, found.num_tokens, rouge, float(exact))
+
+
+def rouge_l(text: str, references: Sequence[str]) -> float:
+    """Best ROUGE-L F over references, 0 to 1."""
+    from rouge_score.rouge_scorer import RougeScorer
+
+    scorer = RougeScorer(["rougeL"], use_stemmer=True)
+    return max(float(scorer.score(reference, text)["rougeL"].fmeasure) for reference in references)
+
+
+def exact_match(text: str, references: Sequence[str]) -> bool:
+    """Whether `text` equals a reference but for case and outer white space."""
+    return text.strip().casefold() in {reference.strip().casefold() for reference in references}
+
+
+def interval(values: Sequence[float]) -> tuple[float, float] | None:
+    """95 % interval of the mean by Student's t; None for fewer than two values."""
+    if len(values) < 2:
+        return None
+    from scipy.stats import t
+
+    half = float(t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))
+    mean = statistics.fmean(values)
+    return mean - half, mean + half
+
+
+def summarise(clients: Sequence[Scores]) -> dict[str, object]:
+    """One row of the table: means over clients, the 95 % interval of the loss, and each client's scores."""
+    row: dict[str, object] = {}
+    for name in SCORES:
+        values = [v for s in clients if (v := s.as_dict()[name]) is not None]
+        row[name] = statistics.fmean(values) if values else None
+    row["perplexity"] = math.exp(min(statistics.fmean(s.loss for s in clients), 700.0))
+    ends = interval([s.loss for s in clients])
+    row["interval"] = list(ends) if ends else None
+    row["clients"] = [s.as_dict() for s in clients]
+    return row

@@ -1,0 +1,440 @@
+"""The contract: a method is one class with a server side (`round`) and client functions (`@on_client`).
+
+    class Mine(Method):
+        def round(self, server, clients):
+            reply = clients.mean("fit", Payload(server.state))
+            server.state.update(reply.tensors)
+            return dict(reply.scalars)
+
+        @on_client
+        def fit(self, client, ask):
+            ...
+            return Payload(tensors, {"weight": client.num_examples, "loss": loss})
+
+The two verbs are the privacy statement. `mean` gives the method the weighted mean of the replies and nothing else;
+`call` gives it every reply.
+"""
+
+import hashlib
+import importlib
+import inspect
+import logging
+import pkgutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol, TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+
+from kilofed.data import Example
+from kilofed.errors import ClientError, PayloadError, PrivacyError, RecipeError, TooFewReplies, nearest
+from kilofed.ledger import Ledger, Row
+from kilofed.payload import Payload, Scalar
+from kilofed.privacy import Mechanism
+from kilofed.recipe import MethodSpec, ModelSpec, Recipe, TrainSpec, build
+from kilofed.states import States
+
+log = logging.getLogger("kilofed")
+
+ACTION, VERB, ROUND, EXCHANGE = "kilofed.action", "kilofed.verb", "kilofed.round", "kilofed.exchange"
+ERROR, KIND = "kilofed.error", "kilofed.kind"
+WEIGHT = "weight"
+
+F = TypeVar("F", bound=Callable[..., Payload])
+
+
+def generator(seed: int, round: int, client: int, purpose: str) -> torch.Generator:
+    """The random stream of one purpose; equal arguments give equal draws in every process and on every machine."""
+    digest = hashlib.sha256(f"{seed}/{round}/{client}/{purpose}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+@dataclass
+class Client:
+    """What one site owns, as a method's client functions see it."""
+
+    id: int
+    """The client's own number; never an engine's."""
+    data: Sequence[Example]
+    """The rows that do not leave."""
+    train: TrainSpec
+    """How it trains by gradients."""
+    num_rounds: int
+    """Rounds of the whole run, for schedules."""
+    seed: int
+    model: nn.Module = field(default_factory=nn.Identity)
+    """What `Method.client_model` asked for; shared by all clients of one process, so write into it before use."""
+    state: dict[str, Tensor] = field(default_factory=dict)
+    """Kept on the client's own disk from message to message."""
+    states: States = field(default_factory=States)
+    """Where `state` is kept; `handle` reads and writes it."""
+    cache: dict[str, object] = field(default_factory=dict)
+    """May vanish between two messages."""
+    round: int = 0
+    """Round of the message in hand, from 1."""
+
+    def rng(self, purpose: str) -> torch.Generator:
+        """This client's random stream for one purpose in this round."""
+        return generator(self.seed, self.round, self.id, purpose)
+
+    def order(self, purpose: str) -> torch.Generator:
+        """This client's random stream for one purpose in the whole run, such as the order of an epoch."""
+        return generator(self.seed, 0, self.id, purpose)
+
+
+@dataclass
+class Server:
+    """What the coordinator owns."""
+
+    seed: int
+    num_rounds: int
+    train: TrainSpec
+    model: nn.Module = field(default_factory=nn.Identity)
+    """What `Method.server_model` asked for."""
+    state: dict[str, Tensor] = field(default_factory=dict)
+    """All that the server knows between two rounds; checkpointed after each."""
+    public: Sequence[Example] = ()
+    """Rows that anyone may see."""
+    round: int = 0
+    """Round in hand, from 1; 0 before the first."""
+
+    def rng(self, purpose: str) -> torch.Generator:
+        """The server's random stream for one purpose in this round."""
+        return generator(self.seed, self.round, -1, purpose)
+
+
+class Engine(Protocol):
+    """Moves bytes between the server and numbered clients, and knows nothing else."""
+
+    def client_ids(self) -> list[int]:
+        """Numbers of the clients that can be asked, ascending."""
+        ...
+
+    def exchange(self, asks: Mapping[int, bytes]) -> Iterator[tuple[int, bytes]]:
+        """Hand each client its bytes and yield (id, reply) in ascending id order; who did not answer is left out."""
+        ...
+
+    def close(self) -> None:
+        """Let go of processes and connections."""
+        ...
+
+
+@dataclass(frozen=True)
+class Message:
+    """One exchange of a round with made-up numbers: the lengths of its messages are exact."""
+
+    action: str
+    verb: str
+    ask: Payload
+    reply: Payload
+    times: int = 1
+    """How often a client takes part in it per round."""
+
+
+@dataclass(frozen=True)
+class Sent:
+    """Bytes that one client moves per round."""
+
+    action: str
+    down: int
+    up: int
+    exchanges: int
+
+
+@dataclass(frozen=True)
+class Method:
+    """One federated method; its fields are its hyperparameters."""
+
+    def client_model(self, recipe: Recipe, client: int) -> ModelSpec | None:
+        """The model that client number `client` loads; None for no model at all."""
+        return recipe.model
+
+    def server_model(self, recipe: Recipe) -> ModelSpec | None:
+        """The model that the server loads."""
+        return recipe.model
+
+    def setup(self, server: Server) -> None:
+        """Fill `server.state` before round 1."""
+
+    def round(self, server: Server, clients: "Cohort") -> Mapping[str, Scalar]:
+        """One round; changes `server.state` and returns metrics."""
+        raise NotImplementedError
+
+    def deliver(self, server: Server) -> nn.Module:
+        """The model that the run brings, put together in `server.model`."""
+        raise NotImplementedError
+
+    def rehearse(self, server: Server) -> list[Message]:
+        """The messages of the next round, numbers made up; empty when their lengths depend on the data."""
+        return []
+
+
+@dataclass(frozen=True)
+class Action:
+    """What `@on_client` knows of a function."""
+
+    reads_data: bool
+
+
+def on_client(function: F | None = None, *, reads_data: bool = True) -> F | Callable[[F], F]:
+    """Mark a method's function as one that clients run: `(self, client, ask: Payload) -> Payload`.
+
+    Args:
+        reads_data: False promises that the reply holds nothing of the client's rows; such an action may be
+            called under every privacy policy.
+    """
+
+    def mark(marked: F) -> F:
+        marked.__on_client__ = Action(reads_data)  # type: ignore[attr-defined]
+        return marked
+
+    return mark(function) if function else mark
+
+
+def load_method(spec: MethodSpec) -> Method:
+    """The method that `spec` names, with its fields set.
+
+    Raises:
+        RecipeError: no such file, no Method in it, unknown or wrong field.
+    """
+    return build(find_method(spec.name), spec.fields, "method.")
+
+
+def find_method(name: str) -> type[Method]:
+    """The Method class of `kilofed.methods.<name>`, or of the module `name` when it has a dot. Raises RecipeError."""
+    path = name if "." in name else f"kilofed.methods.{name}"
+    try:
+        module = importlib.import_module(path)
+    except ModuleNotFoundError as error:
+        if error.name is None or not path.startswith(error.name):
+            raise
+        raise RecipeError(f"method {name!r} does not exist{nearest(name, method_names())}") from error
+    own = [
+        item
+        for item in vars(module).values()
+        if inspect.isclass(item) and issubclass(item, Method) and item.__module__ == module.__name__
+    ]
+    if len(own) != 1:
+        raise RecipeError(f"{path} defines {len(own)} Method classes; expected one")
+    return own[0]
+
+
+def method_names() -> list[str]:
+    """Names of the methods that kilofed ships: its files in methods/."""
+    package = importlib.import_module("kilofed.methods")
+    return sorted(item.name for item in pkgutil.iter_modules(package.__path__))
+
+
+def address(action: str, verb: str, round: int, exchange: int) -> dict[str, Scalar]:
+    """The scalars that tell a client what it is asked."""
+    return {ACTION: action, VERB: verb, ROUND: round, EXCHANGE: exchange}
+
+
+def forecast(method: Method, server: Server, policy: Mechanism) -> list[Sent]:
+    """Bytes of the next round per client and action, before it runs; equal to what the ledger will count."""
+    sent = []
+    for message in method.rehearse(server):
+        ask = Payload(message.ask.tensors, {**message.ask.scalars, **address(message.action, message.verb, 0, 0)})
+        up = policy.client(message.reply, message.ask).num_bytes * message.times
+        sent.append(Sent(message.action, ask.num_bytes * message.times, up, message.times))
+    return sent
+
+
+def handle(method: Method, policy: Mechanism, client: Client, body: bytes) -> bytes:
+    """The whole client side of every engine: bytes in, bytes out.
+
+    Only functions marked `@on_client` run; the client's own policy decides what may leave; a failure that the client
+    can name becomes a reply that says so.
+
+    Raises:
+        PayloadError: `body` is not a message for a client.
+    """
+    ask = Payload.decode(body)
+    try:
+        action, verb = str(ask.scalars[ACTION]), str(ask.scalars[VERB])
+        when = int(ask.scalars[ROUND]), int(ask.scalars[EXCHANGE])
+    except KeyError as error:
+        raise PayloadError(f"the message has no {error}: it was not written by a kilofed server") from error
+    ask = Payload(ask.tensors, {k: v for k, v in ask.scalars.items() if not k.startswith("kilofed.")})
+    client.round, client.state = when[0], client.states.before(when)
+    try:
+        function = _function(method, action)
+        about = cast(Action, function.__on_client__)  # type: ignore[attr-defined]
+        if verb == "call" and about.reads_data and policy.needs_aggregate:
+            raise PrivacyError(
+                f"{action!r} in {type(method).__name__} lets the server see single replies; "
+                f"privacy.{policy.kind} allows means only\n  hint: use a method that asks for means, such as fedavg"
+            )
+        reply = function(client, ask)
+        if about.reads_data:
+            reply = policy.client(reply, ask)
+    except (ClientError, PrivacyError) as error:
+        return Payload(scalars={ERROR: str(error), KIND: type(error).__name__}).encode()
+    if client.state:
+        client.states.keep(when, client.state)
+    return reply.encode()
+
+
+def _function(method: Method, action: str) -> Callable[[Client, Payload], Payload]:
+    function = getattr(type(method), action, None)
+    if not isinstance(getattr(function, "__on_client__", None), Action):
+        marked = [name for name, item in inspect.getmembers(type(method)) if hasattr(item, "__on_client__")]
+        raise PayloadError(
+            f"{action!r} is not something that clients of {type(method).__name__} do{nearest(action, marked)}"
+        )
+    return cast(Callable[[Client, Payload], Payload], getattr(method, action))
+
+
+class Cohort:
+    """The clients of one round, as a method's server side sees them.
+
+    Args:
+        ids: clients drawn for this round, ascending.
+        round: number of the round, from 1.
+        quorum: fewest replies with which an exchange counts.
+        skip_failures: go on without a client that failed; otherwise its failure stops the run.
+    """
+
+    def __init__(
+        self,
+        ids: list[int],
+        engine: Engine,
+        ledger: Ledger,
+        policy: Mechanism,
+        *,
+        round: int,
+        quorum: int = 1,
+        skip_failures: bool = False,
+    ) -> None:
+        self.ids = sorted(ids)
+        self.failures: dict[int, str] = {}
+        """What went wrong in this round, by client."""
+        self._engine, self._ledger, self._policy = engine, ledger, policy
+        self._round, self._quorum, self._skip = round, quorum, skip_failures
+        self._num_exchanges = 0
+
+    def mean(self, action: str, ask: Payload | Mapping[int, Payload]) -> Payload:
+        """The weighted mean of the replies to `action`; single replies are never shown.
+
+        A reply's scalar `weight` is its weight (1 where absent); other scalars must be numbers. Sums run in float64
+        in ascending id order, so that the result does not depend on who answered first.
+
+        Args:
+            ask: one payload for all, or one per id (then only those ids are asked).
+
+        Raises:
+            TooFewReplies, ClientError, PayloadError
+        """
+        if self._policy.needs_aggregate and not isinstance(ask, Payload):
+            raise PrivacyError(
+                f"privacy.{self._policy.kind} needs one ask for all clients, {action!r} sends one to each"
+            )
+        total = _Sum()
+        for client, reply in self._replies(action, "mean", ask):
+            total.add(reply, uniform=self._policy.uniform, who=client)
+        shared = ask if isinstance(ask, Payload) else Payload()
+        return self._policy.server(
+            total.mean(), shared, num_replies=total.num, expected=len(self.ids), round=self._round
+        )
+
+    def call(self, action: str, ask: Payload | Mapping[int, Payload]) -> dict[int, Payload]:
+        """Every client's reply to `action`, by id.
+
+        Raises:
+            PrivacyError: the policy allows means only. TooFewReplies, ClientError, PayloadError.
+        """
+        return dict(self._replies(action, "call", ask))
+
+    def _replies(self, action: str, verb: str, ask: Payload | Mapping[int, Payload]) -> Iterator[tuple[int, Payload]]:
+        exchange, self._num_exchanges = self._num_exchanges, self._num_exchanges + 1
+        header = address(action, verb, self._round, exchange)
+        if isinstance(ask, Payload):
+            asks = dict.fromkeys(self.ids, Payload(ask.tensors, {**ask.scalars, **header}).encode())
+        else:
+            asks = {i: Payload(one.tensors, {**one.scalars, **header}).encode() for i, one in sorted(ask.items())}
+        for client, body in asks.items():
+            self._ledger.add(Row(self._round, exchange, action, verb, "down", client, len(body), 0.0))
+        answered = set()
+        since = time.perf_counter()
+        for client, body in self._engine.exchange(asks):
+            now = time.perf_counter()
+            self._ledger.add(Row(self._round, exchange, action, verb, "up", client, len(body), round(now - since, 6)))
+            since = now
+            try:
+                reply = Payload.decode(body)
+            except PayloadError as error:
+                reply = Payload(scalars={ERROR: str(error)})
+            if ERROR in reply.scalars:
+                self._fail(client, reply)
+                continue
+            answered.add(client)
+            yield client, reply
+        for client in sorted(set(asks) - answered - set(self.failures)):
+            self.failures[client] = "no answer"
+            log.warning(
+                "round %d: client %d did not answer %s; the round goes on without it", self._round, client, action
+            )
+        if len(answered) < min(self._quorum, len(asks)):
+            raise TooFewReplies(
+                f"round {self._round}: {len(answered)} of {len(asks)} clients answered {action!r}, quorum is {self._quorum}"
+            )
+
+    def _fail(self, client: int, reply: Payload) -> None:
+        text = str(reply.scalars[ERROR])
+        if reply.scalars.get(KIND) == PrivacyError.__name__:
+            raise PrivacyError(text)
+        if not self._skip:
+            raise ClientError(
+                f"round {self._round}: client {client}: {text}; the state of round {self._round - 1} is kept"
+            )
+        self.failures[client] = text
+        log.warning("round %d: client %d is left out: %s", self._round, client, text)
+
+
+class _Sum:
+    """A weighted sum of payloads in float64."""
+
+    def __init__(self) -> None:
+        self.num = 0
+        self._weight = 0.0
+        self._tensors: dict[str, Tensor] = {}
+        self._dtypes: dict[str, torch.dtype] = {}
+        self._scalars: dict[str, float] = {}
+
+    def add(self, reply: Payload, *, uniform: bool, who: int) -> None:
+        weight = 1.0 if uniform else float(reply.scalars.get(WEIGHT, 1.0))
+        if not weight >= 0.0:
+            raise PayloadError(f"client {who} sent weight {weight}; expected a number from 0")
+        if self.num and set(reply.tensors) != set(self._tensors):
+            odd = sorted(set(reply.tensors) ^ set(self._tensors))[:3]
+            raise PayloadError(f"client {who} sent other tensors than the clients before it: {odd}")
+        if not self.num:
+            self._dtypes = {name: tensor.dtype for name, tensor in reply.tensors.items()}
+            self._tensors = {name: torch.zeros(t.shape, dtype=torch.float64) for name, t in reply.tensors.items()}
+        for name, tensor in reply.tensors.items():
+            if tensor.shape != self._tensors[name].shape:
+                raise PayloadError(
+                    f"client {who} sent {name} of shape {tuple(tensor.shape)}, "
+                    f"others {tuple(self._tensors[name].shape)}"
+                )
+            self._tensors[name].add_(tensor, alpha=weight)
+        for name, value in reply.scalars.items():
+            if isinstance(value, str | bool):
+                raise PayloadError(f"client {who} sent the scalar {name}={value!r}; a mean takes numbers only")
+            if name != WEIGHT:
+                self._scalars[name] = self._scalars.get(name, 0.0) + weight * value
+        self._weight += weight
+        self.num += 1
+
+    def mean(self) -> Payload:
+        if not self._weight:
+            return Payload()
+        tensors = {
+            name: (total / self._weight).to(
+                self._dtypes[name] if self._dtypes[name].is_floating_point else torch.float64
+            )
+            for name, total in self._tensors.items()
+        }
+        return Payload(tensors, {name: total / self._weight for name, total in self._scalars.items()})

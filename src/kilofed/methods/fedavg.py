@@ -1,0 +1,68 @@
+"""FedAvg over any set of trained tensors: LoRA factors (FedIT, FedLLM) or every parameter.
+
+McMahan et al. 2017, arXiv:1602.05629, algorithm 1; with LoRA factors Zhang et al. 2023, arXiv:2305.05644.
+Differs from the papers: a run's schedule and epochs go on from round to round; the optimiser starts afresh.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor, nn
+
+from kilofed import models, train, wire
+from kilofed.method import Client, Cohort, Message, Method, Server, on_client
+from kilofed.payload import Payload, Scalar
+
+
+@dataclass(frozen=True)
+class FedAvg(Method):
+    """Clients train what they are sent; the server takes the weighted mean."""
+
+    weights: Literal["examples", "uniform"] = "examples"
+    """examples: a client counts by the examples it trained on; uniform: all count alike."""
+    wire: Literal["float32", "bfloat16"] = "float32"
+    """Dtype on the wire; bfloat16 halves the bytes."""
+
+    def setup(self, server: Server) -> None:
+        server.state.update(models.read_trained(server.model))
+
+    def round(self, server: Server, clients: Cohort) -> Mapping[str, Scalar]:
+        reply = clients.mean("fit", Payload(wire.down(server.state, self.wire)))
+        server.state.update(self.server_step(server, wire.arrive(server.state, reply.tensors)))
+        return dict(reply.scalars)
+
+    def server_step(self, server: Server, mean: dict[str, Tensor]) -> Mapping[str, Tensor]:
+        """What enters `server.state`, given the mean of the clients' trained tensors."""
+        return mean
+
+    @on_client
+    def fit(self, client: Client, ask: Payload) -> Payload:
+        """Train from what was sent; reply with the trained tensors."""
+        models.write_trained(client.model, ask.tensors)
+        done = train.fit_round(
+            client.model,
+            client.data,
+            client.train,
+            round=client.round,
+            num_rounds=client.num_rounds,
+            order=client.order,
+            dropout=client.rng("dropout"),
+            objective=self.objective(client.model),
+        )
+        weight = done.num_examples if self.weights == "examples" else 1
+        end = wire.up(models.read_trained(client.model), ask.tensors, self.wire)
+        return Payload(end, {"weight": weight, "train_loss": done.loss})
+
+    def objective(self, model: nn.Module) -> train.Loss:
+        """What local training minimises; `model` holds the round's start."""
+        return train.loss
+
+    def deliver(self, server: Server) -> nn.Module:
+        models.write_trained(server.model, wire.shared(server.state))
+        return server.model
+
+    def rehearse(self, server: Server) -> list[Message]:
+        ask = Payload(wire.down(server.state, self.wire))
+        end = wire.up(wire.shared(server.state), ask.tensors, self.wire)
+        return [Message("fit", "mean", ask, Payload(end, {"weight": 1, "train_loss": 0.0}))]

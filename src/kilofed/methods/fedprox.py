@@ -1,0 +1,24 @@
+"""FedProx: local training is pulled back to the round's start (Li et al. 2020, arXiv:1812.06127, equation 2)."""
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from kilofed import train
+from kilofed.methods.fedavg import FedAvg
+
+
+@dataclass(frozen=True)
+class FedProx(FedAvg):
+    """FedAvg with a proximal term in the local loss."""
+
+    mu: float = 0.01
+    """Strength of the pull towards the round's start; 0 is FedAvg."""
+
+    def objective(self, model: nn.Module) -> train.Loss:
+        start = [p.detach().clone() for p in model.parameters() if p.requires_grad]
+
+        def pulled(model: nn.Module, batch: train.Batch) -> Tensor:
+            return train.loss(model, batch) + self.mu / 2 * train.distance_sq(model, start)
+
+        return pulled

@@ -1,0 +1,30 @@
+"""FedYogi: Yogi on the server (Reddi et al. 2021, arXiv:2003.00295, algorithm 2)."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from kilofed import server_opt
+from kilofed.method import Server
+from kilofed.methods.fedavg import FedAvg
+
+
+@dataclass(frozen=True)
+class FedYogi(FedAvg):
+    """FedAvg with adaptive server steps; the second moment is additive, so that it falls slowly."""
+
+    server_lr: float = 0.01
+    """Step size in units of the update's own scale."""
+    beta1: float = 0.9
+    """Share of the past in the first moment."""
+    beta2: float = 0.99
+    """Share of the past in the second moment."""
+    tau: float = 1e-3
+    """Degree of adaptivity; larger is closer to FedAvgM."""
+
+    def server_step(self, server: Server, mean: dict[str, Tensor]) -> Mapping[str, Tensor]:
+        def second(v: Tensor, square: Tensor) -> Tensor:
+            return v - (1 - self.beta2) * square * (v - square).sign()
+
+        return server_opt.adaptive(server.state, mean, lr=self.server_lr, beta=self.beta1, tau=self.tau, second=second)

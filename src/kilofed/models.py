@@ -1,0 +1,180 @@
+"""Load a base model with its adapter, and take its trained tensors out and put them back.
+
+The only file that imports transformers and peft.
+"""
+
+import contextlib
+import logging
+import warnings
+from collections.abc import Iterator, Mapping
+from importlib import resources
+from pathlib import Path
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from kilofed.errors import ModelError
+from kilofed.recipe import AdapterSpec, ModelSpec
+
+log = logging.getLogger("kilofed")
+
+
+def locate(spec: ModelSpec) -> str:
+    """The local directory or hub id that `spec.path` means. Raises ModelError: no such directory."""
+    path = spec.path
+    if path.startswith("builtin:"):
+        folder = resources.files("kilofed") / "assets" / path.removeprefix("builtin:")
+        if not folder.is_dir():
+            raise ModelError(f"{path} is not shipped; there is builtin:small and builtin:large")
+        return str(folder)
+    looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1
+    if looks_local and not Path(path).expanduser().is_dir():
+        raise ModelError(f"there is no model directory {path}; check model.path")
+    return str(Path(path).expanduser()) if Path(path).expanduser().is_dir() else path
+
+
+def load_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerBase:
+    """The model's tokeniser with a padding token. Raises ModelError."""
+    with _said(spec, "tokeniser"):
+        tokenizer = AutoTokenizer.from_pretrained(locate(spec), **_revision(spec))
+    if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token_id is None:
+            raise ModelError(f"the tokeniser of {spec.path} has neither a padding nor an end token")
+        tokenizer.pad_token = tokenizer.eos_token
+    return cast(PreTrainedTokenizerBase, tokenizer)
+
+
+def load_base(spec: ModelSpec) -> PreTrainedModel:
+    """The base model in spec.dtype on spec.device, in eval mode. Raises ModelError."""
+    with _said(spec, "model"), quiet():
+        model = AutoModelForCausalLM.from_pretrained(locate(spec), dtype=getattr(torch, spec.dtype), **_revision(spec))
+    return cast(PreTrainedModel, model.to(spec.device).eval())
+
+
+def load_model(spec: ModelSpec, adapter: AdapterSpec, seed: int) -> nn.Module:
+    """The base model with what `adapter` trains; equal seeds give equal trained tensors.
+
+    Raises:
+        ModelError: the model cannot be loaded, or the adapter's targets match nothing (with the names that exist).
+    """
+    return add_adapter(load_base(spec), adapter, seed)
+
+
+def add_adapter(base: PreTrainedModel, adapter: AdapterSpec, seed: int) -> nn.Module:
+    """`base` with the trained tensors of `adapter` marked by requires_grad; changes `base`. Raises ModelError."""
+    if adapter.kind == "full":
+        for parameter in base.parameters():
+            parameter.requires_grad_(True)
+        return base
+    from peft import LoraConfig, get_peft_model
+
+    named = [name for name, module in base.named_modules() if isinstance(module, nn.Linear) or _is_conv1d(module)]
+    leaves = sorted({name.rsplit(".", 1)[-1] for name in named})
+    everything = adapter.targets == ("all-linear",)
+    missing = [t for t in adapter.targets if not any(n == t or n.endswith("." + t) for n in named)]
+    if missing and not everything:
+        raise ModelError(
+            f"adapter.targets has {', '.join(missing)}, which match nothing; there is {', '.join(leaves)}"
+        )
+    config = LoraConfig(
+        r=adapter.rank,
+        lora_alpha=adapter.alpha,  # type: ignore[arg-type]
+        lora_dropout=adapter.dropout,
+        target_modules="all-linear" if everything else list(adapter.targets),
+        task_type="CAUSAL_LM",
+    )
+    with torch.random.fork_rng(devices=[]), quiet():
+        torch.manual_seed(seed)
+        model = get_peft_model(base, config)
+    return cast(nn.Module, model.eval())
+
+
+def trained(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that are trained and sent, by the short name that travels; tied ones once."""
+    return {_short(name): p for name, p in sorted(model.named_parameters()) if p.requires_grad}
+
+
+def read_trained(model: nn.Module) -> dict[str, Tensor]:
+    """Copies of the trained tensors, float32 on the CPU."""
+    return {name: p.detach().to("cpu", torch.float32, copy=True) for name, p in trained(model).items()}
+
+
+def write_trained(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Put `tensors` into `model`, by name; names that the model does not train are ignored.
+
+    Raises:
+        ModelError: a trained tensor is missing or of another shape.
+    """
+    with torch.no_grad():
+        for name, parameter in trained(model).items():
+            value = tensors.get(name)
+            if value is None or value.shape != parameter.shape:
+                seen = "is missing" if value is None else f"has shape {tuple(value.shape)}"
+                raise ModelError(f"{name} {seen}; this model trains it with shape {tuple(parameter.shape)}")
+            parameter.copy_(value)
+
+
+@contextlib.contextmanager
+def without_adapter(model: nn.Module) -> Iterator[nn.Module]:
+    """The untouched base inside `model`, for as long as the block runs; a full model is returned as it is."""
+    disable = getattr(model, "disable_adapter", None)
+    with disable() if disable else contextlib.nullcontext():
+        yield model
+
+
+def save_adapter(model: nn.Module, folder: Path) -> None:
+    """Write what was trained in PEFT's format; a full model as a whole model directory."""
+    with quiet():
+        cast(PreTrainedModel, model).save_pretrained(str(folder), safe_serialization=True)
+
+
+def merged(model: nn.Module) -> PreTrainedModel:
+    """A plain transformers model with the adapter folded in; uses up `model`."""
+    fold = getattr(model, "merge_and_unload", None)
+    return cast(PreTrainedModel, fold() if fold else model)
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Silence the loading bars and notices of transformers and peft."""
+    from transformers.utils import logging as theirs
+
+    level, bars = theirs.get_verbosity(), theirs.is_progress_bar_enabled()
+    theirs.set_verbosity_error()
+    theirs.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        theirs.set_verbosity(level)
+        if bars:
+            theirs.enable_progress_bar()
+
+
+def _short(name: str) -> str:
+    return name.removeprefix("base_model.model.").replace(".default.", ".")
+
+
+def _is_conv1d(module: nn.Module) -> bool:
+    return type(module).__name__ == "Conv1D"  # GPT-2's linear layer
+
+
+def _revision(spec: ModelSpec) -> dict[str, str]:
+    return {"revision": spec.revision} if spec.revision else {}
+
+
+@contextlib.contextmanager
+def _said(spec: ModelSpec, what: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, KeyError) as error:
+        if isinstance(error, ModelError):
+            raise
+        first = str(error).strip().splitlines()[0][:300]
+        raise ModelError(
+            f"cannot load the {what} of {spec.path} ({first}): expected a local model directory, "
+            "or a hub id with the network up or the model in the cache"
+        ) from error

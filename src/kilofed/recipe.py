@@ -1,0 +1,447 @@
+"""A run as frozen dataclasses, read from TOML and `key=value` words; unknown keys are refused with the nearest name.
+
+Standard library only, so that `kilofed ls` and `kilofed show` need no torch.
+"""
+
+import ast
+import dataclasses
+import inspect
+import json
+import tomllib
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Literal, TypeVar, cast
+
+import tomli_w
+
+from kilofed.errors import RecipeError, nearest
+
+Value = str | int | float | bool | list["Value"] | dict[str, "Value"]
+Table = Mapping[str, Value]
+T = TypeVar("T")
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """The base model that every party starts from."""
+
+    path: str = "builtin:small"
+    """`builtin:small`, `builtin:large`, a local directory, or a hub id (needs the network)."""
+    dtype: Dtype = "float32"
+    """Dtype of the frozen weights; trained tensors are float32 unless adapter.kind is full."""
+    device: str = "cpu"
+    """Where the model runs: cpu, cuda, cuda:1, mps."""
+    revision: str = ""
+    """Branch, tag or commit of a hub id; empty takes the default branch."""
+
+
+@dataclass(frozen=True)
+class AdapterSpec:
+    """What is trained and sent."""
+
+    kind: Literal["lora", "full"] = "lora"
+    """lora: low-rank adapters (Hu et al. 2021, arXiv:2106.09685); full: every parameter."""
+    rank: int = 8
+    """Rank of each LoRA factor; raising it costs bytes and memory in proportion."""
+    alpha: float = 16.0
+    """LoRA scale numerator: the product is scaled by alpha / rank."""
+    dropout: float = 0.0
+    """Dropout in front of each LoRA product, 0 to 1."""
+    targets: tuple[str, ...] = ("all-linear",)
+    """Module names that get an adapter; all-linear takes every linear layer but the output head."""
+
+
+@dataclass(frozen=True)
+class ColumnsSpec:
+    """Which column holds what: the response column decides, else messages, else text."""
+
+    instruction: str = "instruction"
+    context: str = "context"
+    response: str = "response"
+    messages: str = "messages"
+    """Column with a list of {role, content}; the assistant's turns are learnt."""
+    text: str = "text"
+    """Column with running text; every token is learnt."""
+
+
+@dataclass(frozen=True)
+class PartitionSpec:
+    """Who holds which rows."""
+
+    kind: Literal["auto", "column", "iid", "dirichlet", "size", "pathological"] = "auto"
+    """column: a client per value; dirichlet: label skew; size: skewed sizes; pathological: few labels each;
+    auto: column where the rows have that column, else iid."""
+    num_clients: int = 5
+    """Number of clients; `column` takes one per value instead."""
+    column: str = "client"
+    """Column with the natural owner (column) or the label (dirichlet, pathological)."""
+    alpha: float = 0.5
+    """Dirichlet concentration; smaller is more skewed."""
+    classes: int = 2
+    """Labels per client (pathological)."""
+    min_rows: int = 1
+    """Rows that every client must hold; a draw with fewer is repeated (dirichlet) or refused."""
+
+
+@dataclass(frozen=True)
+class DataSpec:
+    """The rows, how they are read and how they become tokens."""
+
+    source: str = "pydocs"
+    """`pydocs`, `gazetteer`, a .jsonl, .jsonl.gz, .csv or .parquet file, a directory, or a hub id."""
+    test: str = ""
+    """A file with held-out rows; empty takes the source's own test split, else a share of each client's rows."""
+    holdout: float = 0.1
+    """Share of each client's rows kept for testing where no test rows are given."""
+    template: str = ""
+    """Named prompt template; empty takes the tokeniser's chat template, else `plain`."""
+    max_length: int = 256
+    """Longest example in tokens; the prompt is cut from the left, the response from the right."""
+    max_rows: int = 0
+    """Most training rows read; 0 takes all."""
+    max_test_rows: int = 0
+    """Most held-out rows per client; 0 takes all."""
+    columns: ColumnsSpec = field(default_factory=ColumnsSpec)
+    partition: PartitionSpec = field(default_factory=PartitionSpec)
+    options: dict[str, Value] = field(default_factory=dict)
+    """Options of an embedded source, such as train_rows."""
+
+
+@dataclass(frozen=True)
+class MethodSpec:
+    """The federated method and its own fields (`kilofed show NAME` lists them)."""
+
+    name: str = "fedavg"
+    """A file of kilofed.methods, or my_package.my_file."""
+    fields: dict[str, Value] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class TrainSpec:
+    """How anything is trained by gradients: each client in its round, local-only and central alike."""
+
+    steps: int = 10
+    """Optimiser steps per round and client; more means fewer rounds and more drift."""
+    epochs: int = 0
+    """Passes over the client's rows per round; when above 0 it replaces steps."""
+    batch_size: int = 8
+    """Examples per optimiser step."""
+    accumulation: int = 1
+    """Parts that a batch is cut into; each part is one forward and backward, memory falls accordingly."""
+    lr: float = 1e-3
+    """Peak learning rate."""
+    optimizer: Literal["adamw", "adam", "sgd"] = "adamw"
+    """adamw and adam use betas 0.9, 0.999; sgd has no momentum."""
+    weight_decay: float = 0.0
+    """Decoupled with adamw, L2 with adam and sgd."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """Shape of the learning rate over all rounds, after the warm-up; linear and cosine end at 0."""
+    warmup: float = 0.0
+    """Share of all steps in which the learning rate rises from 0."""
+    max_grad_norm: float = 0.0
+    """Gradients are scaled down to this norm; 0 leaves them."""
+    autocast: Literal["", "bfloat16"] = ""
+    """bfloat16 computes forward and backward in mixed precision."""
+
+
+@dataclass(frozen=True)
+class PrivacySpec:
+    """What happens to an update before the method may see it."""
+
+    kind: Literal["none", "central"] = "none"
+    """central: clip at the client, Gaussian noise on the mean at a trusted server."""
+    clip: float = 1.0
+    """Largest L2 norm of one client's update; `inf` leaves updates as they are."""
+    noise_multiplier: float = 1.0
+    """Standard deviation of the noise on the sum, in units of clip."""
+    delta: float = 1e-5
+    """Delta at which the spent epsilon is reported."""
+    noise_key: str = ""
+    """32 hex digits that fix the noise, for tests; empty draws a secret that stays in the run folder."""
+
+
+@dataclass(frozen=True)
+class EngineSpec:
+    """What moves bytes between the server and the clients."""
+
+    name: Literal["inprocess", "pool", "flower"] = "inprocess"
+    """inprocess: one after the other; pool: worker processes; flower: Flower's simulation (extra `flower`)."""
+    workers: int = 2
+    """Worker processes of pool and flower."""
+    threads: int = 0
+    """Threads that torch may use in each process; 0 leaves torch's own choice."""
+    timeout: float = 3600.0
+    """Seconds after which a client that has not answered is left out of an exchange."""
+
+
+@dataclass(frozen=True)
+class EvaluateSpec:
+    """What is measured on held-out rows."""
+
+    every: int = 1
+    """Rounds between evaluations; the last round is always evaluated."""
+    batch_size: int = 32
+    """Examples per forward."""
+    generate: int = 8
+    """Held-out rows per client that are answered in full for ROUGE-L and exact match; 0 skips both."""
+    max_new_tokens: int = 32
+    """Longest generated answer, in tokens."""
+    controls: tuple[str, ...] = ("base", "local", "central")
+    """Rows beside the federated one: base (untouched), local (each client alone), central (all data)."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One run: what is tuned, on whose rows, by which method, moved and measured how."""
+
+    name: str = "recipe"
+    """Shown in reports and in the run folder's name."""
+    about: str = ""
+    """One sentence for `kilofed ls recipes`."""
+    rounds: int = 5
+    """Rounds of the method."""
+    cohort: int = 0
+    """Clients drawn per round; 0 takes all."""
+    quorum: int = 1
+    """Fewest replies with which a round goes on."""
+    on_failure: Literal["stop", "skip"] = "stop"
+    """stop: a client's failure ends the run, state kept; skip: the round goes on without that client."""
+    seed: int = 0
+    """Root of every random draw."""
+    seeds: int = 1
+    """Repeats with seed, seed + 1, ...; intervals are then over repeats."""
+    model: ModelSpec = field(default_factory=ModelSpec)
+    adapter: AdapterSpec = field(default_factory=AdapterSpec)
+    data: DataSpec = field(default_factory=DataSpec)
+    method: MethodSpec = field(default_factory=MethodSpec)
+    train: TrainSpec = field(default_factory=TrainSpec)
+    privacy: PrivacySpec = field(default_factory=PrivacySpec)
+    engine: EngineSpec = field(default_factory=EngineSpec)
+    evaluate: EvaluateSpec = field(default_factory=EvaluateSpec)
+
+
+def load(source: str | Path, overrides: Mapping[str, Value] | None = None) -> Recipe:
+    """The recipe named or stored at `source`, with `overrides` such as {"train.lr": 1e-3} laid over it.
+
+    Args:
+        source: name of a shipped recipe, or path of a TOML file.
+        overrides: dotted keys; a table given as one word sets its first field (`model=DIR`, `data=FILE`).
+
+    Raises:
+        RecipeError: no such recipe, unknown key, wrong type, value out of range.
+    """
+    table = _read(source)
+    for key, value in (overrides or {}).items():
+        _lay_over(table, key, value)
+    return from_table(table)
+
+
+def from_table(table: Table) -> Recipe:
+    """The recipe that `table` (nested, as TOML gives it) describes; raises RecipeError."""
+    recipe = build(Recipe, _method_fields(table))
+    _check_ranges(recipe)
+    return recipe
+
+
+def to_table(recipe: Recipe) -> dict[str, Value]:
+    """Every field as plain nested values; `from_table` gives the same recipe back."""
+    table = cast(dict[str, Value], _plain(recipe))
+    method = cast(dict[str, Value], table["method"])
+    table["method"] = {"name": method["name"], **cast(dict[str, Value], method["fields"])}
+    return table
+
+
+def to_toml(recipe: Recipe) -> str:
+    """The whole recipe as TOML text."""
+    return tomli_w.dumps(to_table(recipe))
+
+
+def parse_words(words: Sequence[str]) -> dict[str, Value]:
+    """`key=value` words as overrides; a value that is no TOML value is text. Raises RecipeError."""
+    overrides: dict[str, Value] = {}
+    for word in words:
+        key, equals, text = word.partition("=")
+        if not equals or not key:
+            raise RecipeError(f"{word!r} is not key=value, such as train.lr=0.001")
+        try:
+            overrides[key] = tomllib.loads(f"value = {text}")["value"]
+        except tomllib.TOMLDecodeError:
+            overrides[key] = text
+    return overrides
+
+
+def shipped() -> dict[str, str]:
+    """Names of the shipped recipes and their sentence."""
+    folder = resources.files("kilofed") / "recipes"
+    found = sorted(item.name for item in folder.iterdir() if item.name.endswith(".toml"))
+    tables = {name[:-5]: tomllib.loads((folder / name).read_text("utf-8")) for name in found}
+    return {name: str(table.get("about", "")) for name, table in tables.items()}
+
+
+def build(cls: type[T], table: Table, where: str = "") -> T:
+    """A frozen dataclass from plain values; unknown keys and wrong types are refused.
+
+    Args:
+        cls: a dataclass whose fields are scalars, tuples, dicts, literals or dataclasses.
+        where: dotted prefix for messages, such as `train.`.
+
+    Raises:
+        RecipeError: what was seen, what was expected, the nearest name.
+    """
+    hints = typing.get_type_hints(cls)
+    known = {item.name for item in dataclasses.fields(cls) if item.init}  # type: ignore[arg-type]
+    owner = cls.__name__
+    for key in table:
+        if key not in known:
+            raise RecipeError(f"{where}{key} is not a field of {owner}{nearest(key, known)}")
+    return cls(**{key: _convert(hints[key], value, where + key) for key, value in table.items()})
+
+
+def describe(cls: type) -> list[tuple[str, str, object, str]]:
+    """(name, type, default, text) of each field; the text is the string below the field in the source."""
+    texts: dict[str, str] = {}
+    for base in reversed(cls.__mro__[:-1]):
+        body = cast(ast.ClassDef, ast.parse(inspect.cleandoc("\n" + inspect.getsource(base))).body[0]).body
+        for item, after in zip(body, [*body[1:], None], strict=True):
+            if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name):
+                documented = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
+                texts[item.target.id] = str(after.value.value) if documented else ""  # type: ignore[union-attr]
+    rows: list[tuple[str, str, object, str]] = []
+    for item in dataclasses.fields(cls):
+        made = item.default_factory is not dataclasses.MISSING
+        default = item.default_factory() if made else item.default  # type: ignore[misc]
+        rows.append((item.name, _type_name(item.type), default, texts.get(item.name, "")))
+    return rows
+
+
+def _read(source: str | Path) -> dict[str, Value]:
+    path = Path(source)
+    if path.suffix == ".toml":
+        if not path.is_file():
+            raise RecipeError(f"there is no recipe file {path}; check the path, or see `kilofed ls recipes`")
+        text = path.read_text("utf-8")
+    elif str(source) in shipped():
+        text = (resources.files("kilofed") / "recipes" / f"{source}.toml").read_text("utf-8")
+    else:
+        raise RecipeError(f"{source} is neither a shipped recipe nor a .toml file{nearest(str(source), shipped())}")
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise RecipeError(f"{source} is not valid TOML: {error}") from error
+
+
+def _lay_over(table: dict[str, Value], key: str, value: Value) -> None:
+    *path, last = key.split(".")
+    here = table
+    for name in path:
+        below = here.setdefault(name, {})
+        if not isinstance(below, dict):  # `model = "x"` in the file, `model.dtype=...` on top
+            below = here[name] = {_first_field(key.split(".")[: path.index(name) + 1]): below}
+        here = below
+    below = here.get(last)
+    if isinstance(below, dict) and not isinstance(value, dict):
+        below[_first_field(key.split("."))] = value
+    else:
+        here[last] = value
+
+
+def _first_field(path: Sequence[str]) -> str:
+    cls: object = Recipe
+    for name in path:
+        hints = typing.get_type_hints(cls)
+        if name not in hints:
+            raise RecipeError(f"{'.'.join(path)} is not a key of a recipe{nearest(name, hints)}")
+        cls = hints[name]
+    if not dataclasses.is_dataclass(cls):
+        raise RecipeError(f"{'.'.join(path)} takes a table, such as {path[-1]}.name=value")
+    return dataclasses.fields(cls)[0].name
+
+
+def _method_fields(table: Table) -> Table:
+    method = table.get("method")
+    if not isinstance(method, dict):
+        return table
+    fields = {key: value for key, value in method.items() if key != "name"}
+    return {**table, "method": {"name": method.get("name", "fedavg"), "fields": fields}}
+
+
+def _convert(hint: object, value: Value, where: str) -> object:
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if dataclasses.is_dataclass(hint):
+        cls = cast(type, hint)
+        if isinstance(value, dict):
+            return build(cls, value, where + ".")
+        return build(cls, {dataclasses.fields(cls)[0].name: value}, where + ".")
+    if origin is Literal:
+        if value not in args:
+            raise RecipeError(f"{where} is {value!r}; expected one of {', '.join(map(repr, args))}")
+        return value
+    if origin is tuple:
+        items = value if isinstance(value, list) else [value]
+        return tuple(_convert(args[0], item, f"{where}[{i}]") for i, item in enumerate(items))
+    if origin is dict:
+        if not isinstance(value, dict):
+            raise RecipeError(f"{where} is {value!r}; expected a table")
+        return {key: _convert(args[1], item, f"{where}.{key}") for key, item in value.items()}
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if isinstance(hint, type) and (type(value) is hint):
+        return value
+    if isinstance(hint, types.UnionType) or origin is typing.Union or hint is Value:
+        return value
+    raise RecipeError(f"{where} is {json.dumps(value)}; expected {_type_name(hint)}")
+
+
+def _type_name(hint: object) -> str:
+    if typing.get_origin(hint) is Literal:
+        return " | ".join(map(str, typing.get_args(hint)))
+    words = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
+    return words.get(cast(type, hint), str(hint).replace("kilofed.recipe.", ""))
+
+
+def _plain(value: object) -> Value:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {item.name: _plain(getattr(value, item.name)) for item in dataclasses.fields(value)}
+    if isinstance(value, tuple | list):
+        return [_plain(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    assert isinstance(value, str | int | float | bool)
+    return value
+
+
+def _check_ranges(recipe: Recipe) -> None:
+    least: dict[str, tuple[float, float]] = {
+        "rounds": (recipe.rounds, 1),
+        "seeds": (recipe.seeds, 1),
+        "cohort": (recipe.cohort, 0),
+        "quorum": (recipe.quorum, 1),
+        "adapter.rank": (recipe.adapter.rank, 1),
+        "data.max_length": (recipe.data.max_length, 8),
+        "data.partition.num_clients": (recipe.data.partition.num_clients, 0),
+        "train.steps": (recipe.train.steps, 1),
+        "train.epochs": (recipe.train.epochs, 0),
+        "train.batch_size": (recipe.train.batch_size, 1),
+        "train.accumulation": (recipe.train.accumulation, 1),
+        "train.lr": (recipe.train.lr, 0),
+        "privacy.clip": (recipe.privacy.clip, 0),
+        "privacy.noise_multiplier": (recipe.privacy.noise_multiplier, 0),
+        "engine.workers": (recipe.engine.workers, 1),
+        "evaluate.every": (recipe.evaluate.every, 1),
+        "evaluate.generate": (recipe.evaluate.generate, 0),
+    }
+    for key, (value, lowest) in least.items():
+        if not value >= lowest:
+            raise RecipeError(f"{key} is {value}; expected at least {lowest}")
+    if not 0 <= recipe.data.holdout < 1:
+        raise RecipeError(f"data.holdout is {recipe.data.holdout}; expected a share from 0 to below 1")
+    if recipe.cohort and recipe.quorum > recipe.cohort:
+        raise RecipeError(f"quorum is {recipe.quorum} but only {recipe.cohort} clients are drawn per round")
+    if unknown := set(recipe.evaluate.controls) - {"base", "local", "central"}:
+        raise RecipeError(f"evaluate.controls has {sorted(unknown)}; expected base, local, central")

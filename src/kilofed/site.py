@@ -1,0 +1,118 @@
+"""The clients' side of a run, built from its recipe: rows, model, policy and state of every site in this process.
+
+One base model is resident; a client is what is written into it. Engines hand over bytes and get bytes back.
+"""
+
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from kilofed import data, models
+from kilofed.data import Example, Renderer, Rows
+from kilofed.errors import DataError
+from kilofed.method import Client, handle, load_method
+from kilofed.partition import Share, divide
+from kilofed.privacy import load_mechanism
+from kilofed.recipe import ModelSpec, Recipe
+from kilofed.states import States
+
+
+class Sites:
+    """All sites of a run that live in this process.
+
+    Args:
+        recipe: the run.
+        folder: where client states are kept, one folder per client; None keeps them in memory.
+
+    Raises:
+        RecipeError, DataError, ModelError: what the recipe asks for cannot be had.
+    """
+
+    def __init__(self, recipe: Recipe, folder: Path | None = None) -> None:
+        self.recipe = recipe
+        self.method = load_method(recipe.method)
+        self.policy = load_mechanism(recipe.privacy)
+        self._folder = folder
+        self._models: dict[ModelSpec, nn.Module] = {}
+        self._clients: dict[int, Client] = {}
+        self._train: dict[int, list[Example]] = {}
+
+    @cached_property
+    def rows(self) -> Rows:
+        """The rows as the source gave them."""
+        return data.read(self.recipe.data, self.recipe.seed)
+
+    @cached_property
+    def shares(self) -> list[Share]:
+        """Each client's rows."""
+        return divide(self.rows, self.recipe.data, self.recipe.seed)
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokeniser of the recipe's model."""
+        return models.load_tokenizer(self.recipe.model)
+
+    @cached_property
+    def renderer(self) -> Renderer:
+        """Rows to examples."""
+        return Renderer(self.tokenizer, self.recipe.data, self.rows.train)
+
+    def client_ids(self) -> list[int]:
+        """Numbers of the clients, from 0."""
+        return list(range(len(self.shares)))
+
+    def train_examples(self, client: int) -> list[Example]:
+        """What client number `client` learns from. Raises DataError: nothing in its rows can be learnt."""
+        if client not in self._train:
+            examples = self.renderer(self.shares[client].train)
+            if not examples:
+                raise DataError(
+                    f"client {self.shares[client].name}: no row has an answer within data.max_length="
+                    f"{self.recipe.data.max_length} tokens; raise it, or check data.columns"
+                )
+            self._train[client] = examples
+        return self._train[client]
+
+    def test_examples(self, client: int) -> list[Example]:
+        """What client number `client` is scored on."""
+        return self.renderer(self.shares[client].test)
+
+    def model(self, spec: ModelSpec) -> nn.Module:
+        """The resident model of `spec`, with the recipe's adapter."""
+        if spec not in self._models:
+            self._models[spec] = models.load_model(spec, self.recipe.adapter, self.recipe.seed)
+        return self._models[spec]
+
+    def handle(self, client: int, body: bytes) -> bytes:
+        """Client number `client` answers `body`; its state is on the disk before the answer leaves."""
+        return handle(self.method, self.policy, self._client(client), body)
+
+    def _client(self, number: int) -> Client:
+        if number not in self._clients:
+            spec = self.method.client_model(self.recipe, number)
+            self._clients[number] = Client(
+                id=number,
+                data=_Lazy(self, number),
+                train=self.recipe.train,
+                num_rounds=self.recipe.rounds,
+                seed=self.recipe.seed,
+                model=self.model(spec) if spec else nn.Identity(),
+                states=States(self._folder and self._folder / str(number)),
+            )
+        return self._clients[number]
+
+
+class _Lazy(Sequence[Example]):
+    """A client's examples, tokenised when first looked at: ten thousand clients cost nothing until asked."""
+
+    def __init__(self, sites: Sites, client: int) -> None:
+        self._sites, self._client = sites, client
+
+    def __len__(self) -> int:
+        return len(self._sites.train_examples(self._client))
+
+    def __getitem__(self, index: int) -> Example:  # type: ignore[override]
+        return self._sites.train_examples(self._client)[index]
