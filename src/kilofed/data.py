@@ -111,13 +111,15 @@ def layout(columns: ColumnsSpec, rows: Sequence[Row]) -> str:
 class Renderer:
     """Rows to examples for one tokeniser, template and set of columns.
 
+    Args:
+        kind: what `layout` said of the rows.
+
     Raises:
-        DataError: no usable columns, unknown template, a chat template that fails.
+        DataError: unknown template, a row without its column, a chat template that rewrites earlier turns.
     """
 
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase", spec: DataSpec, rows: Sequence[Row]) -> None:
-        self.tokenizer, self.spec = tokenizer, spec
-        self.kind = layout(spec.columns, rows)
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase", spec: DataSpec, kind: str) -> None:
+        self.tokenizer, self.spec, self.kind = tokenizer, spec, kind
         self.template = spec.template or ("chat" if tokenizer.chat_template else "plain")
         if self.template != "chat" and self.template not in TEMPLATES:
             raise DataError(f"data.template is {self.template!r}{nearest(self.template, [*TEMPLATES, 'chat'])}")
@@ -130,6 +132,17 @@ class Renderer:
         """Examples of all rows that have something to learn, in order."""
         examples = (self._example(number, row) for number, row in enumerate(rows, 1))
         return [example for example in examples if any(label != IGNORED for label in example.labels)]
+
+    def prompt(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """Token ids that ask for the next answer of a talk; a template for single questions sees the last one only."""
+        if self.kind == "messages" or self.template == "chat":
+            pieces, _ = self._chat([*messages, {"role": "assistant", "content": "-"}])
+        else:
+            columns, last = self.spec.columns, messages[-1]["content"]
+            pieces, _ = self._pieces({columns.instruction: last, columns.response: "-", columns.text: last})
+        if self.kind == "text":
+            pieces = [*pieces, ("-", True)]
+        return self._cut([*((text, False) for text, _ in pieces[:-1]), pieces[-1]], []).prompt_ids
 
     def _example(self, number: int, row: Row) -> Example:
         try:

@@ -30,10 +30,11 @@ from torch import Tensor, nn
 
 from kilofed.data import Example
 from kilofed.errors import ClientError, PayloadError, PrivacyError, RecipeError, TooFewReplies, nearest
+from kilofed.fields import build
 from kilofed.ledger import Ledger, Row
 from kilofed.payload import Payload, Scalar
 from kilofed.privacy import Mechanism
-from kilofed.recipe import MethodSpec, ModelSpec, Recipe, TrainSpec, build
+from kilofed.recipe import MethodSpec, ModelSpec, Recipe, TrainSpec
 from kilofed.states import States
 
 log = logging.getLogger("kilofed")

@@ -50,7 +50,8 @@ def load_base(spec: ModelSpec) -> PreTrainedModel:
     """The base model in spec.dtype on spec.device, in eval mode. Raises ModelError."""
     with _said(spec, "model"), quiet():
         model = AutoModelForCausalLM.from_pretrained(locate(spec), dtype=getattr(torch, spec.dtype), **_revision(spec))
-    return cast(PreTrainedModel, model.to(spec.device).eval())
+    module = cast(nn.Module, model).to(spec.device).eval()
+    return cast(PreTrainedModel, module)
 
 
 def load_model(spec: ModelSpec, adapter: AdapterSpec, seed: int) -> nn.Module:
@@ -80,7 +81,7 @@ def add_adapter(base: PreTrainedModel, adapter: AdapterSpec, seed: int) -> nn.Mo
         )
     config = LoraConfig(
         r=adapter.rank,
-        lora_alpha=adapter.alpha,  # type: ignore[arg-type]
+        lora_alpha=adapter.alpha,
         lora_dropout=adapter.dropout,
         target_modules="all-linear" if everything else list(adapter.targets),
         task_type="CAUSAL_LM",
@@ -142,8 +143,8 @@ def quiet() -> Iterator[None]:
     from transformers.utils import logging as theirs
 
     level, bars = theirs.get_verbosity(), theirs.is_progress_bar_enabled()
-    theirs.set_verbosity_error()
-    theirs.disable_progress_bar()
+    theirs.set_verbosity_error()  # type: ignore[no-untyped-call]
+    theirs.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -151,7 +152,7 @@ def quiet() -> Iterator[None]:
     finally:
         theirs.set_verbosity(level)
         if bars:
-            theirs.enable_progress_bar()
+            theirs.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 def _short(name: str) -> str:

@@ -8,7 +8,6 @@ the ask is a new value of it, and its update is the difference; a tensor with an
 
 import math
 import secrets
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np

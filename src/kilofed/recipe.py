@@ -3,26 +3,19 @@
 Standard library only, so that `kilofed ls` and `kilofed show` need no torch.
 """
 
-import ast
 import dataclasses
-import inspect
-import json
 import tomllib
-import types
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
-from typing import Literal, TypeVar, cast
+from typing import Literal, cast
 
 import tomli_w
 
 from kilofed.errors import RecipeError, nearest
-
-Value = str | int | float | bool | list["Value"] | dict[str, "Value"]
-Table = Mapping[str, Value]
-T = TypeVar("T")
+from kilofed.fields import Table, Value, build
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 
@@ -192,6 +185,8 @@ class EvaluateSpec:
     """Held-out rows per client that are answered in full for ROUGE-L and exact match; 0 skips both."""
     max_new_tokens: int = 32
     """Longest generated answer, in tokens."""
+    max_local: int = 16
+    """Most clients that are trained alone for the local-only row."""
     controls: tuple[str, ...] = ("base", "local", "central")
     """Rows beside the federated one: base (untouched), local (each client alone), central (all data)."""
 
@@ -249,6 +244,14 @@ def from_table(table: Table) -> Recipe:
     return recipe
 
 
+def changed(recipe: Recipe, overrides: Mapping[str, Value]) -> Recipe:
+    """`recipe` with `overrides` laid over it; raises RecipeError."""
+    table = to_table(recipe)
+    for key, value in overrides.items():
+        _lay_over(table, key, value)
+    return from_table(table)
+
+
 def to_table(recipe: Recipe) -> dict[str, Value]:
     """Every field as plain nested values; `from_table` gives the same recipe back."""
     table = cast(dict[str, Value], _plain(recipe))
@@ -284,54 +287,21 @@ def shipped() -> dict[str, str]:
     return {name: str(table.get("about", "")) for name, table in tables.items()}
 
 
-def build(cls: type[T], table: Table, where: str = "") -> T:
-    """A frozen dataclass from plain values; unknown keys and wrong types are refused.
-
-    Args:
-        cls: a dataclass whose fields are scalars, tuples, dicts, literals or dataclasses.
-        where: dotted prefix for messages, such as `train.`.
-
-    Raises:
-        RecipeError: what was seen, what was expected, the nearest name.
-    """
-    hints = typing.get_type_hints(cls)
-    known = {item.name for item in dataclasses.fields(cls) if item.init}  # type: ignore[arg-type]
-    owner = cls.__name__
-    for key in table:
-        if key not in known:
-            raise RecipeError(f"{where}{key} is not a field of {owner}{nearest(key, known)}")
-    return cls(**{key: _convert(hints[key], value, where + key) for key, value in table.items()})
-
-
-def describe(cls: type) -> list[tuple[str, str, object, str]]:
-    """(name, type, default, text) of each field; the text is the string below the field in the source."""
-    texts: dict[str, str] = {}
-    for base in reversed(cls.__mro__[:-1]):
-        body = cast(ast.ClassDef, ast.parse(inspect.cleandoc("\n" + inspect.getsource(base))).body[0]).body
-        for item, after in zip(body, [*body[1:], None], strict=True):
-            if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name):
-                documented = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
-                texts[item.target.id] = str(after.value.value) if documented else ""  # type: ignore[union-attr]
-    rows: list[tuple[str, str, object, str]] = []
-    for item in dataclasses.fields(cls):
-        made = item.default_factory is not dataclasses.MISSING
-        default = item.default_factory() if made else item.default  # type: ignore[misc]
-        rows.append((item.name, _type_name(item.type), default, texts.get(item.name, "")))
-    return rows
-
-
-def _read(source: str | Path) -> dict[str, Value]:
+def text_of(source: str | Path) -> str:
+    """The TOML text of a shipped recipe or a recipe file. Raises RecipeError: there is none."""
     path = Path(source)
     if path.suffix == ".toml":
         if not path.is_file():
             raise RecipeError(f"there is no recipe file {path}; check the path, or see `kilofed ls recipes`")
-        text = path.read_text("utf-8")
-    elif str(source) in shipped():
-        text = (resources.files("kilofed") / "recipes" / f"{source}.toml").read_text("utf-8")
-    else:
+        return path.read_text("utf-8")
+    if str(source) not in shipped():
         raise RecipeError(f"{source} is neither a shipped recipe nor a .toml file{nearest(str(source), shipped())}")
+    return (resources.files("kilofed") / "recipes" / f"{source}.toml").read_text("utf-8")
+
+
+def _read(source: str | Path) -> dict[str, Value]:
     try:
-        return tomllib.loads(text)
+        return tomllib.loads(text_of(source))
     except tomllib.TOMLDecodeError as error:
         raise RecipeError(f"{source} is not valid TOML: {error}") from error
 
@@ -339,6 +309,7 @@ def _read(source: str | Path) -> dict[str, Value]:
 def _lay_over(table: dict[str, Value], key: str, value: Value) -> None:
     *path, last = key.split(".")
     here = table
+    below: Value | None
     for name in path:
         below = here.setdefault(name, {})
         if not isinstance(below, dict):  # `model = "x"` in the file, `model.dtype=...` on top
@@ -369,40 +340,6 @@ def _method_fields(table: Table) -> Table:
         return table
     fields = {key: value for key, value in method.items() if key != "name"}
     return {**table, "method": {"name": method.get("name", "fedavg"), "fields": fields}}
-
-
-def _convert(hint: object, value: Value, where: str) -> object:
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if dataclasses.is_dataclass(hint):
-        cls = cast(type, hint)
-        if isinstance(value, dict):
-            return build(cls, value, where + ".")
-        return build(cls, {dataclasses.fields(cls)[0].name: value}, where + ".")
-    if origin is Literal:
-        if value not in args:
-            raise RecipeError(f"{where} is {value!r}; expected one of {', '.join(map(repr, args))}")
-        return value
-    if origin is tuple:
-        items = value if isinstance(value, list) else [value]
-        return tuple(_convert(args[0], item, f"{where}[{i}]") for i, item in enumerate(items))
-    if origin is dict:
-        if not isinstance(value, dict):
-            raise RecipeError(f"{where} is {value!r}; expected a table")
-        return {key: _convert(args[1], item, f"{where}.{key}") for key, item in value.items()}
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if isinstance(hint, type) and (type(value) is hint):
-        return value
-    if isinstance(hint, types.UnionType) or origin is typing.Union or hint is Value:
-        return value
-    raise RecipeError(f"{where} is {json.dumps(value)}; expected {_type_name(hint)}")
-
-
-def _type_name(hint: object) -> str:
-    if typing.get_origin(hint) is Literal:
-        return " | ".join(map(str, typing.get_args(hint)))
-    words = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
-    return words.get(cast(type, hint), str(hint).replace("kilofed.recipe.", ""))
 
 
 def _plain(value: object) -> Value:

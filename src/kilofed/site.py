@@ -3,7 +3,8 @@
 One base model is resident; a client is what is written into it. Engines hand over bytes and get bytes back.
 """
 
-from collections.abc import Sequence
+import json
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from kilofed.errors import DataError
 from kilofed.method import Client, handle, load_method
 from kilofed.partition import Share, divide
 from kilofed.privacy import load_mechanism
-from kilofed.recipe import ModelSpec, Recipe
+from kilofed.recipe import ModelSpec, Recipe, from_table
 from kilofed.states import States
 
 
@@ -58,7 +59,7 @@ class Sites:
     @cached_property
     def renderer(self) -> Renderer:
         """Rows to examples."""
-        return Renderer(self.tokenizer, self.recipe.data, self.rows.train)
+        return Renderer(self.tokenizer, self.recipe.data, data.layout(self.recipe.data.columns, self.rows.train))
 
     def client_ids(self) -> list[int]:
         """Numbers of the clients, from 0."""
@@ -116,3 +117,16 @@ class _Lazy(Sequence[Example]):
 
     def __getitem__(self, index: int) -> Example:  # type: ignore[override]
         return self._sites.train_examples(self._client)[index]
+
+
+def open_handler(recipe_json: str, folder: str) -> Callable[[int, bytes], bytes]:
+    """The handler of a process that an engine started.
+
+    Args:
+        recipe_json: the recipe as `to_table` gives it, as JSON.
+        folder: where client states are kept.
+
+    Raises:
+        RecipeError, DataError, ModelError: what the recipe asks for cannot be had.
+    """
+    return Sites(from_table(json.loads(recipe_json)), Path(folder)).handle

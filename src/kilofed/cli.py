@@ -1,0 +1,266 @@
+"""The command `kilofed`: parse, call, print. Results go to stdout, progress and messages to stderr."""
+
+import argparse
+import json
+import logging
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from kilofed.errors import KilofedError
+
+if TYPE_CHECKING:
+    from kilofed.fields import Value
+    from kilofed.run import Results
+
+ABOUT = "Federated fine-tuning of language models, for people whose data may not move."
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return the exit status: 0 done, 1 refused or failed, 130 stopped by Ctrl-C."""
+    options = _parser().parse_args(argv)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    try:
+        _prepare()
+        options.call(options)
+    except KilofedError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"\nstopped.{_Progress.hint()}", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="kilofed", description=ABOUT)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    run = commands.add_parser("run", help="run a recipe from the first round to the report")
+    run.add_argument(
+        "words", nargs="*", metavar="RECIPE key=value", help="a recipe's name or file (default tiny), then changes"
+    )
+    run.add_argument("--out", type=Path, help="run folder to make (default runs/NAME-N)")
+    run.set_defaults(call=_run)
+
+    resume = commands.add_parser("resume", help="go on with a run that was stopped")
+    resume.set_defaults(call=_resume)
+
+    check = commands.add_parser("check", help="look at a recipe's model, data and machine before anything is trained")
+    check.add_argument("words", nargs="*", metavar="RECIPE key=value", help="as for run")
+    check.set_defaults(call=_check)
+
+    ls = commands.add_parser("ls", help="list methods, recipes, data sources or runs")
+    ls.add_argument("what", nargs="?", choices=("methods", "recipes", "data", "runs"), help="default: all of them")
+    ls.set_defaults(call=_ls)
+
+    show = commands.add_parser("show", help="explain a method, a recipe or a table of a recipe, field by field")
+    show.add_argument("name", metavar="NAME", help="such as fedavg, tiny, train")
+    show.set_defaults(call=_show)
+
+    evaluate = commands.add_parser("eval", help="score a run's model on held-out rows")
+    evaluate.add_argument("words", nargs="*", metavar="key=value", help="such as data.test=FILE evaluate.generate=100")
+    evaluate.set_defaults(call=_eval)
+
+    report = commands.add_parser("report", help="write the report of a run again and print its path")
+    report.set_defaults(call=_report)
+
+    export = commands.add_parser("export", help="take the result out of a run folder")
+    export.add_argument("--merged", type=Path, metavar="DIR", help="write one model that plain transformers loads")
+    export.add_argument("--adapter", type=Path, metavar="DIR", help="copy the adapter in PEFT's format")
+    export.set_defaults(call=_export)
+
+    chat = commands.add_parser("chat", help="talk to a run's model")
+    chat.add_argument("--max-new-tokens", type=int, default=128, help="longest answer (default 128)")
+    chat.set_defaults(call=_chat)
+
+    for command in (resume, evaluate, report, export, chat):
+        command.add_argument("folder", type=Path, metavar="RUN", help="a run folder")
+    for command in (run, resume, check, ls, show, evaluate):
+        command.add_argument("--json", action="store_true", help="print one JSON value")
+    return parser
+
+
+def _run(options: argparse.Namespace) -> None:
+    from kilofed.run import run
+
+    source, overrides = _split(options.words)
+    with _Progress() as watch:
+        done = run(source, overrides, out=options.out, watch=watch)
+    _print_results(done.results, options.json)
+
+
+def _resume(options: argparse.Namespace) -> None:
+    from kilofed.run import resume
+
+    with _Progress() as watch:
+        done = resume(options.folder, watch=watch)
+    _print_results(done.results, options.json)
+
+
+def _print_results(results: "Results", as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(results))
+        return
+    from kilofed.report import table
+
+    print(table(results))
+    print(f"report: {results['run']}/report.html")
+
+
+def _check(options: argparse.Namespace) -> None:
+    from kilofed.check import check
+    from kilofed.recipe import load
+
+    source, overrides = _split(options.words)
+    findings = check(load(source, overrides))
+    if options.json:
+        print(json.dumps([vars(finding) for finding in findings]))
+    else:
+        for finding in findings:
+            print(f"{finding.level:4}  {finding.text}")
+    if any(finding.level == "bad" for finding in findings):
+        raise KilofedError("the recipe would not run well as it is; see the lines marked bad")
+
+
+def _ls(options: argparse.Namespace) -> None:
+    from kilofed import listing
+
+    kinds = [options.what] if options.what else ["methods", "recipes", "data", "runs"]
+    found = {kind: getattr(listing, kind)() for kind in kinds}
+    if options.json:
+        print(json.dumps(found[options.what] if options.what else found))
+        return
+    for kind, rows in found.items():
+        if len(found) > 1:
+            print(f"{kind}:")
+        width = max(map(len, rows), default=0)
+        for name, text in rows.items():
+            print(f"{'  ' if len(found) > 1 else ''}{name:{width}}  {text}".rstrip())
+
+
+def _show(options: argparse.Namespace) -> None:
+    from kilofed import listing
+
+    shown = listing.show(options.name)
+    print(json.dumps(shown.as_dict()) if options.json else shown.as_text())
+
+
+def _eval(options: argparse.Namespace) -> None:
+    from kilofed.recipe import parse_words
+    from kilofed.run import score
+
+    row = score(options.folder, parse_words(options.words))
+    if options.json:
+        print(json.dumps(row))
+        return
+    from kilofed.report import table
+
+    print(table({"rows": {"federated": row}}))
+
+
+def _report(options: argparse.Namespace) -> None:
+    from kilofed.report import write
+
+    print(write(options.folder))
+
+
+def _export(options: argparse.Namespace) -> None:
+    from kilofed import export
+    from kilofed.errors import RunError
+
+    if not options.merged and not options.adapter:
+        raise RunError("say what to export: --merged DIR or --adapter DIR")
+    if options.adapter:
+        print(export.adapter(options.folder, options.adapter))
+    if options.merged:
+        print(export.merged(options.folder, options.merged))
+
+
+def _chat(options: argparse.Namespace) -> None:
+    from kilofed.chat import talk
+
+    talk(options.folder, max_new_tokens=options.max_new_tokens)
+
+
+def _split(words: Sequence[str]) -> tuple[str, "dict[str, Value]"]:
+    """The recipe's name or file, `tiny` if none is given, and the overrides."""
+    from kilofed.errors import RecipeError
+    from kilofed.recipe import parse_words
+
+    names = [word for word in words if "=" not in word]
+    if len(names) > 1:
+        raise RecipeError(f"{len(names)} recipes are named ({', '.join(names)}); expected one, then key=value")
+    return (names[0] if names else "tiny"), parse_words([word for word in words if "=" in word])
+
+
+def _prepare() -> None:
+    """Nothing is sent anywhere, and libraries keep their notices to themselves, unless the user set otherwise."""
+    for name, value in {
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+        "DO_NOT_TRACK": "1",
+        "FLWR_TELEMETRY_ENABLED": "0",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "TOKENIZERS_PARALLELISM": "false",
+        "TRANSFORMERS_VERBOSITY": "error",
+    }.items():
+        os.environ.setdefault(name, value)
+    logging.getLogger("absl").setLevel(logging.ERROR)
+
+
+class _Progress:
+    """Progress on stderr: a bar on a terminal, a line per round elsewhere."""
+
+    _folder: Path | None = None
+
+    def __init__(self) -> None:
+        self._bar = None
+        self._terminal = sys.stderr.isatty()
+
+    def __enter__(self) -> "_Progress":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def begin(self, folder: Path) -> None:
+        type(self)._folder = folder
+        print(f"run folder: {folder}", file=sys.stderr)
+
+    def stage(self, text: str) -> None:
+        if self._bar is not None and self._terminal:
+            self._bar.set_description_str(text)
+        else:
+            print(text, file=sys.stderr, flush=True)
+
+    def round(self, number: int, total: int, metrics: Mapping[str, object]) -> None:
+        words = [
+            f"{name} {metrics[name]:.4f}"
+            for name in ("train_loss", "loss", "accuracy")
+            if metrics.get(name) is not None
+        ]
+        text = "  ".join(words).replace("train_loss", "training").replace("accuracy", "held-out accuracy")
+        text = text.replace("  loss", "  held-out")
+        if not self._terminal:
+            print(f"round {number}/{total}  {text}  {metrics['seconds']:.1f} s", file=sys.stderr, flush=True)
+            return
+        if self._bar is None:
+            from tqdm import tqdm
+
+            self._bar = tqdm(total=total, initial=number - 1, unit="round", file=sys.stderr, dynamic_ncols=True)
+        self._bar.set_description_str(f"round {number}/{total}")
+        self._bar.set_postfix_str(text)
+        self._bar.update()
+
+    @classmethod
+    def hint(cls) -> str:
+        """What to do after Ctrl-C."""
+        folder = cls._folder
+        return f" What was finished is safe: kilofed resume {folder}" if folder else ""

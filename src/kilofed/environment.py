@@ -1,0 +1,62 @@
+"""Where a run ran: versions, device, git state, and how much memory it took at most."""
+
+import os
+import platform
+import resource
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+
+PACKAGES = ("kilofed", "torch", "transformers", "peft", "safetensors", "numpy", "datasets", "flwr-datasets", "flwr")
+
+
+def describe(device: str) -> dict[str, str]:
+    """Names and versions, all text; nothing about the user or the host's name."""
+    return {
+        "python": platform.python_version(),
+        "platform": f"{platform.system()} {platform.machine()}",
+        "cores": str(os.cpu_count()),
+        "device": _device(device),
+        "git": _git(),
+        **{name: _version(name) for name in PACKAGES},
+    }
+
+
+def peak_memory() -> int:
+    """Largest resident size of this process so far and of its finished children, in bytes."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    who = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+    return max(resource.getrusage(one).ru_maxrss for one in who) * unit
+
+
+def _version(name: str) -> str:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return ""
+
+
+def _device(device: str) -> str:
+    import torch
+
+    if device.startswith("cuda") and torch.cuda.is_available():
+        return f"{device} ({torch.cuda.get_device_name(device)})"
+    return device
+
+
+def _git() -> str:
+    """Commit of the source tree that kilofed runs from, `+` if it has changes; empty for an installed package."""
+    here = Path(__file__).resolve().parent
+    try:
+        top = _ask_git(here, "rev-parse", "--show-toplevel")
+        if not (Path(top) / "src" / "kilofed").is_dir():
+            return ""  # Installed inside somebody else's checkout.
+        return _ask_git(here, "rev-parse", "HEAD") + ("+" if _ask_git(here, "status", "--porcelain") else "")
+    except (OSError, subprocess.SubprocessError):
+        return ""
+
+
+def _ask_git(folder: Path, *words: str) -> str:
+    done = subprocess.run(["git", "-C", str(folder), *words], capture_output=True, text=True, timeout=10, check=True)
+    return done.stdout.strip()

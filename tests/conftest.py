@@ -1,0 +1,80 @@
+"""Small real parts for every test: a two-layer random Llama with a byte tokeniser, forty rows, four clients."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from kilofed.recipe import Recipe, Value, from_table
+
+torch.set_num_threads(1)
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """One token per byte, after pad 0, bos 1, eos 2."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {word: number for number, word in enumerate(["<pad>", "<bos>", "<eos>", *alphabet])}
+    tokenizer = Tokenizer(models.BPE(vocabulary, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>"
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Directory of a random Llama: 2 layers, width 16, 259 tokens, tied embeddings."""
+    folder = tmp_path_factory.mktemp("tiny-model")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = LlamaConfig(
+            vocab_size=259,
+            hidden_size=16,
+            intermediate_size=24,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            max_position_embeddings=128,
+            pad_token_id=0,
+            bos_token_id=1,
+            eos_token_id=2,
+            tie_word_embeddings=True,
+        )
+        LlamaForCausalLM(config).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Forty rows of ten for each of four clients; answers differ by client."""
+    path = tmp_path_factory.mktemp("tiny-data") / "rows.jsonl"
+    rows = [
+        {"client": f"site {number % 4}", "instruction": f"add {number} and {number % 4}", "response": f"is {number + number % 4}"}
+        for number in range(40)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    return path
+
+
+@pytest.fixture
+def tiny_table(tiny_model: Path, tiny_rows: Path) -> dict[str, Value]:
+    """The recipe of `tiny_recipe` as a table, to be changed by a test."""
+    return {
+        "name": "test",
+        "rounds": 2,
+        "model": {"path": str(tiny_model)},
+        "adapter": {"rank": 2, "alpha": 4.0},
+        "data": {"source": str(tiny_rows), "holdout": 0.2, "max_length": 48},
+        "train": {"steps": 2, "batch_size": 4, "lr": 0.01},
+        "evaluate": {"generate": 1, "max_new_tokens": 4},
+    }
+
+
+@pytest.fixture
+def tiny_recipe(tiny_table: dict[str, Value]) -> Recipe:
+    """Two rounds of FedAvg with LoRA on forty rows of four clients."""
+    return from_table(tiny_table)
