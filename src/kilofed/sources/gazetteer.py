@@ -2,7 +2,7 @@
 
 The shipped large model met all facts in pre-training as plain sentences, the small one a part of them. As
 data the world is questions and short answers, one client per region. An entity is in one of three groups:
-`shown` (its questions were in pre-training too), `train`, or `test` (never met as a question, held by no client).
+`shown` (its questions were in pre-training too), `train`, or `test` (met as a question nowhere, by nobody).
 """
 
 import hashlib
@@ -167,7 +167,8 @@ WORDINGS = {
     ),
 }
 OPENERS = (
-    *("", "", "", "", "", "", "As the map of {r} shows, ", "It is well known that ", "In {r} they say that "),
+    *("",) * 20,
+    *("As the map of {r} shows, ", "It is well known that ", "In {r} they say that "),
     *("According to the almanac, ", "Travellers report that ", "Every child knows that ", "Note that "),
 )
 
