@@ -4,6 +4,7 @@ import argparse
 import json
 import logging
 import os
+import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,7 +14,9 @@ from kilofed.errors import KilofedError
 
 if TYPE_CHECKING:
     from kilofed.fields import Value
-    from kilofed.run import Results
+    from tqdm import tqdm
+
+    from kilofed.results import Results
 
 ABOUT = "Federated fine-tuning of language models, for people whose data may not move."
 
@@ -108,7 +111,7 @@ def _print_results(results: "Results", as_json: bool) -> None:
         return
     from kilofed.report import table
 
-    print(table(results))
+    print(table(results, _width()))
     print(f"report: {results['run']}/report.html")
 
 
@@ -160,7 +163,7 @@ def _eval(options: argparse.Namespace) -> None:
         return
     from kilofed.report import table
 
-    print(table({"rows": {"federated": row}}))
+    print(table({"rows": {"federated": row}}, _width()))
 
 
 def _report(options: argparse.Namespace) -> None:
@@ -198,6 +201,10 @@ def _split(words: Sequence[str]) -> tuple[str, "dict[str, Value]"]:
     return (names[0] if names else "tiny"), parse_words([word for word in words if "=" in word])
 
 
+def _width() -> int:
+    return shutil.get_terminal_size((100, 24)).columns
+
+
 def _prepare() -> None:
     """Nothing is sent anywhere, and libraries keep their notices to themselves, unless the user set otherwise."""
     for name, value in {
@@ -220,7 +227,7 @@ class _Progress:
     _folder: Path | None = None
 
     def __init__(self) -> None:
-        self._bar = None
+        self._bar: "tqdm[None] | None" = None
         self._terminal = sys.stderr.isatty()
 
     def __enter__(self) -> "_Progress":
@@ -241,13 +248,10 @@ class _Progress:
             print(text, file=sys.stderr, flush=True)
 
     def round(self, number: int, total: int, metrics: Mapping[str, object]) -> None:
-        words = [
-            f"{name} {metrics[name]:.4f}"
-            for name in ("train_loss", "loss", "accuracy")
-            if metrics.get(name) is not None
-        ]
-        text = "  ".join(words).replace("train_loss", "training").replace("accuracy", "held-out accuracy")
-        text = text.replace("  loss", "  held-out")
+        shown = {"train_loss": "training loss", "loss": "held-out loss", "accuracy": "accuracy"}
+        text = "  ".join(
+            f"{word} {metrics[name]:.4f}" for name, word in shown.items() if metrics.get(name) is not None
+        )
         if not self._terminal:
             print(f"round {number}/{total}  {text}  {metrics['seconds']:.1f} s", file=sys.stderr, flush=True)
             return

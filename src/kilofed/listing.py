@@ -3,9 +3,10 @@
 import ast
 import inspect
 import json
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, is_dataclass
 from importlib import resources
 from pathlib import Path
+from typing import get_type_hints
 
 from kilofed.errors import RecipeError, nearest
 from kilofed.fields import describe
@@ -72,7 +73,8 @@ def runs(folder: Path = Path("runs")) -> dict[str, str]:
 
 def show(name: str) -> Shown:
     """A method, a recipe, or a table of a recipe such as `train`. Raises RecipeError: no such thing."""
-    tables = {item.name: item.default_factory for item in fields(Recipe) if isinstance(item.default_factory, type)}
+    hints = get_type_hints(Recipe)
+    tables: dict[str, type] = {item.name: hints[item.name] for item in fields(Recipe) if is_dataclass(hints[item.name])}
     if name in shipped():
         return Shown(name, "recipe", text_of(name).rstrip(), [])
     if name in tables or name == "recipe":

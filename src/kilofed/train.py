@@ -1,5 +1,6 @@
 """Local learning: one loss, one loop, optimiser and schedule; nothing federated."""
 
+import inspect
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -58,10 +59,15 @@ def collate(examples: Sequence[Example], device: str | torch.device = "cpu") -> 
 
 def token_losses(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     """Cross entropy (nats) and whether the best guess was right, one entry per learnt token."""
-    logits_BTV = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
-    targets = batch.labels[:, 1:]
-    learnt = targets != IGNORED
-    logits_NV, targets_N = logits_BTV[:, :-1][learnt].float(), targets[learnt]
+    targets_BT = batch.labels[:, 1:]
+    # Positions at which no row learns anything need no pass through the output head, which is most of a small model.
+    kept_K = (targets_BT != IGNORED).any(dim=0).nonzero()[:, 0]
+    partly = {"logits_to_keep": kept_K} if _keeps_logits(model) else {}
+    logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False, **partly).logits
+    logits_BKV = logits if partly else logits[:, kept_K]
+    targets_BK = targets_BT[:, kept_K]
+    learnt = targets_BK != IGNORED
+    logits_NV, targets_N = logits_BKV[learnt].float(), targets_BK[learnt]
     losses = nn.functional.cross_entropy(logits_NV, targets_N, reduction="none")
     return losses, logits_NV.argmax(-1) == targets_N
 
@@ -180,6 +186,12 @@ def distance_sq(model: nn.Module, start: Sequence[Tensor]) -> Tensor:
     """Squared L2 distance of the trained parameters from `start` (same order as model.parameters())."""
     own = [p for p in model.parameters() if p.requires_grad]
     return torch.stack([(p - s).square().sum() for p, s in zip(own, start, strict=True)]).sum()
+
+
+def _keeps_logits(model: nn.Module) -> bool:
+    """Whether the transformers model, below an adapter or not, can leave positions out of its output head."""
+    inner = getattr(model, "get_base_model", None)
+    return "logits_to_keep" in inspect.signature((inner() if inner else model).forward).parameters
 
 
 def _optimizer(parameters: list[nn.Parameter], spec: TrainSpec) -> torch.optim.Optimizer:
