@@ -120,9 +120,7 @@ def load(
         [row for rows in taken.values() for row in rows.train],
         [row for rows in taken.values() for row in rows.test],
         "documentation of this Python installation: "
-        + ", ".join(
-            f"{family} ({len(rows.train)} train, {len(rows.test)} test)" for family, rows in taken.items()
-        ),
+        + ", ".join(f"{family} ({len(rows.train)} train, {len(rows.test)} test)" for family, rows in taken.items()),
     )
 
 
@@ -171,9 +169,7 @@ def _take(
             taken[family] = rows
             seen |= _summaries(rows)
     if len(taken) < count:
-        raise ValueError(
-            f"only {len(taken)} of {count} package families have documentation; ask for fewer clients"
-        )
+        raise ValueError(f"only {len(taken)} of {count} package families have documentation; ask for fewer clients")
     return taken
 
 
@@ -199,11 +195,7 @@ def _collect(family: str, places: list[Path], seed: int, sizes: tuple[int, int],
             rows.append(row)
 
     for path, module in files:
-        rows = [
-            _row(family, function)
-            for function in functions(path, module)
-            if clean(summary(function.docstring))
-        ]
+        rows = [_row(family, function) for function in functions(path, module) if clean(summary(function.docstring))]
         rng.shuffle(rows)
         for row in rows[:MAX_ROWS_PER_FILE]:
             add(row)
@@ -257,9 +249,7 @@ def _walk(body: Sequence[ast.stmt], prefix: str, lines: list[str]) -> Iterator[F
         elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             docstring = ast.get_docstring(node)
             if docstring:
-                yield Function(
-                    f"{prefix}.{node.name}", _signature(node), _first_lines(node, lines), docstring
-                )
+                yield Function(f"{prefix}.{node.name}", _signature(node), _first_lines(node, lines), docstring)
 
 
 def _signature(node: ast.FunctionDef | ast.AsyncFunctionDef) -> str:
