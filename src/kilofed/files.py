@@ -36,6 +36,8 @@ def cut_after(path: Path, last_round: int) -> None:
     kept = []
     with path.open(encoding="utf-8", errors="replace") as lines:
         for line in lines:
+            if not line.endswith("\n"):
+                break  # Half-written, even if it reads well: the next line would be glued to it.
             try:
                 row = json.loads(line)
             except ValueError:
