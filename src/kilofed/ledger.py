@@ -105,9 +105,12 @@ class Ledger:
     def close(self) -> None:
         """Sync and let go of the file."""
         if self._file:
-            self.sync()
-            self._file.close()
-            self._file = None
+            try:
+                self.sync()
+            finally:
+                file, self._file = self._file, None
+                with said(f"cannot write {self.path}"):
+                    file.close()
 
     def _count(self, row: Row) -> None:
         self._bytes[row.direction, row.client] += row.bytes
