@@ -1,0 +1,35 @@
+"""Numbers as people read them; what is no number is `-`."""
+
+
+def number(value: object) -> float | None:
+    """`value` if it is a number."""
+    return value if isinstance(value, int | float) and not isinstance(value, bool) else None
+
+
+def size(value: object) -> str:
+    """Bytes with a unit, such as `1.2 MB`; 1 kB is 1000 bytes."""
+    num_bytes = number(value)
+    if num_bytes is None:
+        return "-"
+    if round(num_bytes) < 1000:
+        return f"{num_bytes:.0f} B"
+    power = next((p for p in (1, 2, 3) if round(num_bytes / 1000**p, 1) < 1000), 4)
+    return f"{num_bytes / 1000**power:.1f} {('kB', 'MB', 'GB', 'TB')[power - 1]}"
+
+
+def fixed(value: object, digits: int = 3) -> str:
+    """`digits` behind the point; from ten millions on three digits in all."""
+    found = number(value)
+    return "-" if found is None else f"{found:,.{digits}f}" if abs(found) < 1e7 else f"{found:.3g}"
+
+
+def percent(value: object) -> str:
+    """A share, 0 to 1, as `31.2 %`."""
+    share = number(value)
+    return "-" if share is None else f"{100 * share:.1f} %"
+
+
+def count(value: object) -> str:
+    """A whole number such as `1,234,567`."""
+    found = number(value)
+    return "-" if found is None else f"{found:,.0f}"
