@@ -1,26 +1,25 @@
-"""Rows into tokens: read files and data sets, map columns, fill the prompt template, mask the prompt."""
+"""Rows into tokens: map columns, fill the prompt template, mask what is not learnt, cut to length."""
 
-import gzip
-import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple, cast
 
+from jinja2 import TemplateError
+
 from kilofed.errors import DataError, nearest
-from kilofed.recipe import ColumnsSpec, DataSpec
+from kilofed.recipe import DataSpec
+from kilofed.rows import Row, Rows, layout, read, row_hash
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+__all__ = ["IGNORED", "TEMPLATES", "Example", "Renderer", "Row", "Rows", "layout", "read", "row_hash"]
 
 log = logging.getLogger("kilofed")
 
 IGNORED = -100
 """Label of a token that is not learnt."""
-
-EMBEDDED = ("pydocs", "gazetteer")
 
 TEMPLATES: dict[str, tuple[str, str]] = {
     # name: (prompt with a context, prompt without one); the response follows at once
@@ -36,7 +35,10 @@ TEMPLATES: dict[str, tuple[str, str]] = {
     "question": ("{context}\nQuestion: {instruction}\nAnswer: ", "Question: {instruction}\nAnswer: "),
 }
 
-Row = Mapping[str, object]
+Turn = Mapping[str, object]
+"""`role` and `content`, both text."""
+Piece = tuple[str, bool]
+"""A stretch of text and whether it is learnt."""
 
 
 class Example(NamedTuple):
@@ -46,66 +48,9 @@ class Example(NamedTuple):
     labels: list[int]
     """input_ids where learnt, IGNORED elsewhere; same length."""
     prompt_ids: list[int]
-    """What a model is given when it is asked to answer."""
+    """What a model is given when it is asked to answer; begins input_ids unless the row was cut."""
     references: list[str]
     """Right answers; empty for running text."""
-
-
-@dataclass(frozen=True)
-class Rows:
-    """What a source holds before it is divided among clients."""
-
-    train: list[Row]
-    test: list[Row]
-    note: str
-    """What was read, in one line."""
-
-
-def read(spec: DataSpec, seed: int) -> Rows:
-    """The rows that `spec.source` names.
-
-    Raises:
-        DataError: missing file, broken line (by number), no rows, a hub id without network.
-    """
-    if spec.source in EMBEDDED:
-        from kilofed import sources
-
-        found = sources.load(spec.source, seed=seed, **spec.options)
-        return Rows(list(found.train), list(found.test), found.note)
-    train, test = _read_any(spec.source)
-    if spec.test:
-        test = _read_file(Path(spec.test)) if Path(spec.test).exists() else _read_any(spec.test)[0]
-    if not train:
-        raise DataError(f"{spec.source} holds no rows; expected at least one")
-    if spec.max_rows and len(train) > spec.max_rows:
-        train = sorted(train, key=lambda row: row_hash(row, seed))[: spec.max_rows]
-    return Rows(train, test, f"{spec.source}: {len(train)} training rows, {len(test)} held-out rows")
-
-
-def row_hash(row: Row, seed: int = 0) -> int:
-    """A number that depends on the row's content and `seed` alone, the same on every machine."""
-    text = json.dumps([seed, dict(row)], sort_keys=True, default=str)
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
-
-
-def layout(columns: ColumnsSpec, rows: Sequence[Row]) -> str:
-    """`response`, `messages` or `text`: which of the mapped columns these rows have.
-
-    Raises:
-        DataError: none of them, with the columns that exist.
-    """
-    have = set(rows[0])
-    for kind, needed in (
-        ("response", {columns.instruction, columns.response}),
-        ("messages", {columns.messages}),
-        ("text", {columns.text}),
-    ):
-        if needed <= have:
-            return kind
-    raise DataError(
-        f"the rows have the columns {', '.join(sorted(have))}; expected {columns.instruction} and {columns.response}, "
-        f"or {columns.messages}, or {columns.text}\n  hint: data.columns.instruction=NAME data.columns.response=NAME"
-    )
 
 
 class Renderer:
@@ -115,202 +60,184 @@ class Renderer:
         kind: what `layout` said of the rows.
 
     Raises:
-        DataError: unknown template, a row without its column, a chat template that rewrites earlier turns.
+        DataError: a template that does not exist or does not fit, a malformed talk, a chat template that refuses a
+            talk or rewrites earlier turns.
     """
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase", spec: DataSpec, kind: str) -> None:
         self.tokenizer, self.spec, self.kind = tokenizer, spec, kind
-        self.template = spec.template or ("chat" if tokenizer.chat_template else "plain")
-        if self.template != "chat" and self.template not in TEMPLATES:
-            raise DataError(f"data.template is {self.template!r}{nearest(self.template, [*TEMPLATES, 'chat'])}")
-        if self.template == "chat" and not tokenizer.chat_template:
-            raise DataError(f"data.template is 'chat' but the tokeniser has none; use one of {', '.join(TEMPLATES)}")
+        self.template = _template(tokenizer, spec, kind)
         self.num_cut = 0
         """Examples so far that were longer than max_length."""
+        self.num_empty = 0
+        """Rows so far that had nothing to learn and were left out."""
+        self._special = {token for token, word in tokenizer.added_tokens_decoder.items() if word.special}
+        self._special |= set(tokenizer.all_special_ids)
 
     def __call__(self, rows: Iterable[Row]) -> list[Example]:
-        """Examples of all rows that have something to learn, in order."""
-        examples = (self._example(number, row) for number, row in enumerate(rows, 1))
-        return [example for example in examples if any(label != IGNORED for label in example.labels)]
+        """Examples of all rows that have something to learn, in order; warns of the first that have not."""
+        examples = [self._example(row) for row in rows]
+        learnt = [e for e in examples if any(label != IGNORED for label in e.labels[1:])]
+        if (num_empty := len(examples) - len(learnt)) and not self.num_empty:
+            log.warning("%d of %d rows have no answer and are left out", num_empty, len(examples))
+        self.num_empty += num_empty
+        return learnt
 
     def prompt(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         """Token ids that ask for the next answer of a talk; a template for single questions sees the last one only."""
         if self.kind == "messages" or self.template == "chat":
-            pieces, _ = self._chat([*messages, {"role": "assistant", "content": "-"}])
+            pieces, _ = self._talk([*messages, {"role": "assistant", "content": "-"}])
+        elif self.kind == "text":
+            pieces = [(messages[-1]["content"], False), ("-", True)]
         else:
-            columns, last = self.spec.columns, messages[-1]["content"]
-            pieces, _ = self._pieces({columns.instruction: last, columns.response: "-", columns.text: last})
-        if self.kind == "text":
-            pieces = [*pieces, ("-", True)]
-        return self._cut([*((text, False) for text, _ in pieces[:-1]), pieces[-1]], []).prompt_ids
+            columns = self.spec.columns
+            pieces, _ = self._pieces({columns.instruction: messages[-1]["content"], columns.response: "-"})
+        return self._cut(*self._tokens(pieces), []).prompt_ids
 
-    def _example(self, number: int, row: Row) -> Example:
-        try:
-            pieces, references = self._pieces(row)
-        except KeyError as error:
-            raise DataError(f"row {number} has no column {error}; it has {', '.join(sorted(row))}") from error
-        return self._cut(pieces, references)
-
-    def _pieces(self, row: Row) -> tuple[list[tuple[str, bool]], list[str]]:
-        """Stretches of text with whether they are learnt, and the right answers."""
+    def key(self, row: Row, *, answer: bool = True) -> str:
+        """What a model sees of a row, to tell whether two rows are one; without its answer if so asked."""
         columns = self.spec.columns
         if self.kind == "text":
-            return [(str(row[columns.text]), True)], []
+            return _text(row[columns.text])
         if self.kind == "messages":
-            return self._chat(cast(Sequence[Mapping[str, str]], row[columns.messages]))
-        answer = row[columns.response]
-        references = [str(one) for one in answer] if isinstance(answer, list | tuple) else [str(answer)]
-        instruction, context = str(row[columns.instruction]), str(row.get(columns.context) or "")
+            turns = _turns(row[columns.messages])
+            last = max((i for i, turn in enumerate(turns) if turn["role"] == "assistant"), default=0)
+            return json.dumps([[turn["role"], turn["content"]] for turn in turns[: last + answer]])
+        asked = [_text(row[columns.instruction]), _text(row.get(columns.context))]
+        return json.dumps([asked, _references(row[columns.response]) if answer else []])
+
+    def _example(self, row: Row) -> Example:
+        pieces, references = self._pieces(row)
+        ids, labels, prompt_end = self._tokens(pieces)
+        self.num_cut += len(ids) > self.spec.max_length
+        return self._cut(ids, labels, prompt_end, references)
+
+    def _pieces(self, row: Row) -> tuple[list[Piece], list[str]]:
+        """Stretches of text, and the right answers."""
+        columns = self.spec.columns
+        if self.kind == "text":
+            return [(_text(row[columns.text]), True)], []
+        if self.kind == "messages":
+            return self._talk(_turns(row[columns.messages]))
+        references = _references(row[columns.response])
+        first = next(iter(references), "")
+        instruction, context = _text(row[columns.instruction]), _text(row.get(columns.context))
         if self.template == "chat":
             asked = f"{instruction}\n\n{context}" if context else instruction
-            return self._chat([{"role": "user", "content": asked}, {"role": "assistant", "content": references[0]}])
+            pieces, _ = self._talk([{"role": "user", "content": asked}, {"role": "assistant", "content": first}])
+            return (pieces if first else [(text, False) for text, _ in pieces]), references
         with_context, without = TEMPLATES[self.template]
         prompt = (with_context if context else without).format(instruction=instruction, context=context)
-        return [(prompt, False), (references[0], True)], references
+        return [(prompt, False), (first, True)], references
 
-    def _chat(self, messages: Sequence[Mapping[str, str]]) -> tuple[list[tuple[str, bool]], list[str]]:
-        render = self._render_chat if self.template == "chat" else self._render_turns
-        pieces: list[tuple[str, bool]] = []
+    def _talk(self, turns: Sequence[Turn]) -> tuple[list[Piece], list[str]]:
+        """A talk in which the assistant's turns are learnt; what follows the last of them is left out."""
+        answers = [str(turn["content"]) for turn in turns if turn["role"] == "assistant"]
+        return (self._chat(turns) if self.template == "chat" else self._plain(turns)), answers[-1:]
+
+    def _chat(self, turns: Sequence[Turn]) -> list[Piece]:
+        pieces: list[Piece] = []
         done = ""
-        references: list[str] = []
-        for turn, message in enumerate(messages):
-            if message["role"] != "assistant":
+        for number, turn in enumerate(turns):
+            if turn["role"] != "assistant":
                 continue
-            before, after = render(messages[:turn], True), render(messages[: turn + 1], False)
+            before, after = self._rendered(turns[:number], ask=True), self._rendered(turns[: number + 1], ask=False)
             if not before.startswith(done) or not after.startswith(before):
                 raise DataError("the chat template rewrites earlier turns, so that answers cannot be told from prompts: "
                                 "use data.template=plain")  # fmt: skip
             pieces += [(before[len(done) :], False), (after[len(before) :], True)]
-            done, references = after, [message["content"]]
-        return pieces, references
+            done = after
+        return pieces
 
-    def _render_chat(self, messages: Sequence[Mapping[str, str]], ask: bool) -> str:
-        text = self.tokenizer.apply_chat_template(
-            [dict(m) for m in messages], tokenize=False, add_generation_prompt=ask
-        )
-        return cast(str, text)
+    def _rendered(self, turns: Sequence[Turn], *, ask: bool) -> str:
+        try:
+            talk = [{name: str(text) for name, text in turn.items()} for turn in turns]
+            return cast(str, self.tokenizer.apply_chat_template(talk, tokenize=False, add_generation_prompt=ask))
+        except TemplateError as error:
+            roles = ", ".join(str(turn["role"]) for turn in turns) or "nobody"
+            raise DataError(
+                f"the chat template refuses a talk of {roles} ({error}): mend the rows, or use data.template=plain"
+            ) from error
 
-    def _render_turns(self, messages: Sequence[Mapping[str, str]], ask: bool) -> str:
-        text = "".join(f"{m['role'].capitalize()}: {m['content']}\n" for m in messages)
-        return text + "Assistant: " if ask else text
+    def _plain(self, turns: Sequence[Turn]) -> list[Piece]:
+        # Without an end token, the line's end is what says that an answer is over.
+        closing = "\n" if self.tokenizer.eos_token_id is None else ""
+        pieces: list[Piece] = []
+        asked = ""
+        for turn in turns:
+            if turn["role"] == "assistant":
+                pieces += [(asked + "Assistant: ", False), (f"{turn['content']}{closing}", True)]
+                asked = "" if closing else "\n"
+            else:
+                asked += f"{str(turn['role']).capitalize()}: {turn['content']}\n"
+        return pieces
 
-    def _cut(self, pieces: Sequence[tuple[str, bool]], references: list[str]) -> Example:
+    def _tokens(self, pieces: Sequence[Piece]) -> tuple[list[int], list[int], int]:
+        """Tokens, labels, and where the last learnt stretch begins."""
         bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
         ids: list[int] = []
         labels: list[int] = []
         prompt_end = 0
+        if self.template != "chat" and bos is not None:
+            ids, labels = [bos], [IGNORED]
         for text, learnt in pieces:
-            piece = self.tokenizer.encode(text, add_special_tokens=False)
+            piece = self.tokenizer.encode(text, add_special_tokens=False, verbose=False)
+            num_learnt = len(piece) if learnt else 0
+            if learnt and self.template == "chat":
+                # The template may go on behind the end token, with a line break for instance; no model needs to say that.
+                num_learnt = 1 + max(
+                    (i for i, token in enumerate(piece) if token in self._special), default=len(piece) - 1
+                )
+            elif learnt and piece and eos is not None:
+                piece, num_learnt = [*piece, eos], len(piece) + 1
             if learnt:
                 prompt_end = len(ids)
             ids += piece
-            labels += piece if learnt else [IGNORED] * len(piece)
-        if eos is not None and self.template != "chat" and labels and labels[-1] != IGNORED:
-            ids, labels = [*ids, eos], [*labels, eos]
-        room = self.spec.max_length - (bos is not None)
-        if len(ids) > room:
-            self.num_cut += 1
-            # Keep the answer: cut the prompt from the left first, the answer from the right last.
-            left = min(len(ids) - room, max(prompt_end - room // 4, 0))
-            ids, labels, prompt_end = ids[left : left + room], labels[left : left + room], prompt_end - left
-        if bos is not None and self.template != "chat":
-            ids, labels, prompt_end = [bos, *ids], [IGNORED, *labels], prompt_end + 1
-        return Example(ids, labels, ids[:prompt_end], references)
+            labels += piece[:num_learnt] + [IGNORED] * (len(piece) - num_learnt)
+        return ids, labels, prompt_end
+
+    def _cut(self, ids: list[int], labels: list[int], prompt_end: int, references: list[str]) -> Example:
+        """At most max_length tokens: the prompt loses its left down to a quarter, then the answer its right."""
+        bos, most = self.tokenizer.bos_token_id, self.spec.max_length
+        lead = 1 if bos is not None and ids[:1] == [bos] else 0  # It stays in front.
+        room = most - lead
+        prompt = ids[lead:prompt_end]
+        prompt_ids = ids[:lead] + prompt[max(len(prompt) - room, 0) :]
+        if len(ids) > most:
+            left = lead + min(len(ids) - most, max(len(prompt) - room // 4, 0))
+            ids, labels = ids[:lead] + ids[left : left + room], labels[:lead] + labels[left : left + room]
+        return Example(ids, labels, prompt_ids, references)
 
 
-def _read_any(source: str) -> tuple[list[Row], list[Row]]:
-    path = Path(source)
-    if path.is_dir():
-        return _read_folder(path)
-    if path.is_file():
-        return _read_file(path), []
-    if path.suffix or source.startswith((".", "/", "~")):
-        raise DataError(f"there is no file {source}; check data.source (paths are relative to {Path.cwd()})")
-    return _read_hub(source)
+def _template(tokenizer: "PreTrainedTokenizerBase", spec: DataSpec, kind: str) -> str:
+    """The template's name; empty for running text."""
+    name = spec.template
+    if name and name != "chat" and name not in TEMPLATES:
+        raise DataError(f"data.template is {name!r}{nearest(name, [*TEMPLATES, 'chat'])}")
+    if name == "chat" and not tokenizer.chat_template:
+        raise DataError(f"data.template is 'chat' but the tokeniser has none; use one of {', '.join(TEMPLATES)}")
+    if kind == "text" and name:
+        raise DataError(f"data.template is {name!r} but the rows are running text, which has no prompt: leave it out")
+    if kind == "messages" and name not in ("", "chat", "plain"):
+        raise DataError(f"data.template is {name!r}, which is for single questions; messages take chat or plain")
+    if kind == "text":
+        return ""
+    return name or ("chat" if tokenizer.chat_template else "plain")
 
 
-def _read_folder(path: Path) -> tuple[list[Row], list[Row]]:
-    if (path / "dataset_dict.json").exists() or (path / "dataset_info.json").exists():
-        import datasets
-
-        return _splits(datasets.load_from_disk(str(path)))
-    files = sorted(file for file in path.iterdir() if _reader(file))
-    held = [file for file in files if file.name.split(".")[0].startswith(("test", "validation", "eval", "dev"))]
-    train = [file for file in files if file.name.split(".")[0].startswith("train")] or [
-        f for f in files if f not in held
-    ]
-    if not train:
-        names = ", ".join(sorted(item.name for item in path.iterdir())) or "nothing"
-        raise DataError(f"{path} has no .jsonl, .jsonl.gz, .csv or .parquet file to train on; it holds {names}")
-    return [row for file in train for row in _read_file(file)], [row for file in held[:1] for row in _read_file(file)]
+def _text(value: object) -> str:
+    return "" if value is None else str(value)
 
 
-def _read_hub(source: str) -> tuple[list[Row], list[Row]]:
-    import datasets
-
-    try:
-        return _splits(datasets.load_dataset(source))
-    except (OSError, ValueError, RuntimeError) as error:
-        raise DataError(
-            f"{source} is no embedded source ({', '.join(EMBEDDED)}), no local file, and the hub did not give it "
-            f"({type(error).__name__}: {str(error).splitlines()[0][:200]}): check the name and the network"
-        ) from error
+def _references(value: object) -> list[str]:
+    """Right answers; the first is learnt."""
+    return [_text(one) for one in value] if isinstance(value, list | tuple) else [_text(value)]
 
 
-def _splits(found: object) -> tuple[list[Row], list[Row]]:
-    import datasets
-
-    if not isinstance(found, datasets.DatasetDict):
-        return list(cast(Iterable[Row], found)), []
-    train = "train" if "train" in found else next(iter(found))
-    test = next((name for name in ("test", "validation") if name in found and name != train), "")
-    return list(found[train]), list(found[test]) if test else []
-
-
-def _reader(path: Path) -> Callable[[Path], list[Row]] | None:
-    readers = {".jsonl": _read_jsonl, ".json": _read_jsonl, ".csv": _read_table, ".parquet": _read_table}
-    suffixes = [suffix for suffix in path.suffixes if suffix != ".gz"]
-    return readers.get(suffixes[-1]) if suffixes else None
-
-
-def _read_file(path: Path) -> list[Row]:
-    reader = _reader(path)
-    if reader is None:
-        raise DataError(f"{path} is not .jsonl, .jsonl.gz, .csv or .parquet")
-    return reader(path)
-
-
-def _read_jsonl(path: Path) -> list[Row]:
-    rows: list[Row] = []
-    try:
-        with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as lines:
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    rows.append(_json_row(path, number, line))
-    except (UnicodeDecodeError, EOFError, gzip.BadGzipFile) as error:
-        raise DataError(
-            f"{path} cannot be read after line {len(rows)} ({error}): it is cut off or no UTF-8 text"
-        ) from error
-    return rows
-
-
-def _json_row(path: Path, number: int, line: str) -> Row:
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise DataError(f"{path} line {number} is not JSON ({error}); mend or delete that line") from error
-    if not isinstance(row, dict):
-        raise DataError(f"{path} line {number} is a {type(row).__name__}; expected an object with columns")
-    return row
-
-
-def _read_table(path: Path) -> list[Row]:
-    import datasets
-
-    kind = "csv" if ".csv" in path.suffixes else "parquet"
-    try:
-        found = datasets.load_dataset(kind, data_files=str(path), split="train")
-    except (OSError, ValueError, RuntimeError) as error:
-        cause = str(error.__cause__ or error).splitlines()[0]
-        raise DataError(f"{path} is not a readable {kind} file ({cause})") from error
-    return list(cast(Iterable[Row], found))
+def _turns(value: object) -> Sequence[Turn]:
+    if isinstance(value, list) and all(
+        isinstance(turn, dict) and isinstance(turn.get("role"), str) and isinstance(turn.get("content"), str)
+        for turn in value
+    ):
+        return value
+    raise DataError(f"messages are {str(value)[:100]!r}; expected a list of {{role, content}}, both text")

@@ -13,7 +13,7 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from kilofed.errors import ModelError
 from kilofed.recipe import AdapterSpec, ModelSpec
@@ -61,6 +61,15 @@ def load_model(spec: ModelSpec, adapter: AdapterSpec, seed: int) -> nn.Module:
         ModelError: the model cannot be loaded, or the adapter's targets match nothing (with the names that exist).
     """
     return add_adapter(load_base(spec), adapter, seed)
+
+
+def outline(spec: ModelSpec, adapter: AdapterSpec) -> PreTrainedModel:
+    """The model of `load_model` without its weights: names, shapes, sizes, for the price of its config. Raises ModelError."""
+    with _said(spec, "config"), quiet():
+        config = AutoConfig.from_pretrained(locate(spec), **_revision(spec))
+        with torch.device("meta"):
+            base = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, spec.dtype))  # type: ignore[no-untyped-call]
+    return cast(PreTrainedModel, add_adapter(cast(PreTrainedModel, base), adapter, 0))
 
 
 def add_adapter(base: PreTrainedModel, adapter: AdapterSpec, seed: int) -> nn.Module:
