@@ -332,13 +332,12 @@ class Cohort:
             raise PrivacyError(
                 f"privacy.{self._policy.kind} needs one ask for all clients, {action!r} sends one to each"
             )
+        when = self._round, self._num_exchanges
         total = _Sum()
         for client, reply in self._replies(action, "mean", ask):
             total.add(reply, uniform=self._policy.uniform, who=client)
         shared = ask if isinstance(ask, Payload) else Payload()
-        return self._policy.server(
-            total.mean(), shared, num_replies=total.num, expected=len(self.ids), round=self._round
-        )
+        return self._policy.server(total.mean(), shared, num_replies=total.num, expected=len(self.ids), when=when)
 
     def call(self, action: str, ask: Payload | Mapping[int, Payload]) -> dict[int, Payload]:
         """Every client's reply to `action`, by id.

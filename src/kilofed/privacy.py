@@ -18,6 +18,9 @@ from kilofed.errors import PrivacyError
 from kilofed.payload import Payload
 from kilofed.recipe import PrivacySpec
 
+When = tuple[int, int]
+"""(round, exchange)."""
+
 
 @dataclass(frozen=True)
 class Mechanism:
@@ -33,8 +36,8 @@ class Mechanism:
         """What leaves the client's walls instead of `reply`."""
         return reply
 
-    def server(self, mean: Payload, ask: Payload, *, num_replies: int, expected: int, round: int) -> Payload:
-        """What the method is given instead of `mean`."""
+    def server(self, mean: Payload, ask: Payload, *, num_replies: int, expected: int, when: When) -> Payload:
+        """What the method is given instead of `mean`, the mean of `num_replies` replies from `expected` clients."""
         return mean
 
     def epsilon(self, num_means: int) -> float:
@@ -71,13 +74,18 @@ class CentralGaussian(Mechanism):
              for name, update in updates.items()}
         )  # fmt: skip
 
-    def server(self, mean: Payload, ask: Payload, *, num_replies: int, expected: int, round: int) -> Payload:
+    def __post_init__(self) -> None:
+        if math.isinf(self.clip) and self.noise_multiplier:
+            raise PrivacyError(
+                "privacy.clip is inf, so no finite noise hides one client: set a finite clip, or noise_multiplier 0"
+            )
+
+    def server(self, mean: Payload, ask: Payload, *, num_replies: int, expected: int, when: When) -> Payload:
         if num_replies == expected and self.noise_multiplier == 0:
             return mean
-        if math.isinf(self.clip):
-            raise PrivacyError("privacy.clip is inf, so no finite noise hides one client: set a finite clip")
-        source = np.random.Generator(np.random.Philox(key=int(self.key, 16) ^ (round << 64)))
-        deviation = self.noise_multiplier * self.clip / expected
+        # No two means share a stream: their difference would be free of noise.
+        source = np.random.Generator(np.random.Philox(key=int(self.key, 16) ^ (when[0] << 64 | when[1])))
+        deviation = self.noise_multiplier * self.clip / expected if self.noise_multiplier else 0.0
         tensors: dict[str, Tensor] = {}
         for name in sorted(mean.tensors):
             tensor = mean.tensors[name]
@@ -102,7 +110,7 @@ class CentralGaussian(Mechanism):
 
 
 def load_mechanism(spec: PrivacySpec) -> Mechanism:
-    """The mechanism that a recipe asks for. Raises PrivacyError: a key that is not 32 hex digits."""
+    """The mechanism that a recipe asks for. Raises PrivacyError: a key that is not 32 hex digits, noise without a clip."""
     if spec.kind == "none":
         return Mechanism()
     key = spec.noise_key or new_key()
