@@ -238,8 +238,10 @@ def forecast(method: Method, server: Server, policy: Mechanism) -> list[Sent]:
     sent = []
     for message in method.rehearse(server):
         ask = Payload(message.ask.tensors, {**message.ask.scalars, **address(message.action, message.verb, 0, 0)})
-        up = policy.client(message.reply, message.ask).num_bytes * message.times
-        sent.append(Sent(message.action, ask.num_bytes * message.times, up, message.times))
+        _, about = _function(method, message.action)
+        reply = policy.client(message.reply, message.ask) if about.reads_data else message.reply
+        down, up = ask.num_bytes * message.times, reply.num_bytes * message.times
+        sent.append(Sent(message.action, down, up, message.times))
     return sent
 
 
@@ -259,10 +261,10 @@ def handle(method: Method, policy: Mechanism, client: Client, body: bytes) -> by
     except KeyError as error:
         raise PayloadError(f"the message has no {error}: it was not written by a kilofed server") from error
     ask = Payload(ask.tensors, {k: v for k, v in ask.scalars.items() if not k.startswith("kilofed.")})
-    client.round, client.state = when[0], client.states.before(when)
+    before = client.states.before(when)
+    client.round, client.state = when[0], dict(before)
     try:
-        function = _function(method, action)
-        about = cast(Action, function.__on_client__)  # type: ignore[attr-defined]
+        function, about = _function(method, action)
         if verb == "call" and about.reads_data and policy.needs_aggregate:
             raise PrivacyError(
                 f"{action!r} in {type(method).__name__} lets the server see single replies; "
@@ -273,19 +275,19 @@ def handle(method: Method, policy: Mechanism, client: Client, body: bytes) -> by
             reply = policy.client(reply, ask)
     except (ClientError, PrivacyError) as error:
         return Payload(scalars={ERROR: str(error), KIND: type(error).__name__}).encode()
-    if client.state:
+    if client.state or before:
         client.states.keep(when, client.state)
     return reply.encode()
 
 
-def _function(method: Method, action: str) -> Callable[[Client, Payload], Payload]:
-    function = getattr(type(method), action, None)
-    if not isinstance(getattr(function, "__on_client__", None), Action):
+def _function(method: Method, action: str) -> tuple[Callable[[Client, Payload], Payload], Action]:
+    about = getattr(getattr(type(method), action, None), "__on_client__", None)
+    if not isinstance(about, Action):
         marked = [name for name, item in inspect.getmembers(type(method)) if hasattr(item, "__on_client__")]
         raise PayloadError(
             f"{action!r} is not something that clients of {type(method).__name__} do{nearest(action, marked)}"
         )
-    return cast(Callable[[Client, Payload], Payload], getattr(method, action))
+    return cast(Callable[[Client, Payload], Payload], getattr(method, action)), about
 
 
 class Cohort:
