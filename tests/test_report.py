@@ -236,6 +236,7 @@ def test_every_plot_has_words_and_every_id_is_its_own(folder: Path) -> None:
     assert len(ids) == len(set(ids))
     drawings = [attributes for tag, attributes in page.tags if tag == "svg" and attributes.get("role") == "img"]
     assert len(drawings) == 6
+    assert all(page.text.count(name) == 4 for name in NAMES), "a key, the ticks of two plots, a table"
     for drawing in drawings:
         assert set((drawing["aria-labelledby"] or "").split()) <= set(ids)
     source = (folder / "report.html").read_text("utf-8")
@@ -326,7 +327,7 @@ def test_any_number_of_clients_and_rounds_can_be_drawn(tmp_path: Path, num_clien
     page = Page(report.write(folder))
     assert f"{130 * num_clients * 1_003:,} bytes" in page.text
     assert "sent per 3 rounds" in page.text
-    assert ("the first 60 of 70" in page.text) == (num_clients == 70)
+    assert ("The first 60 of 70 clients" in page.text) == (num_clients == 70)
 
 
 def test_seeds_are_summed_and_shown_one_by_one(tmp_path: Path) -> None:

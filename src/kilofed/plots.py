@@ -31,7 +31,6 @@ _VARIABLES = {_INK: "--ink", _GRID: "--grid"} | {colour: f"--c{i}" for i, colour
 _STYLE = {
     "svg.fonttype": "none",
     "svg.hashsalt": "kilofed",
-    "text.parse_math": False,
     "font.sans-serif": ["DejaVu Sans"],
     "font.size": 9.0,
     "text.color": _INK,
@@ -148,7 +147,7 @@ def bars(name: str, clients: Sequence[str], stacks: Mapping[str, Sequence[float]
     for i, values in enumerate(stacks.values()):
         axes.barh(range(len(clients)), values, left=left, color=_COLOURS[i], height=0.7)
         left = [start + value for start, value in zip(left, values, strict=True)]
-    axes.set_yticks(range(len(clients)), [_short(client) for client in clients])
+    axes.set_yticks(range(len(clients)), [_short(client) for client in clients], parse_math=False)
     axes.invert_yaxis()
     axes.grid(visible=False, axis="y")
     _measure(axes, unit)

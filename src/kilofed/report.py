@@ -233,7 +233,10 @@ def _byte_plots(reading: Reading, names: Mapping[str, str]) -> dict[str, plots.P
     if not rounds:
         return {}
     down, up = ([traffic.by_round[at, way] for at in rounds] for way in ("down", "up"))
-    shares = {way: [traffic.by_client[client, way] for client in clients] for way in ("down", "up")}
+    shares = {
+        "down, to the client": [traffic.by_client[client, "down"] for client in clients],
+        "up, from the client": [traffic.by_client[client, "up"] for client in clients],
+    }
     labels = [names.get(str(client), str(client)) for client in clients]
     return {
         "rounds": plots.traffic("rounds", rounds, down, up),
