@@ -103,7 +103,7 @@ class Renderer:
             turns = _turns(row[columns.messages])
             last = max((i for i, turn in enumerate(turns) if turn["role"] == "assistant"), default=0)
             return json.dumps([[turn["role"], turn["content"]] for turn in turns[: last + answer]])
-        asked = [_text(row[columns.instruction]), _text(row.get(columns.context))]
+        asked = [_text(row[columns.instruction]), self._context(row)]
         return json.dumps([asked, _references(row[columns.response]) if answer else []])
 
     def _example(self, row: Row) -> Example:
@@ -121,7 +121,7 @@ class Renderer:
             return self._talk(_turns(row[columns.messages]))
         references = _references(row[columns.response])
         first = next(iter(references), "")
-        instruction, context = _text(row[columns.instruction]), _text(row.get(columns.context))
+        instruction, context = _text(row[columns.instruction]), self._context(row)
         if self.template == "chat":
             asked = f"{instruction}\n\n{context}" if context else instruction
             pieces, _ = self._talk([{"role": "user", "content": asked}, {"role": "assistant", "content": first}])
@@ -129,6 +129,10 @@ class Renderer:
         with_context, without = TEMPLATES[self.template]
         prompt = (with_context if context else without).format(instruction=instruction, context=context)
         return [(prompt, False), (first, True)], references
+
+    def _context(self, row: Row) -> str:
+        columns = self.spec.columns
+        return "" if columns.context == columns.instruction else _text(row.get(columns.context))
 
     def _talk(self, turns: Sequence[Turn]) -> tuple[list[Piece], list[str]]:
         """A talk in which the assistant's turns are learnt; what follows the last of them is left out."""

@@ -231,7 +231,9 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
 
 def _read_jsonl(path: Path) -> list[Row]:
     return [
-        _as_row(_parse(path, number, line), f"{path} line {number}") for number, line in _lines(path) if line.strip()
+        _as_row(_parse(path, number, line.rstrip()), f"{path} line {number}")
+        for number, line in _lines(path)
+        if line.strip()
     ]
 
 
