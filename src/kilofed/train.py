@@ -141,7 +141,8 @@ def fit(
         objective: what is minimised; (model, batch) to a scalar.
 
     Raises:
-        NonFiniteLoss: a loss was NaN or infinite; the model keeps the weights of the step before.
+        NonFiniteLoss: a loss was NaN or infinite, and the model keeps the weights of the step before; or the last
+            step made a weight so.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     device = parameters[0].device
@@ -164,6 +165,11 @@ def fit(
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
                 sum_loss, steps, rows, tokens = sum_loss + value, steps + 1, rows + len(examples), tokens + learnt
+        # The last step has no loss after it that would show what it did.
+        if not all(bool(p.isfinite().all()) for p in parameters):
+            raise NonFiniteLoss(
+                f"the weights are not finite after step {first + steps}: try a smaller train.lr or max_grad_norm"
+            )
     finally:
         model.eval()
         for parameter in parameters:
