@@ -140,11 +140,6 @@ def _clients(look: _Look) -> Iterator[Finding]:
     sizes = sorted(len(share.train) for share in shares)
     spread = f"{sizes[0]} to {sizes[-1]} training rows each, median {statistics.median(sizes):g}"
     yield Finding("good", "clients", f"{count(len(shares))} clients with {spread}")
-    for key, value in (("cohort", recipe.cohort), ("quorum", recipe.quorum)):
-        if value > len(shares):
-            yield Finding(
-                "bad", "clients", f"{key}={value}, there are {len(shares)} clients: take {len(shares)} or fewer"
-            )
     tiny = [share.name for share in shares if len(share.train) < recipe.train.batch_size]
     if tiny:
         text = f"{_some(tiny)}: fewer rows than train.batch_size={recipe.train.batch_size}, so every step sees all of them"

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from kilofed import data, models
 from kilofed.data import Example, Renderer, Rows
-from kilofed.errors import DataError
+from kilofed.errors import DataError, RecipeError
 from kilofed.method import Client, handle, load_method
 from kilofed.partition import Share, divide
 from kilofed.privacy import load_mechanism
@@ -40,6 +40,7 @@ class Sites:
         self._models: dict[ModelSpec, nn.Module] = {}
         self._clients: dict[int, Client] = {}
         self._train: dict[int, list[Example]] = {}
+        self._test: dict[int, list[Example]] = {}
 
     @cached_property
     def rows(self) -> Rows:
@@ -49,7 +50,16 @@ class Sites:
     @cached_property
     def shares(self) -> list[Share]:
         """Each client's rows."""
-        return divide(self.rows, self.recipe.data, self.recipe.seed)
+        shares = divide(self.rows, self.recipe.data, self.recipe.seed)
+        if self.recipe.cohort > len(shares):
+            raise RecipeError(
+                f"cohort is {self.recipe.cohort}, but there are {len(shares)} clients: take fewer per round, or 0 for all"
+            )
+        if self.recipe.quorum > len(shares):
+            raise RecipeError(
+                f"quorum is {self.recipe.quorum}, but there are {len(shares)} clients: take a smaller one"
+            )
+        return shares
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -79,7 +89,9 @@ class Sites:
 
     def test_examples(self, client: int) -> list[Example]:
         """What client number `client` is scored on."""
-        return self.renderer(self.shares[client].test)
+        if client not in self._test:
+            self._test[client] = self.renderer(self.shares[client].test)
+        return self._test[client]
 
     def model(self, spec: ModelSpec) -> nn.Module:
         """The resident model of `spec`, with the recipe's adapter."""
