@@ -41,10 +41,10 @@ def test_many_lines_become_a_band() -> None:
     assert len(plot.svg) < 50_000
 
 
-def test_many_rounds_are_summed_in_groups() -> None:
+def test_of_many_rounds_the_means_of_neighbours_are_drawn() -> None:
     rounds = range(1, 602)
     plot = plots.traffic("a", rounds, [1] * 601, [2] * 601)
-    assert "sent per 11 rounds" in plot.svg
+    assert "sent per round, means of 11" in plot.svg
     assert num_marks(plot.svg) == 2 * 55
 
 

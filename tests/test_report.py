@@ -325,7 +325,7 @@ def test_any_number_of_clients_and_rounds_can_be_drawn(tmp_path: Path, num_clien
     )
     page = Page(report.write(folder))
     assert f"{130 * num_clients * 1_003:,} bytes" in page.text
-    assert "sent per 3 rounds" in page.text
+    assert "sent per round, means of 3" in page.text
     assert ("The first 60 of 70 clients" in page.text) == (num_clients == 70)
 
 

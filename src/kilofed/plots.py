@@ -10,7 +10,7 @@ import re
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from statistics import quantiles
+from statistics import fmean, quantiles
 from typing import Literal
 
 import matplotlib
@@ -105,16 +105,16 @@ def losses(
 
 
 def traffic(name: str, rounds: Sequence[int], down: Sequence[int], up: Sequence[int]) -> Plot:
-    """Bytes per round, up on top of down; more than 60 rounds are summed in groups of neighbours."""
+    """Bytes per round, up on top of down; of more than 60 rounds, the means of neighbours."""
     figure, axes = _sheet()
     every = math.ceil(len(rounds) / MAX_COLUMNS)
     starts = range(0, len(rounds), every)
     at = [rounds[start] for start in starts]
-    low, high = ([sum(values[start : start + every]) for start in starts] for values in (down, up))
+    low, high = ([fmean(values[start : start + every]) for start in starts] for values in (down, up))
     axes.bar(at, low, width=0.8 * every, color=_COLOURS[0])
     axes.bar(at, high, width=0.8 * every, bottom=low, color=_COLOURS[1])
     axes.yaxis.set_major_formatter(EngFormatter("B"))
-    axes.set_ylabel("sent per round" if every == 1 else f"sent per {every} rounds")
+    axes.set_ylabel("sent per round" if every == 1 else f"sent per round, means of {every}")
     return Plot(
         _svg(figure, name), [Entry("up, from clients", "--c1", "fill"), Entry("down, to clients", "--c0", "fill")]
     )
@@ -156,7 +156,7 @@ def bars(name: str, clients: Sequence[str], stacks: Mapping[str, Sequence[float]
 
 def _distribution(name: str, sums: Sequence[float], unit: str) -> Plot:
     figure, axes = _sheet()
-    axes.hist(sums, bins=min(30, len(set(sums))), color=_COLOURS[0])
+    axes.hist(sums, bins=30, range=(0, max(sums) or 1), color=_COLOURS[0])
     axes.set_ylabel("clients")
     _measure(axes, unit)
     return Plot(_svg(figure, name), [Entry("number of clients", "--c0", "fill")])
