@@ -1,0 +1,94 @@
+"""A run of a method without files: rounds of a cohort over the tiny recipe, state and ledger at hand."""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import torch
+
+from kilofed.engines.inprocess import InProcess
+from kilofed.fields import Value
+from kilofed.ledger import Ledger
+from kilofed.method import Cohort, Server, forecast
+from kilofed.payload import Payload
+from kilofed.recipe import Recipe, changed
+from kilofed.site import Sites
+
+Engine = Callable[..., InProcess]
+
+
+class OneAway(InProcess):
+    """The client with the highest number never answers."""
+
+    def exchange(self, asks: Mapping[int, bytes]) -> Iterator[tuple[int, bytes]]:
+        yield from super().exchange({client: body for client, body in asks.items() if client != self._ids[-1]})
+
+
+@dataclass
+class Federation:
+    """A method at work on all clients of a recipe; goes on from `state` after round `done`."""
+
+    recipe: Recipe
+    folder: Path | None = None
+    """Where client states are kept; None keeps them in memory."""
+    forgetful: bool = False
+    """Every message meets a new process, as far as Python objects can be one."""
+    engine: Engine = InProcess
+    done: int = 0
+    state: dict[str, torch.Tensor] = field(default_factory=dict)
+    ledger: Ledger = field(default_factory=Ledger)
+    metrics: list[Mapping[str, object]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.sites = Sites(self.recipe, self.folder)
+        spec = self.sites.method.server_model(self.recipe)
+        model = self.sites.model(spec) if spec else torch.nn.Identity()
+        self.server = Server(self.recipe.seed, self.recipe.rounds, self.recipe.train, model, self.state)
+        if not self.state:
+            self.sites.method.setup(self.server)
+
+    def run(self, rounds: int) -> "Federation":
+        """Up to and with round number `rounds`."""
+        ids, policy = self.sites.client_ids(), self.sites.policy
+        for number in range(self.done + 1, rounds + 1):
+            self.server.round = self.done = number
+            engine = self.engine(ids, self._answer)
+            cohort = Cohort(ids, engine, self.ledger, policy, round=number)
+            self.metrics.append(self.sites.method.round(self.server, cohort))
+        return self
+
+    def forecast(self) -> dict[str, int]:
+        """Bytes of the next round per client, by direction."""
+        sent = forecast(self.sites.method, self.server, self.sites.policy)
+        return {"down": sum(one.down for one in sent), "up": sum(one.up for one in sent)}
+
+    @property
+    def content(self) -> bytes:
+        """The server's state as it would lie on the disk."""
+        return Payload(self.server.state).encode()
+
+    def _answer(self, client: int, body: bytes) -> bytes:
+        sites = Sites(self.recipe, self.folder) if self.forgetful else self.sites
+        return sites.handle(client, body)
+
+
+@pytest.fixture
+def federate(tiny_recipe: Recipe) -> Callable[..., Federation]:
+    """`federate("fedprox", rounds=2, mu=0.5)`: a federation after some rounds; other words as in `Federation`."""
+
+    def made(
+        name: str, *, rounds: int = 2, overrides: Mapping[str, Value] | None = None, **words: object
+    ) -> Federation:
+        own = {item: words.pop(item) for item in ("folder", "forgetful", "engine", "done", "state") if item in words}
+        fields = {f"method.{key}": value for key, value in words.items()}
+        recipe = changed(tiny_recipe, {"method": name, **fields, **(overrides or {})})  # type: ignore[dict-item]
+        return Federation(recipe, **own).run(rounds)  # type: ignore[arg-type]
+
+    return made
+
+
+@pytest.fixture
+def one_away() -> Engine:
+    """An engine in which one client never answers."""
+    return OneAway
