@@ -1,33 +1,42 @@
-"""Payload: named tensors and a few scalars, to and from one byte string in the safetensors format."""
+"""Payload: named tensors and a few scalars, to and from one byte string in the safetensors format.
 
+The header tells names, dtypes and shapes and nothing else; all that varies, the scalars too, lies in the data. So
+payloads of one structure have one header, which is checked by safetensors once and then known by its bytes.
+"""
+
+import functools
 import json
 import math
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError, TensorSpec, deserialize, serialize
+from safetensors import SafetensorError, deserialize
 from torch import Tensor
 
 from kilofed.errors import PayloadError
 
 Scalar = int | float | str | bool
 
-_SCALARS = "kilofed"
-_STORED: dict[str, torch.dtype] = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
+SCALARS = "kilofed.scalars"
+"""Name of the tensor that holds the scalars as JSON text, at the end."""
+
+_STORED = {
+    torch.float64: "F64",
+    torch.int64: "I64",
+    torch.float32: "F32",
+    torch.int32: "I32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.int16: "I16",
+    torch.bool: "BOOL",
+    torch.int8: "I8",
+    torch.uint8: "U8",
 }
-_DTYPES = {dtype: str(dtype).removeprefix("torch.") for dtype in _STORED.values()}
+_READ = {name: dtype for dtype, name in _STORED.items()}
+_WIDEST_FIRST = {dtype: place for place, dtype in enumerate(_STORED)}  # Keeps every tensor aligned.
 
 
 @dataclass(frozen=True)
@@ -39,7 +48,7 @@ class Payload:
     """
 
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
-    """Dense tensors on any device; decoded ones are on the CPU and own their memory."""
+    """Dense tensors on any device; decoded ones are on the CPU, may be written to, and share one block of memory."""
     scalars: Mapping[str, Scalar] = field(default_factory=dict)
     """Numbers, words and switches; finite numbers only."""
 
@@ -47,13 +56,12 @@ class Payload:
         """One byte string; equal payloads give equal bytes, whatever the order of their names.
 
         Raises:
-            PayloadError: a dtype that safetensors lacks, or a scalar that is no finite plain value.
+            PayloadError: a tensor or a name that safetensors cannot hold, or a scalar that is no finite plain value.
         """
         words = {name: _write(name, value) for name, value in self.scalars.items()}
-        text = json.dumps(words, sort_keys=True, separators=(",", ":"))
-        # `alive` holds the buffers until `serialize` has read them by address.
-        alive = {name: self.tensors[name].detach().to("cpu").contiguous() for name in sorted(self.tensors)}
-        return bytes(serialize({name: _spec(name, t) for name, t in alive.items()}, {_SCALARS: text}))
+        text = json.dumps(words, sort_keys=True, separators=(",", ":")).encode()
+        pack = Pack.of(self.tensors)
+        return b"".join([_header(pack.layout, len(text)), *map(_bytes, pack.flats), text])
 
     @staticmethod
     def decode(body: bytes) -> "Payload":
@@ -63,18 +71,157 @@ class Payload:
             PayloadError: `body` is cut, damaged, or was not written by `encode`.
         """
         try:
-            tensors = {name: _restore(spec) for name, spec in sorted(deserialize(body))}
-            scalars = _scalars(body)
-        except (SafetensorError, ValueError, KeyError, IndexError, TypeError, RuntimeError, struct.error) as error:
+            layout, num_header, num_text = _read_header(body)
+            pack = Pack.read(layout, bytearray(memoryview(body)[num_header:]))
+            words = json.loads(body[len(body) - num_text :])
+            scalars = {name: _read(word) for name, word in words.items()}
+        except (SafetensorError, ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError) as error:
             raise PayloadError(
                 f"{len(body)} bytes are not a whole kilofed payload ({error}): cut off or foreign, ask for them again"
             ) from error
-        return Payload(tensors, scalars)
+        return Payload(pack, scalars)
 
     @property
     def num_bytes(self) -> int:
         """Length of `encode()`."""
         return len(self.encode())
+
+
+class Place(NamedTuple):
+    """Where one tensor lies."""
+
+    run: int
+    first: int
+    """Its first element in the run."""
+    shape: torch.Size
+    stride: tuple[int, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """Where the tensors of a payload lie: one run per dtype, back to back."""
+
+    runs: tuple[tuple[torch.dtype, int, int], ...]
+    """(dtype, first byte of the data, number of elements)."""
+    places: dict[str, Place]
+    """By name, names sorted."""
+
+    def like(self, other: "Layout") -> bool:
+        """Same tensors in the same places."""
+        return self is other or (self.runs == other.runs and self.places == other.places)
+
+
+class Pack(Mapping[str, Tensor]):
+    """Tensors that lie in one flat tensor per dtype; read as a mapping of views."""
+
+    def __init__(self, layout: Layout, flats: list[Tensor]) -> None:
+        self.layout, self.flats = layout, flats
+        self._views: dict[str, Tensor] = {}
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor]) -> "Pack":
+        """`tensors` in flat form: itself if it is a pack, else a copy on the CPU. Raises PayloadError."""
+        if isinstance(tensors, Pack):
+            return tensors
+        layout = _plan(tuple((name, tensor.dtype, tensor.shape) for name, tensor in tensors.items()))
+        parts: list[list[Tensor]] = [[] for _ in layout.runs]
+        with torch.no_grad():
+            for name, place in layout.places.items():
+                tensor = tensors[name]
+                if tensor.layout != torch.strided:
+                    raise PayloadError(f"tensor {name!r} is {tensor.layout}; expected a dense one")
+                parts[place.run].append((tensor if tensor.is_cpu else tensor.cpu()).reshape(-1))
+            return cls(layout, [torch.cat(part) for part in parts])
+
+    @classmethod
+    def read(cls, layout: Layout, data: bytearray) -> "Pack":
+        """The pack in `data`, without a copy. Raises ValueError: a bool that is neither 0 nor 1."""
+        flats = [
+            torch.frombuffer(data, dtype=dtype, count=num, offset=first_byte) if num else torch.empty(0, dtype=dtype)
+            for dtype, first_byte, num in layout.runs
+        ]
+        if any(flat.dtype == torch.bool and flat.view(torch.uint8).gt(1).any() for flat in flats):
+            raise ValueError("a bool is neither 0 nor 1")
+        return cls(layout, flats)
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._views:
+            run, first, shape, stride = self.layout.places[name]
+            # `.data`: autograd must not see that tensors share memory, or a write to one spoils the graphs of all.
+            self._views[name] = self.flats[run].as_strided(shape, stride, first).data
+        return self._views[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.layout.places)
+
+    def __len__(self) -> int:
+        return len(self.layout.places)
+
+
+@functools.lru_cache(maxsize=256)
+def _plan(shapes: tuple[tuple[str, torch.dtype, torch.Size], ...]) -> Layout:
+    """The layout for tensors of these names, dtypes and shapes. Raises PayloadError."""
+    runs: list[tuple[torch.dtype, int, int]] = []
+    places: dict[str, Place] = {}
+    for name, dtype, shape in sorted(shapes, key=lambda s: (_WIDEST_FIRST.get(s[1], 0), s[0])):
+        if dtype not in _STORED:
+            known = ", ".join(str(d).removeprefix("torch.") for d in _STORED)
+            raise PayloadError(f"tensor {name!r} is {dtype}; expected one of {known}")
+        if name in (SCALARS, "__metadata__"):
+            raise PayloadError(f"no tensor may be named {name!r}")
+        if not runs or runs[-1][0] != dtype:
+            runs.append((dtype, _end(runs), 0))
+        _, first_byte, num = runs[-1]
+        places[name] = Place(len(runs) - 1, num, shape, torch.empty(shape, device="meta").stride())
+        runs[-1] = dtype, first_byte, num + shape.numel()
+    return Layout(tuple(runs), dict(sorted(places.items())))
+
+
+@functools.lru_cache(maxsize=256)
+def _header(layout: Layout, num_text: int) -> bytes:
+    """The header of a payload with `num_text` bytes of scalars, its length in front. Raises PayloadError."""
+    table = {}
+    for name, (run, first, shape, _) in layout.places.items():
+        dtype, first_byte, _ = layout.runs[run]
+        begin = first_byte + first * dtype.itemsize
+        span = [begin, begin + shape.numel() * dtype.itemsize]
+        table[name] = {"dtype": _STORED[dtype], "shape": list(shape), "data_offsets": span}
+    end = _end(layout.runs)
+    table[SCALARS] = {"dtype": "U8", "shape": [num_text], "data_offsets": [end, end + num_text]}
+    try:
+        text = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise PayloadError(f"a tensor's name is not text ({error})") from error
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
+
+
+_known: dict[tuple[bytes, int], tuple[Layout, int, int]] = {}
+
+
+def _read_header(body: bytes) -> tuple[Layout, int, int]:
+    """(layout, bytes of the header, bytes of the scalars' text); checked by safetensors unless the header is known."""
+    header = body[: 8 + int.from_bytes(body[:8], "little")]
+    key = header, len(body)
+    if key not in _known:
+        specs = deserialize(body)  # type: ignore[no-untyped-call]
+        found = {name: (_READ[spec["dtype"]], torch.Size(spec["shape"])) for name, spec in specs}
+        num_text = found.pop(SCALARS)[1].numel()
+        layout = _plan(tuple((name, *found[name]) for name in sorted(found)))
+        if _header(layout, num_text) != header:
+            raise ValueError("the header is not as kilofed writes it")
+        if len(_known) >= 256:
+            _known.clear()
+        _known[key] = layout, len(header), num_text
+    return _known[key]
+
+
+def _end(runs: Sequence[tuple[torch.dtype, int, int]]) -> int:
+    return runs[-1][1] + runs[-1][2] * runs[-1][0].itemsize if runs else 0
+
+
+def _bytes(flat: Tensor) -> memoryview:
+    return flat.view(torch.uint8).numpy().data
 
 
 def _write(name: str, value: Scalar) -> str:
@@ -101,23 +248,3 @@ def _read(word: str) -> Scalar:
     if kind == "s":
         return rest
     raise ValueError(f"scalar of unknown kind {kind!r}")
-
-
-def _spec(name: str, tensor: Tensor) -> TensorSpec:
-    dtype = _DTYPES.get(tensor.dtype)
-    if dtype is None:
-        raise PayloadError(f"tensor {name!r} is {tensor.dtype}; expected one of {', '.join(_DTYPES.values())}")
-    return TensorSpec(dtype=dtype, shape=list(tensor.shape), data_ptr=tensor.data_ptr(), data_len=tensor.nbytes)
-
-
-def _restore(spec: dict[str, object]) -> Tensor:
-    dtype, shape, data = _STORED[str(spec["dtype"])], spec["shape"], spec["data"]
-    assert isinstance(shape, list) and isinstance(data, bytearray)
-    return torch.frombuffer(data, dtype=dtype).reshape(shape) if data else torch.empty(shape, dtype=dtype)
-
-
-def _scalars(body: bytes) -> dict[str, Scalar]:
-    # `deserialize` keeps the metadata to itself; the header is an 8-byte length and JSON.
-    length = int.from_bytes(body[:8], "little")
-    header = json.loads(body[8 : 8 + length])
-    return {name: _read(word) for name, word in json.loads(header["__metadata__"][_SCALARS]).items()}
