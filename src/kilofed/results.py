@@ -78,6 +78,7 @@ def over_seeds(recipe: Recipe, folder: Path, every: list[Results]) -> Results:
         "bytes_total": {
             way: sum(cast(dict[str, int], o["bytes_total"])[way] for o in every) for way in ("up", "down")
         },
+        "exchanges": sum(cast(int, one["exchanges"]) for one in every),
         "seconds": round(sum(cast(float, one["seconds"]) for one in every), 3),
         "peak_memory_bytes": max(cast(int, one["peak_memory_bytes"]) for one in every),
         "closed": _closed(rows),

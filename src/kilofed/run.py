@@ -329,10 +329,20 @@ def _describe(sites: Sites, server: Server, policy: Mechanism, folder: Path) -> 
             for number, share in enumerate(sites.shares)
         ],
         "forecast": [vars(sent) for sent in forecast(sites.method, fresh, policy)],
+        "leaves": [
+            {"action": message.action, **_shapes(policy.client(message.reply, message.ask))}
+            for message in sites.method.rehearse(fresh)
+        ],
         "num_trained": sum(p.numel() for p in models.trained(server.model).values()),
         "num_parameters": sum(p.numel() for p in server.model.parameters()),
     }
     _write_json(path, known)
+
+
+def _shapes(payload: Payload) -> dict[str, object]:
+    """What is in a message, without its values."""
+    tensors = {name: [str(t.dtype).removeprefix("torch."), *t.shape] for name, t in sorted(payload.tensors.items())}
+    return {"tensors": tensors, "scalars": sorted(payload.scalars)}
 
 
 def _counts(labels: list[str]) -> dict[str, int]:
