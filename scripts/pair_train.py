@@ -179,4 +179,5 @@ def write_model(model: LlamaForCausalLM, work: Path, folder: Path) -> None:
     copy.to(torch.bfloat16).save_pretrained(scratch)
     PreTrainedTokenizerFast.from_pretrained(work / "tokenizer").save_pretrained(scratch)
     for path in sorted(scratch.iterdir()):
+        path.chmod(0o644)
         os.replace(path, folder / path.name)
