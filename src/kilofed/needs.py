@@ -34,7 +34,7 @@ def memory(recipe: Recipe, model: PreTrainedModel, length: int) -> int:
         int(getattr(config, "vocab_size", 50_000)),
     )
     width = 2 if recipe.train.autocast or recipe.model.dtype != "float32" else 4
-    # Factors fitted to resident memory of a LLaMA of 3.4 M parameters: within a fifth of what was measured.
+    # Factors fitted to resident memory of a LLaMA of 3.4 M parameters: within a quarter of what was measured.
     part = -(-recipe.train.batch_size // recipe.train.accumulation)
     step = part * length * (layers * (16 * hidden + 7 * inner) * width + 4 * words * 4)
     score = recipe.evaluate.batch_size * length * 3 * words * 4
