@@ -48,6 +48,22 @@ def test_a_server_that_went_back_a_round_meets_its_state(states: States) -> None
     assert value(states.before((3, 0))) == 4
 
 
+def test_a_message_that_comes_twice_meets_the_same_state(states: States) -> None:
+    for exchange in range(4):
+        states.keep((1, exchange), of(exchange))
+    assert value(states.before((1, 3))) == 2
+    states.keep((1, 3), of(3))
+    assert value(states.before((1, 3))) == 2
+
+
+def test_files_do_not_grow_with_the_run(tmp_path: Path) -> None:
+    states = States(tmp_path)
+    for round in range(1, 5):
+        for exchange in range(6):
+            states.keep((round, exchange), of(exchange))
+            assert len(list(tmp_path.iterdir())) <= 3
+
+
 def test_going_back_drops_later_rounds(states: States) -> None:
     states.keep((1, 0), of(1))
     states.keep((2, 0), of(2))
@@ -100,15 +116,15 @@ def test_a_stateless_client_leaves_no_folder(tmp_path: Path) -> None:
 
 def test_a_half_written_file_is_not_a_state(tmp_path: Path) -> None:
     States(tmp_path).keep((1, 0), of(1))
-    (tmp_path / ".round-000002.safetensors.17.part").write_bytes(b"half")
+    (tmp_path / ".round-000002-0000.safetensors.17.part").write_bytes(b"half")
     assert value(States(tmp_path).before((3, 0))) == 1
 
 
 def test_a_damaged_file_is_named(tmp_path: Path) -> None:
     States(tmp_path).keep((1, 0), of(1))
-    file = tmp_path / "round-000001.safetensors"
+    file = tmp_path / "round-000001-0000.safetensors"
     file.write_bytes(file.read_bytes()[:-3])
-    with pytest.raises(RunError, match=r"round-000001\.safetensors is damaged"):
+    with pytest.raises(RunError, match=r"round-000001-0000\.safetensors is damaged"):
         States(tmp_path).before((2, 0))
 
 
