@@ -115,8 +115,7 @@ def resume(folder: str | Path, *, watch: Watch | None = None) -> Run:
     """
     folder = Path(folder)
     recipe = recipe_of(folder)
-    for part in folder.rglob(".*.part"):
-        part.unlink()  # What a killed process was writing.
+    _clear(folder)
     if not (folder / "recipe.toml").exists():
         replace_file(folder / "recipe.toml", to_toml(recipe).encode())
     return _run_all(recipe, folder, watch or Silent())
@@ -328,6 +327,7 @@ def _new_folder(recipe: Recipe, out: Path | None) -> Path:
             raise RunError(f"{out} already exists and {hint}; choose another --out")
         with said(f"cannot make {out}"):
             out.mkdir(parents=True, exist_ok=True)
+            _clear(out)
         return out
     number = 1
     while True:
@@ -338,6 +338,12 @@ def _new_folder(recipe: Recipe, out: Path | None) -> Path:
                 return folder
             except FileExistsError:
                 number += 1
+
+
+def _clear(folder: Path) -> None:
+    """Remove what a killed process was in the middle of writing."""
+    for part in folder.rglob(".*.part"):
+        part.unlink()
 
 
 def _noise_key(recipe: Recipe, folder: Path) -> str:
