@@ -18,7 +18,7 @@ MODULES = {
 
 # From the ground up; a layer imports from itself and from below.
 LAYERS: list[set[str]] = [
-    {"errors", "files", "units", "environment"},
+    {"errors", "files", "units", "environment", "hub"},
     {"fields", "ledger", "payload"},
     {"recipe", "wire", "states", "server_opt", "codec", "directions"},
     {"sources", "rows", "data", "privacy", "partition"},

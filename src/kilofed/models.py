@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from kilofed import hub
 from kilofed.errors import ModelError
 from kilofed.recipe import AdapterSpec, ModelSpec
 
@@ -32,7 +33,10 @@ def locate(spec: ModelSpec) -> str:
     looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1
     if looks_local and not Path(path).expanduser().is_dir():
         raise ModelError(f"there is no model directory {path}; check model.path")
-    return str(Path(path).expanduser()) if Path(path).expanduser().is_dir() else path
+    if Path(path).expanduser().is_dir():
+        return str(Path(path).expanduser())
+    hub.settle()
+    return path
 
 
 def find_device(name: str) -> torch.device:

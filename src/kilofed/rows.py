@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
-from kilofed import sources
+from kilofed import hub, sources
 from kilofed.errors import DataError, nearest
 from kilofed.fields import Value
 from kilofed.recipe import ColumnsSpec, DataSpec
@@ -177,6 +177,7 @@ def _read_hub(source: str, options: Mapping[str, Value]) -> tuple[list[Row], lis
 
     if odd := sorted(set(options) - set(HUB_OPTIONS)):
         raise DataError(f"data.options.{odd[0]} is not an option of a hub id{nearest(odd[0], HUB_OPTIONS)}")
+    hub.settle()
     try:
         return _splits(datasets.load_dataset(source, **options))
     except Exception as error:  # The network fails in as many ways as there are libraries below.
