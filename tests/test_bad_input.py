@@ -293,7 +293,7 @@ def test_a_real_process_ends_with_status_1_and_one_sentence(recipe: Path, tmp_pa
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     ended = subprocess.run(
         [sys.executable, "-m", "kilofed", "run", recipe, "data=nobody/nothing", "--out", tmp_path / "run"],
-        capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=120, check=False,
+        capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=300, check=False,
     )  # fmt: skip
     assert ended.returncode == 1
     assert message(ended.stdout, ended.stderr).startswith("DataError: nobody/nothing is no embedded source")
