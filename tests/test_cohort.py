@@ -12,7 +12,6 @@ from kilofed.engines.inprocess import InProcess
 from kilofed.errors import (
     ClientError,
     NonFiniteLoss,
-    PayloadError,
     PrivacyError,
     TooFewReplies,
 )
@@ -160,16 +159,23 @@ def test_what_reads_no_rows_may_be_called_under_central_privacy() -> None:
 @pytest.mark.parametrize(
     ("odd", "message"),
     [
-        (Payload({"y": torch.ones(2)}), r"client 2 sent other tensors than the clients before it: \['x', 'y'\]"),
-        (Payload({"x": torch.ones(3)}), r"client 2 sent x of shape \(3,\), others \(2,\)"),
-        (Payload({"x": torch.ones(2)}, {"weight": -1}), r"client 2 sent weight -1\.0; expected a number from 0"),
-        (Payload({"x": torch.ones(2)}, {"word": "hm"}), r"client 2 sent the scalar word='hm'; a mean takes numbers"),
+        (Payload({"y": torch.ones(2)}), r"client 2: it sent other tensors than the clients before it: \['x', 'y'\]"),
+        (Payload({"x": torch.ones(3)}), r"client 2: it sent x of shape \(3,\), others \(2,\)"),
+        (Payload({"x": torch.ones(2)}, {"weight": -1}), r"client 2: it sent weight -1\.0; expected a number from 0"),
+        (Payload({"x": torch.ones(2)}, {"word": "hm"}), r"client 2: it sent the scalar word='hm'; a mean takes numbers"),
     ],
 )
 def test_a_reply_that_does_not_fit_is_named(odd: Payload, message: str) -> None:
     method = Probe({1: Payload({"x": torch.ones(2)}), 2: odd})
-    with pytest.raises(PayloadError, match=message):
+    with pytest.raises(ClientError, match=message):
         cohort(method, [1, 2]).mean("tell", Payload())
+
+
+def test_a_reply_that_does_not_fit_is_left_out_before_it_enters_the_sum() -> None:
+    method = Probe({1: Payload({"x": torch.ones(2)}), 2: Payload({"x": torch.tensor([1.0, float("nan")])})})
+    clients = cohort(method, [1, 2], skip=True)
+    assert clients.mean("tell", Payload()).tensors["x"].tolist() == [1.0, 1.0]
+    assert "NaN" in clients.failures[2]
 
 
 def test_a_second_mean_of_a_round_is_another_exchange() -> None:

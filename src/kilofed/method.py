@@ -19,7 +19,6 @@ import hashlib
 import importlib
 import inspect
 import logging
-import math
 import pkgutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -33,10 +32,11 @@ from kilofed.data import Example
 from kilofed.errors import ClientError, PayloadError, PrivacyError, RecipeError, TooFewReplies, nearest
 from kilofed.fields import build
 from kilofed.ledger import Ledger, Row
-from kilofed.payload import Layout, Pack, Payload, Scalar
+from kilofed.payload import Payload, Scalar
 from kilofed.privacy import Mechanism
 from kilofed.recipe import MethodSpec, ModelSpec, Recipe, TrainSpec
 from kilofed.states import States
+from kilofed.sums import WeightedSum
 
 log = logging.getLogger("kilofed")
 
@@ -340,9 +340,14 @@ class Cohort:
                 f"privacy.{self._policy.kind} needs one ask for all clients, {action!r} sends one to each"
             )
         when = self._round, self._num_exchanges
-        total = _Sum()
-        for client, reply in self._replies(action, "mean", ask):
-            total.add(reply, uniform=self._policy.uniform, who=client)
+        total = WeightedSum()
+
+        def take(client: int, reply: Payload) -> None:
+            weight = 1.0 if self._policy.uniform else float(reply.scalars.get(WEIGHT, 1.0))
+            scalars = {name: value for name, value in reply.scalars.items() if name != WEIGHT}
+            total.add(Payload(reply.tensors, scalars), weight)
+
+        self._exchange(action, "mean", ask, take)
         shared = ask if isinstance(ask, Payload) else Payload()
         return self._policy.server(total.mean(), shared, num_replies=total.num, expected=len(self.ids), when=when)
 
@@ -352,9 +357,14 @@ class Cohort:
         Raises:
             PrivacyError: the policy allows means only. TooFewReplies, ClientError, PayloadError.
         """
-        return dict(self._replies(action, "call", ask))
+        replies: dict[int, Payload] = {}
+        self._exchange(action, "call", ask, replies.__setitem__)
+        return replies
 
-    def _replies(self, action: str, verb: str, ask: Payload | Mapping[int, Payload]) -> Iterator[tuple[int, Payload]]:
+    def _exchange(
+        self, action: str, verb: str, ask: Payload | Mapping[int, Payload], take: Callable[[int, Payload], None]
+    ) -> None:
+        """Ask, count bytes, hand each reply to `take`; a reply that it refuses (PayloadError) is that client's failure."""
         exchange, self._num_exchanges = self._num_exchanges, self._num_exchanges + 1
         header = address(action, verb, self._round, exchange)
         if isinstance(ask, Payload):
@@ -371,13 +381,13 @@ class Cohort:
             since = now
             try:
                 reply = Payload.decode(body)
+                if ERROR not in reply.scalars:
+                    take(client, reply)
+                    answered.add(client)
             except PayloadError as error:
                 reply = Payload(scalars={ERROR: str(error)})
             if ERROR in reply.scalars:
                 self._fail(client, reply)
-                continue
-            answered.add(client)
-            yield client, reply
         for client in sorted(set(asks) - answered - set(self.failures)):
             self.failures[client] = "no answer"
             log.warning(
@@ -398,76 +408,3 @@ class Cohort:
             )
         self.failures[client] = text
         log.warning("round %d: client %d is left out: %s", self._round, client, text)
-
-
-_CHUNK = 2**20
-"""Elements that are widened to float64 at a time."""
-
-
-class _Sum:
-    """A weighted sum of payloads in float64, added in the order in which they come."""
-
-    def __init__(self) -> None:
-        self.num = 0
-        self._weight = 0.0
-        self._layout: Layout | None = None
-        self._totals: list[Tensor] = []
-        """One per run of the layout."""
-        self._scalars: dict[str, float] = {}
-
-    def add(self, reply: Payload, *, uniform: bool, who: int) -> None:
-        """Add one client's reply, whole or not at all. Raises PayloadError: it is no number, or unlike the others."""
-        weight = 1.0 if uniform else float(reply.scalars.get(WEIGHT, 1.0))
-        if not 0.0 <= weight < math.inf:
-            raise PayloadError(f"client {who} sent weight {weight}; expected a number from 0")
-        pack = Pack.of(reply.tensors)
-        _check_alike(pack.layout, self._layout or pack.layout, who)
-        _check_finite(pack, who)
-        for name, value in reply.scalars.items():
-            if isinstance(value, str | bool):
-                raise PayloadError(f"client {who} sent the scalar {name}={value!r}; a mean takes numbers only")
-        if self._layout is None:
-            self._layout = pack.layout
-            self._totals = [torch.zeros(num, dtype=torch.float64) for _, _, num in pack.layout.runs]
-        for total, flat in zip(self._totals, pack.flats, strict=True):
-            for some, values in zip(torch.split(total, _CHUNK), torch.split(flat, _CHUNK), strict=True):
-                # Product and sum are rounded one by one: a fused step would round by where a vector register ends.
-                some.add_(values.to(torch.float64, copy=True).mul_(weight))
-        for name, value in reply.scalars.items():
-            if name != WEIGHT:
-                self._scalars[name] = self._scalars.get(name, 0.0) + weight * float(value)
-        self._weight += weight
-        self.num += 1
-
-    def mean(self) -> Payload:
-        """The weighted mean; empty if nothing was added. Integers come as float64."""
-        if not self._weight or self._layout is None:
-            return Payload()
-        flats = [
-            (total / self._weight).to(dtype if dtype.is_floating_point else torch.float64)
-            for total, (dtype, _, _) in zip(self._totals, self._layout.runs, strict=True)
-        ]
-        tensors = {name: tensor.clone() for name, tensor in Pack(self._layout, flats).items()}
-        return Payload(tensors, {name: total / self._weight for name, total in self._scalars.items()})
-
-
-def _check_alike(layout: Layout, first: Layout, who: int) -> None:
-    if layout.like(first):
-        return
-    if odd := sorted(set(layout.places) ^ set(first.places))[:3]:
-        raise PayloadError(f"client {who} sent other tensors than the clients before it: {odd}")
-    for name, here in layout.places.items():
-        there = first.places[name]
-        if here.shape != there.shape:
-            raise PayloadError(f"client {who} sent {name} of shape {tuple(here.shape)}, others {tuple(there.shape)}")
-        dtype, others = layout.runs[here.run][0], first.runs[there.run][0]
-        if dtype != others:
-            raise PayloadError(f"client {who} sent {name} as {dtype}, others {others}")
-
-
-def _check_finite(pack: Pack, who: int) -> None:
-    # A sum costs less than a look at each number, and is finite only if all are; the reverse is not so.
-    if all(math.isfinite(flat.sum().item()) for flat in pack.flats):
-        return
-    if bad := [name for name, tensor in pack.items() if not tensor.isfinite().all()]:
-        raise PayloadError(f"client {who} sent NaN or infinite numbers in {', '.join(bad[:3])}")

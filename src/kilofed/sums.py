@@ -1,0 +1,79 @@
+"""The weighted mean of payloads: float64, in the order in which they come, one flat addition per dtype."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from kilofed.errors import PayloadError
+from kilofed.payload import Layout, Pack, Payload
+
+_CHUNK = 2**20
+"""Elements that are widened to float64 at a time."""
+
+
+class WeightedSum:
+    """A weighted sum of payloads in float64, added in the order in which they come."""
+
+    def __init__(self) -> None:
+        self.num = 0
+        self._weight = 0.0
+        self._layout: Layout | None = None
+        self._totals: list[Tensor] = []
+        """One per run of the layout."""
+        self._scalars: dict[str, float] = {}
+
+    def add(self, reply: Payload, weight: float) -> None:
+        """Add one client's reply, whole or not at all. Raises PayloadError: it is no number, or unlike the others."""
+        if not 0.0 <= weight < math.inf:
+            raise PayloadError(f"it sent weight {weight}; expected a number from 0")
+        pack = Pack.of(reply.tensors)
+        _check_alike(pack.layout, self._layout or pack.layout)
+        _check_finite(pack)
+        for name, value in reply.scalars.items():
+            if isinstance(value, str | bool):
+                raise PayloadError(f"it sent the scalar {name}={value!r}; a mean takes numbers only")
+        if self._layout is None:
+            self._layout = pack.layout
+            self._totals = [torch.zeros(num, dtype=torch.float64) for _, _, num in pack.layout.runs]
+        for total, flat in zip(self._totals, pack.flats, strict=True):
+            for some, values in zip(torch.split(total, _CHUNK), torch.split(flat, _CHUNK), strict=True):
+                # Product and sum are rounded one by one: a fused step would round by where a vector register ends.
+                some.add_(values.to(torch.float64, copy=True).mul_(weight))
+        for name, value in reply.scalars.items():
+            self._scalars[name] = self._scalars.get(name, 0.0) + weight * float(value)
+        self._weight += weight
+        self.num += 1
+
+    def mean(self) -> Payload:
+        """The weighted mean; empty if nothing was added. Integers come as float64."""
+        if not self._weight or self._layout is None:
+            return Payload()
+        flats = [
+            (total / self._weight).to(dtype if dtype.is_floating_point else torch.float64)
+            for total, (dtype, _, _) in zip(self._totals, self._layout.runs, strict=True)
+        ]
+        tensors = {name: tensor.clone() for name, tensor in Pack(self._layout, flats).items()}
+        return Payload(tensors, {name: total / self._weight for name, total in self._scalars.items()})
+
+
+def _check_alike(layout: Layout, first: Layout) -> None:
+    if layout.like(first):
+        return
+    if odd := sorted(set(layout.places) ^ set(first.places))[:3]:
+        raise PayloadError(f"it sent other tensors than the clients before it: {odd}")
+    for name, here in layout.places.items():
+        there = first.places[name]
+        if here.shape != there.shape:
+            raise PayloadError(f"it sent {name} of shape {tuple(here.shape)}, others {tuple(there.shape)}")
+        dtype, others = layout.runs[here.run][0], first.runs[there.run][0]
+        if dtype != others:
+            raise PayloadError(f"it sent {name} as {dtype}, others {others}")
+
+
+def _check_finite(pack: Pack) -> None:
+    # A sum costs less than a look at each number, and is finite only if all are; the reverse is not so.
+    if all(math.isfinite(flat.sum().item()) for flat in pack.flats):
+        return
+    if bad := [name for name, tensor in pack.items() if not tensor.isfinite().all()]:
+        raise PayloadError(f"it sent NaN or infinite numbers in {', '.join(bad[:3])}")
