@@ -2,16 +2,19 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from kilofed.engines.inprocess import Handler, InProcess
 from kilofed.engines.opener import Opener
-from kilofed.method import Engine
 from kilofed.recipe import EngineSpec
 
+if TYPE_CHECKING:  # A worker that imports this package needs nothing of it.
+    from kilofed.method import Engine
 
-def open_engine(spec: EngineSpec, ids: Sequence[int], recipe_json: str, folder: Path, handler: Handler) -> Engine:
+
+def open_engine(spec: EngineSpec, ids: Sequence[int], recipe_json: str, folder: Path, handler: Handler) -> "Engine":
     """The engine that `spec` names.
 
     Args:

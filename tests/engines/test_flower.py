@@ -1,0 +1,75 @@
+"""Flower's simulation gives what the in-process engine gives: the same state, the same ledger, bit for bit."""
+
+import importlib.util
+import json
+import re
+import sys
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from kilofed.engines import open_engine
+from kilofed.errors import ModelError, RunError
+from kilofed.ledger import Ledger
+from kilofed.method import Cohort, Server, address
+from kilofed.payload import Payload
+from kilofed.recipe import EngineSpec, Recipe, to_table
+from kilofed.site import Sites
+
+HAVE = bool(importlib.util.find_spec("flwr") and importlib.util.find_spec("ray"))
+needs_flower = pytest.mark.skipif(
+    not HAVE, reason="Flower's simulation is not installed: pip install 'kilofed[flower]'"
+)
+
+
+def run(recipe: Recipe, spec: EngineSpec, folder: Path) -> tuple[bytes, str]:
+    """Two rounds of `recipe`; the server's state and the ledger without its seconds."""
+    folder.mkdir()
+    sites = Sites(recipe, folder / "clients")
+    server = Server(recipe.seed, recipe.rounds, recipe.train, sites.model(recipe.model))
+    sites.method.setup(server)
+    text = json.dumps(to_table(recipe))
+    with (
+        closing(Ledger(folder / "ledger.jsonl")) as ledger,
+        closing(open_engine(spec, sites.client_ids(), text, folder / "clients", sites.handle)) as engine,
+    ):
+        for number in range(1, recipe.rounds + 1):
+            server.round = number
+            cohort = Cohort(engine.client_ids(), engine, ledger, sites.policy, round=number)
+            sites.method.round(server, cohort)
+            assert not cohort.failures
+    lines = (folder / "ledger.jsonl").read_text()
+    return Payload(server.state).encode(), re.sub(r'"seconds":[^}]*', "", lines)
+
+
+@pytest.mark.parametrize(
+    "name", ["pool", pytest.param("flower", marks=[needs_flower, pytest.mark.filterwarnings("ignore")])]
+)
+@pytest.mark.slow
+def test_fedavg_ends_in_the_same_bytes_as_in_process(name: str, tiny_recipe: Recipe, tmp_path: Path) -> None:
+    spec = EngineSpec("inprocess", workers=2, threads=1, timeout=300)
+    state, ledger = run(tiny_recipe, spec, tmp_path / "inprocess")
+    assert ledger.count('"direction":"up"') == 4 * tiny_recipe.rounds
+    other_state, other_ledger = run(tiny_recipe, replace(spec, name=name), tmp_path / name)  # type: ignore[arg-type]
+    assert other_state == state
+    assert other_ledger == ledger
+
+
+@pytest.mark.slow
+@needs_flower
+@pytest.mark.filterwarnings("ignore")
+def test_an_actor_that_cannot_start_says_why(tiny_recipe: Recipe, tmp_path: Path) -> None:
+    gone = replace(tiny_recipe, model=replace(tiny_recipe.model, path=str(tmp_path / "gone")))
+    text = json.dumps(to_table(gone))
+    with closing(open_engine(EngineSpec("flower", timeout=300), [0, 1], text, tmp_path, Sites(gone).handle)) as engine:
+        with pytest.raises(ModelError, match=r"^there is no model directory .*gone"):
+            list(engine.exchange({0: Payload(scalars=address("fit", "mean", 1, 0)).encode()}))
+
+
+def test_without_flower_the_extra_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delitem(sys.modules, "kilofed.engines.flower", raising=False)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(RunError, match=r"pip install 'kilofed\[flower\]'"):
+        open_engine(EngineSpec("flower"), [0], "{}", tmp_path, lambda client, body: body)
