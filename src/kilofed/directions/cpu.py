@@ -3,6 +3,7 @@
 Blocks are independent, so threads take spans of them from one list; which thread takes which span changes nothing.
 """
 
+import ctypes
 import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -59,11 +60,12 @@ def rebuild(w0: Tensor, out: Tensor, table: Floats, key: int, first_block: int) 
 
     _in_threads(work_on, whole_blocks, max(1, SPAN_ELEMENTS // table.size))
     if rest:
-        padded = torch.zeros(table.size, dtype=w0.dtype)
-        padded[:rest] = w0[-rest:]
-        at = padded.data_ptr()
+        # Not by torch: a parallel copy this small would wake its threads, and they would spin beside ours.
+        padded = np.zeros(block_bytes, dtype=np.uint8)
+        at, shift, num_bytes = padded.ctypes.data, whole_blocks * block_bytes, rest * w0.element_size()
+        ctypes.memmove(at, w0.data_ptr() + shift, num_bytes)
         REBUILD[w0.dtype][0](at, at, first_block + whole_blocks, 1, _work(table, lanes, key))
-        out[-rest:] = padded[:rest]
+        ctypes.memmove(out.data_ptr() + shift, at, num_bytes)
 
 
 def fold(a: Floats, dtype: torch.dtype) -> Floats:
