@@ -35,14 +35,14 @@ Case = tuple[str, str, bool, int, int]
 QUICK: list[Case] = [
     ("inprocess", "all-linear", False, 100, 9),
     ("inprocess", "all-linear", False, 1000, 5),
-    ("inprocess", "all-linear", False, 10_000, 2),
+    ("inprocess", "all-linear", False, 10_000, 1),
     ("inprocess", "all-linear", True, 1000, 3),
     ("inprocess", "q_proj v_proj", False, 1000, 3),
     ("pool", "all-linear", False, 100, 5),
     ("pool", "all-linear", False, 1000, 3),
     ("flower", "all-linear", False, 100, 4),
 ]
-FULL: list[Case] = [(*case[:4], 2 * case[4] + 1) for case in QUICK] + [("flower", "all-linear", False, 1000, 4)]
+FULL: list[Case] = [(*case[:4], 2 * case[4] + 1) for case in QUICK] + [("flower", "all-linear", False, 1000, 3)]
 
 
 class Bench:

@@ -3,7 +3,6 @@
 import importlib.util
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -92,18 +91,31 @@ def start(name: str, opener: Open) -> Engine:
 SEPARATE = ["pool", pytest.param("flower", marks=[pytest.mark.slow, pytest.mark.filterwarnings("ignore")])]
 
 
-@pytest.fixture(scope="module", params=["inprocess", "faulty", *SEPARATE])
-def engine(request: pytest.FixtureRequest, opener: Open) -> Iterator[Engine]:
-    """Every engine; one instance for a file's tests, as a run uses one for all rounds."""
-    with closing(start(request.param, opener)) as made:
-        yield made
+@pytest.fixture(scope="module")
+def started(opener: Open) -> Iterator[Callable[[str], Engine]]:
+    """An engine by name; one instance for a file's tests, as a run uses one for all rounds."""
+    made: dict[str, Engine] = {}
+
+    def get(name: str) -> Engine:
+        if name not in made:
+            made[name] = start(name, opener)
+        return made[name]
+
+    yield get
+    for engine in made.values():
+        engine.close()
 
 
-@pytest.fixture(scope="module", params=SEPARATE)
-def separate(request: pytest.FixtureRequest, opener: Open) -> Iterator[Engine]:
+@pytest.fixture(params=["inprocess", "faulty", *SEPARATE])
+def engine(request: pytest.FixtureRequest, started: Callable[[str], Engine]) -> Engine:
+    """Every engine."""
+    return started(request.param)
+
+
+@pytest.fixture(params=SEPARATE)
+def separate(request: pytest.FixtureRequest, started: Callable[[str], Engine]) -> Engine:
     """Every engine whose clients live in processes of their own."""
-    with closing(start(request.param, opener)) as made:
-        yield made
+    return started(request.param)
 
 
 @pytest.fixture

@@ -68,6 +68,16 @@ def test_an_actor_that_cannot_start_says_why(tiny_recipe: Recipe, tmp_path: Path
             list(engine.exchange({0: Payload(scalars=address("fit", "mean", 1, 0)).encode()}))
 
 
+@pytest.mark.slow
+@needs_flower
+@pytest.mark.filterwarnings("ignore")
+def test_two_simulations_in_one_process_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    engine = open_engine(EngineSpec("flower"), [0], "{}", tmp_path, lambda client, body: body)
+    monkeypatch.setattr("ray.is_initialized", lambda: True)
+    with pytest.raises(RunError, match="close the other engine first"):
+        list(engine.exchange({0: b""}))
+
+
 def test_without_flower_the_extra_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delitem(sys.modules, "kilofed.engines.flower", raising=False)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)

@@ -12,14 +12,16 @@ import os
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from concurrent.futures import thread as executors
+from typing import cast
 
 from kilofed.engines.inprocess import Handler
 from kilofed.engines.opener import Opener, as_text, raise_again
 from kilofed.errors import RunError
 
-# Read at import: no telemetry, no look for updates, no second cluster after a shutdown, no accelerator hidden from
-# actors.
+# Read at import: no telemetry, no look for updates, no second cluster after a shutdown; actors see every accelerator and
+# have the priority of their user's other processes.
 os.environ.update(
     FLWR_TELEMETRY_ENABLED="0",
     FLWR_DISABLE_UPDATE_CHECK="1",
@@ -27,6 +29,7 @@ os.environ.update(
     RAY_USAGE_STATS_ENABLED="0",
     RAY_ENABLE_AUTO_CONNECT="0",
     RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO="0",
+    RAY_worker_niceness="0",
 )
 if not (importlib.util.find_spec("flwr") and importlib.util.find_spec("ray")):
     raise RunError("engine flower needs Flower's simulation: pip install 'kilofed[flower]'")
@@ -72,6 +75,8 @@ class Flower:
 
     def exchange(self, asks: Mapping[int, bytes]) -> Iterator[tuple[int, bytes]]:
         if self._simulation is None:
+            if ray.is_initialized():  # Actors of two simulations would wait for each other's processors.
+                raise RunError("Ray runs in this process already: close the other engine first, or use engine pool")
             self._simulation = _Simulation(self._opener, len(self._ids), self._workers)
         nodes = self._simulation.nodes()
         by_client = {client: nodes[place] for place, client in enumerate(self._ids) if client in asks}
@@ -166,6 +171,10 @@ class _Simulation:
         if self._thread.is_alive():
             log.warning("Flower's simulation does not end; shutting Ray down under it")
             ray.shutdown()
+            # Its threads wait for actors that never started; the interpreter must not wait for them at its exit.
+            joined = cast(MutableMapping[threading.Thread, object], executors._threads_queues)
+            for thread in [thread for thread in joined if thread.daemon]:
+                del joined[thread]
 
     def _wait(self, deadline: float) -> None:
         if not self._thread.is_alive() or time.monotonic() > deadline:
