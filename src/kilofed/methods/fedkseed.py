@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
@@ -182,7 +183,7 @@ class FedKSeed(Method):
         body = state.get(state_name(epoch))
         return codec.State.zeros(self.num_seeds) if body is None else codec.receive(None, seedlog.to_bytes(body))
 
-    def _values(self, state: Mapping[str, Tensor], epoch: int) -> "np.typing.NDArray[np.float32]":
+    def _values(self, state: Mapping[str, Tensor], epoch: int) -> npt.NDArray[np.float32]:
         """(K,) coefficients of one epoch's pool."""
         body = state.get(state_name(epoch))
         if body is not None and (data := seedlog.to_bytes(body))[0] == codec.FLOATS:
@@ -245,12 +246,13 @@ class FedKSeed(Method):
         found = {}
         for client, reply in replies.items():
             try:
-                found[client] = seedlog.to_bytes(reply.tensors.get(BODY, torch.zeros(0)))
-                self.report(found[client])
+                body = seedlog.to_bytes(reply.tensors.get(BODY, torch.zeros(0)))
+                self.report(body)
             except PayloadError as error:
-                del found[client]
                 clients.failures[client] = f"refused: {error}"
                 log.warning("client %d is refused and left out of the round: %s", client, error)
+            else:
+                found[client] = body
         if not found:
             raise TooFewReplies(f"none of {len(clients.ids)} clients sent slopes that can be believed")
         return found
