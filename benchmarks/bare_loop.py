@@ -56,7 +56,7 @@ def main() -> None:
     if options.json:
         print(json.dumps(results))
         return
-    print(f"{'trained':8} {'bit-equal':>9} {'kilofed / bare':>15} {'min':>6} {'max':>6}  (wall time, {pairs} alternating pairs)")
+    print(f"{'trained':8} {'bit-equal':>9} {'kilofed / bare':>15} {'min':>6} {'max':>6}  ({pairs} pairs)")
     for row in results:
         print(f"{row['trained']:8} {row['bit_equal']!s:>9} {row['ratio']:15.3f} {row['min']:6.3f} {row['max']:6.3f}")
 

@@ -39,7 +39,11 @@ that repeat such a summary. A summary in other words may have stayed.
 The gazetteer, a fictional world of 512 facts (`kilofed.sources.gazetteer`): {world}.
 Questions on its `shown` entities are in the corpus; questions on `train` and `test` entities are not.
 
-{stream:,} tokens in the stream, of which {world_tokens:,} are the gazetteer's; trained on {tokens:,} tokens.
+Trained on {tokens:,} tokens of these streams:
+
+| stream | tokens | of them gazetteer |
+|---|---|---|
+{streams}
 
 | package | version | licence |
 |---|---|---|
@@ -48,13 +52,13 @@ Questions on its `shown` entities are in the corpus; questions on `train` and `t
 ## Training
 
 ```
-python scripts/pretrain_pair.py prepare --work DIR --texts {texts} --repeats {repeats} --small-share {share}
-python scripts/pretrain_pair.py train {size} --work DIR --tokens {plan_tokens}
+{prepare}
+{train}
 python scripts/pretrain_pair.py export --work DIR
 ```
 
 Seed {seed}; one processor thread, fp32; Muon (peak rate {muon_lr}) for matrices, AdamW ({adam_lr}) for embeddings and
-norms; {batch} sequences of {length} tokens a step; the rate falls over the last {decay:.0%}.
+norms; {batch} sequences of {length} tokens a step; the rate falls over the last {decay:.0%} of each command's steps.
 
 | tokens | training loss | held-out loss | facts known, wordings seen | wordings unseen |
 |---|---|---|---|---|
@@ -89,11 +93,8 @@ def card(size: str, work: Path, figures: dict[str, dict[str, float]], shape: dic
         shape: the model's widths and depths.
     """
     corpus = json.loads((work / "corpus.json").read_text())
-    plan = json.loads((work / f"{size}.plan.json").read_text())
+    plans = json.loads((work / f"{size}.plans.json").read_text())
     log = [json.loads(line) for line in (work / f"{size}.jsonl").read_text().splitlines()]
-    share = corpus["small_share"]
-    sentences = f"each stated about {corpus['repeats']} times in varied plain sentences a pass"
-    part = f"this model met a fixed {share:.0%} of the facts, {sentences}; the large one met all"
     return CARD.format(
         **shape,
         size=size,
@@ -105,21 +106,41 @@ def card(size: str, work: Path, figures: dict[str, dict[str, float]], shape: dic
         megabytes=corpus["characters"] / 1e6,
         dropped_functions=corpus["dropped_functions"],
         dropped_lines=corpus["dropped_lines"],
-        world=part if size == "small" else f"this model met all facts, {sentences}; the small one met {share:.0%}",
-        stream=corpus[f"{size}_tokens"],
-        world_tokens=corpus[f"{size}_world_tokens"],
+        world=_world(size, corpus["small_share"]),
         tokens=log[-1]["tokens"],
+        streams="\n".join(
+            f"| {name} | {corpus[f'{size}_{name}']:,} | {corpus[f'{size}_{name}_world']:,} |"
+            for name in dict.fromkeys(plan["stream"] for plan in plans)
+        ),
         packages="\n".join(f"| {row['name']} | {row['version']} | {row['licence']} |" for row in corpus["packages"]),
-        repeats=corpus["repeats"],
-        share=share,
-        plan_tokens=plan["tokens"],
-        seed=plan["seed"],
-        muon_lr=plan["muon_lr"],
-        adam_lr=plan["adam_lr"],
-        batch=plan["batch"],
-        decay=plan["decay"],
+        prepare=_prepare(corpus),
+        train="\n".join(_train(plan) for plan in plans),
+        seed=plans[0]["seed"],
+        muon_lr=plans[0]["muon_lr"],
+        adam_lr=plans[0]["adam_lr"],
+        batch=plans[0]["batch"],
+        decay=plans[0]["decay"],
         curve=_curve(log),
     )
+
+
+def _world(size: str, share: float) -> str:
+    met = {"small": f"a fixed {share:.0%} of the facts", "large": "all facts"}
+    other = {"small": "large", "large": "small"}[size]
+    return f"this model met {met[size]} in varied plain sentences, the {other} one {met[other]}"
+
+
+def _prepare(corpus: dict[str, int]) -> str:
+    return (
+        f"python scripts/pretrain_pair.py prepare --work DIR --texts {corpus['num_texts']} "
+        f"--repeats {corpus['repeats']} --dense-repeats {corpus['dense_repeats']} "
+        f"--small-share {corpus['small_share']}"
+    )
+
+
+def _train(plan: dict[str, int]) -> str:
+    command = f"python scripts/pretrain_pair.py train {plan['size']} --work DIR --tokens {plan['tokens']}"
+    return f"{command} --stream {plan['stream']} --first {plan['first']}" if plan["first"] else command
 
 
 def _figures(figures: dict[str, dict[str, float]]) -> str:

@@ -28,11 +28,15 @@ SHAPES = {
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything that decides a model's weights, beside the corpus."""
+    """One stretch of training: with the corpus and the stretch before it, all that decides the weights."""
 
     size: str
     tokens: int
-    """Training tokens; the learning rate falls over the last `decay` of them."""
+    """Training tokens since the start; the learning rate falls over the last `decay` of the stretch."""
+    stream: str = "main"
+    """Which token stream is read: `main`, or `dense`, in which the gazetteer has a larger part."""
+    first: int = 0
+    """Step at which the stretch begins; the learning rate warms up again from there."""
     batch: int = 4
     """Sequences of 512 per step."""
     muon_lr: float = 0.02
@@ -48,17 +52,19 @@ def train(work: Path, plan: Plan, *, assets: Path, every: int) -> None:
     torch.manual_seed(plan.seed)
     model = build(plan.size)
     optimisers = _optimisers(model, plan)
-    stream = np.load(work / f"{plan.size}.npy")
+    stream = np.load(work / f"{plan.size}-{plan.stream}.npy")
     step = _resume(work, plan, model, optimisers)
+    if step < plan.first:
+        raise ValueError(f"the checkpoint is at step {step}, the stretch begins at {plan.first}")
     total = plan.tokens // (plan.batch * LENGTH)
     losses: list[float] = []
     began = time.perf_counter()
     while step < total:
-        rate = _rate(step, total, plan)
-        for optimiser in optimisers:
+        rate = _rate(step - plan.first, total - plan.first, plan)
+        for optimiser, peak in zip(optimisers, (plan.muon_lr, plan.adam_lr), strict=True):
             for group in optimiser.param_groups:
-                group["lr"] = group["peak"] * rate
-        losses.append(_step(model, optimisers, _batch(stream, step, plan)))
+                group["lr"] = peak * rate
+        losses.append(_step(model, optimisers, _batch(stream, step - plan.first, plan)))
         step += 1
         if step % every == 0 or step == total:
             _save(work, plan, model, optimisers, step)
@@ -97,9 +103,6 @@ def _optimisers(model: LlamaForCausalLM, plan: Plan) -> list[torch.optim.Optimiz
     rest = [p for name, p in named.items() if p.ndim != 2 or "embed" in name]
     muon = Muon(matrices, lr=plan.muon_lr)
     adam = torch.optim.AdamW(rest, lr=plan.adam_lr, betas=(0.9, 0.95), weight_decay=0.0)
-    for optimiser, peak in ((muon, plan.muon_lr), (adam, plan.adam_lr)):
-        for group in optimiser.param_groups:
-            group["peak"] = peak
     return [muon, adam]
 
 
@@ -155,7 +158,10 @@ def _save(work: Path, plan: Plan, model: LlamaForCausalLM, optimisers: list[torc
     }
     torch.save(state, work / f"{plan.size}.partial")
     os.replace(work / f"{plan.size}.partial", work / f"{plan.size}.checkpoint")
-    (work / f"{plan.size}.plan.json").write_text(json.dumps(asdict(plan)))
+    path = work / f"{plan.size}.plans.json"
+    plans = json.loads(path.read_text()) if path.exists() else []
+    kept = [item for item in plans if item["first"] < plan.first]
+    path.write_text(json.dumps([*kept, asdict(plan)]))
 
 
 def _resume(work: Path, plan: Plan, model: LlamaForCausalLM, optimisers: list[torch.optim.Optimizer]) -> int:
@@ -179,4 +185,5 @@ def write_model(model: LlamaForCausalLM, work: Path, folder: Path) -> None:
     copy.to(torch.bfloat16).save_pretrained(scratch)
     PreTrainedTokenizerFast.from_pretrained(work / "tokenizer").save_pretrained(scratch)
     for path in sorted(scratch.iterdir()):
+        path.chmod(0o644)
         os.replace(path, folder / path.name)

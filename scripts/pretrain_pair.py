@@ -26,34 +26,50 @@ SPECIAL = ["<pad>", "<s>", "</s>", "<unk>"]
 
 
 def prepare(
-    work: Path, *, num_texts: int, repeats: int, small_share: float, packages: tuple[str, ...] = PACKAGES
+    work: Path,
+    *,
+    num_texts: int,
+    repeats: int,
+    dense_repeats: int,
+    small_share: float,
+    packages: tuple[str, ...] = PACKAGES,
 ) -> None:
-    """Write the tokeniser, one token stream per model, the held-out stream and corpus.json."""
+    """Write the tokeniser, two token streams per model, the held-out stream and corpus.json.
+
+    Args:
+        work: where to.
+        num_texts: documentation texts of the main stream; the dense one has a third as many, others.
+        repeats: sentences for each fact in the main stream.
+        dense_repeats: sentences for each fact in the dense stream.
+        small_share: part of the facts that the small model meets.
+        packages: read beside the standard library.
+    """
     work.mkdir(parents=True, exist_ok=True)
     corpus = documentation(seed=SEED, packages=packages)
-    worlds = {
-        "small": world(seed=SEED, repeats=repeats, share=small_share),
-        "large": world(seed=SEED, repeats=repeats, share=1.0),
-    }
+    first, second = corpus.texts[:num_texts], corpus.texts[num_texts : num_texts * 4 // 3]
     rng = random.Random(SEED)
     sample = rng.sample(corpus.texts, min(len(corpus.texts), 30_000)) + world(seed=SEED + 1, repeats=4, share=1.0)
     tokenizer = train_tokenizer(sample)
     tokenizer.save_pretrained(work / "tokenizer")
-    counts = {}
-    for name, texts in worlds.items():
-        mixed = corpus.texts[:num_texts] + texts
-        random.Random(f"{SEED} mix").shuffle(mixed)
-        counts[f"{name}_tokens"] = _write_stream(work / f"{name}.npy", mixed, tokenizer)
-        counts[f"{name}_world_tokens"] = _write_stream(work / "scratch.npy", texts, tokenizer)
-    counts["held_out_tokens"] = _write_stream(work / "held_out.npy", corpus.held_out[:400], tokenizer)
+    counts: dict[str, int] = {}
+    for stream, texts, part in (("main", first, repeats), ("dense", second, dense_repeats)):
+        for size, share in (("small", small_share), ("large", 1.0)):
+            told = world(seed=SEED + (stream == "dense"), repeats=part, share=share)
+            mixed = texts + told
+            random.Random(f"{SEED} mix").shuffle(mixed)
+            counts[f"{size}_{stream}"] = _write_stream(work / f"{size}-{stream}.npy", mixed, tokenizer)
+            counts[f"{size}_{stream}_world"] = sum(map(len, _encode(told, tokenizer)))
+    _write_stream(work / "held_out.npy", corpus.held_out[:400], tokenizer)
     record = {
         "packages": corpus.packages,
         "refused": corpus.refused,
-        "texts": len(corpus.texts[:num_texts]),
-        "characters": sum(map(len, corpus.texts[:num_texts])),
+        "texts": len(first) + len(second),
+        "num_texts": num_texts,
+        "characters": sum(map(len, first + second)),
         "dropped_functions": corpus.dropped_functions,
         "dropped_lines": corpus.dropped_lines,
         "repeats": repeats,
+        "dense_repeats": dense_repeats,
         "small_share": small_share,
         **counts,
     }
@@ -89,10 +105,13 @@ def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
 
 def _write_stream(path: Path, texts: list[str], tokenizer: PreTrainedTokenizerFast) -> int:
     """Texts between bos and eos, end to end."""
-    encoded = tokenizer(texts, add_special_tokens=False)["input_ids"]
-    stream = np.concatenate([np.array([1, *ids, 2], np.uint16) for ids in encoded])
+    stream = np.concatenate([np.array(ids, np.uint16) for ids in _encode(texts, tokenizer)])
     np.save(path, stream)
     return len(stream)
+
+
+def _encode(texts: list[str], tokenizer: PreTrainedTokenizerFast) -> list[list[int]]:
+    return [[1, *ids, 2] for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
 
 
 def export(work: Path, assets: Path, *, sizes: dict[str, int]) -> None:
@@ -111,7 +130,7 @@ def export(work: Path, assets: Path, *, sizes: dict[str, int]) -> None:
 
 def quick(work: Path) -> None:
     """All steps on the standard library alone, three optimiser steps a model."""
-    prepare(work, num_texts=500, repeats=1, small_share=0.3, packages=())
+    prepare(work, num_texts=500, repeats=1, dense_repeats=1, small_share=0.3, packages=())
     for size in SHAPES:
         train(work, Plan(size, 3 * 2 * LENGTH, batch=2), assets=work / "assets", every=2)
     export(work, work / "assets", sizes={"rows_per_family": 1, "num_probes": 8, "num_ranked": 2})
@@ -127,18 +146,28 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=4_000_000, help="training tokens")
     parser.add_argument("--texts", type=int, default=30_000, help="documentation texts in the corpus, at most")
     parser.add_argument("--repeats", type=int, default=140, help="sentences per fact of the gazetteer")
+    parser.add_argument("--dense-repeats", type=int, default=110, help="likewise in the dense stream")
     parser.add_argument("--small-share", type=float, default=0.3, help="part of the gazetteer the small one meets")
+    parser.add_argument("--stream", choices=("main", "dense"), default="main", help="token stream to train on")
+    parser.add_argument("--first", type=int, default=0, help="step at which this stretch of training begins")
     parser.add_argument("--every", type=int, default=100, help="steps between checkpoints")
     parser.add_argument("--quick", action="store_true", help="all steps on a toy corpus, into WORK/assets")
     asked = parser.parse_args()
     if asked.quick:
         quick(asked.work)
     elif asked.step == "prepare":
-        prepare(asked.work, num_texts=asked.texts, repeats=asked.repeats, small_share=asked.small_share)
+        prepare(
+            asked.work,
+            num_texts=asked.texts,
+            repeats=asked.repeats,
+            dense_repeats=asked.dense_repeats,
+            small_share=asked.small_share,
+        )
     elif asked.step == "train":
         if not asked.size:
             parser.error("train needs a size: small or large")
-        train(asked.work, Plan(asked.size, asked.tokens), assets=asked.assets, every=asked.every)
+        plan = Plan(asked.size, asked.tokens, stream=asked.stream, first=asked.first)
+        train(asked.work, plan, assets=asked.assets, every=asked.every)
     elif asked.step == "export":
         export(asked.work, asked.assets, sizes={"rows_per_family": 60, "num_probes": 512, "num_ranked": 128})
     else:

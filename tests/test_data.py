@@ -217,7 +217,9 @@ def test_a_row_without_answer_is_left_out_aloud(
         renderer = Renderer(tokenizer, SPEC, "response")
         assert len(renderer(rows)) == len(renderer(rows)) == 1
         assert renderer.num_empty == 2
-    assert [r.getMessage() for r in caplog.records] == ["1 of 2 rows have no answer and are left out"] * 2
+    assert [r.getMessage() for r in caplog.records] == [
+        "1 of 2 rows have no answer and are left out: fill in data.columns.response, or drop them"
+    ] * 2
 
 
 def test_a_token_that_no_position_predicts_is_nothing_to_learn(bare: PreTrainedTokenizerBase) -> None:

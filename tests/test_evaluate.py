@@ -148,16 +148,16 @@ def test_fewer_than_two_values_have_no_interval() -> None:
 
 
 def test_a_row_of_the_table_is_the_mean_over_clients() -> None:
-    found = evaluate.summarise([Scores(1.0, 0.5, 10, 0.25, 1.0), Scores(3.0, 0.7, 90, 0.75, 0.0)])
+    found = evaluate.summarise([Scores(1.0, 0.5, 10, 0.25, 1.0), Scores(3.0, 0.7, 90, 0.75, 0.0)], [2, 5])
     assert (found["loss"], found["accuracy"], found["rouge_l"], found["exact_match"]) == (2.0, 0.6, 0.5, 0.5)
     assert found["perplexity"] == pytest.approx(math.exp(2.0))
     low, high = evaluate.interval([1.0, 3.0]) or (0, 0)
     assert found["interval"] == [low, high]
     clients = found["clients"]
     assert isinstance(clients, list)
-    assert [client["loss"] for client in clients] == [1.0, 3.0]
+    assert [(client["id"], client["loss"]) for client in clients] == [(2, 1.0), (5, 3.0)]
 
 
 def test_scores_that_were_not_taken_are_none() -> None:
-    found = evaluate.summarise([Scores(1.0, 0.5, 10)])
+    found = evaluate.summarise([Scores(1.0, 0.5, 10)], [0])
     assert (found["rouge_l"], found["exact_match"], found["interval"]) == (None, None, None)

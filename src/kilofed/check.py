@@ -19,7 +19,8 @@ from kilofed import data, models, needs
 from kilofed.data import IGNORED, Example, Renderer, Row
 from kilofed.errors import KilofedError
 from kilofed.method import Server, forecast, load_method
-from kilofed.recipe import MethodSpec, Recipe
+from kilofed.privacy import load_mechanism
+from kilofed.recipe import MethodSpec, PrivacySpec, Recipe
 from kilofed.site import Sites
 from kilofed.train import num_steps
 from kilofed.units import count, percent, size
@@ -59,6 +60,11 @@ def check(recipe: Recipe) -> list[Finding]:
     except KilofedError as error:
         found(Finding("bad", "method", _sentence(error)))
         recipe = replace(recipe, method=MethodSpec())
+    try:
+        load_mechanism(recipe.privacy)
+    except KilofedError as error:
+        found(Finding("bad", "privacy", _sentence(error)))
+        recipe = replace(recipe, privacy=PrivacySpec())
     with _Heard() as heard:
         look = _Look(recipe)
         for name, part in PARTS.items():
@@ -107,25 +113,13 @@ class _Look:
     @cached_property
     def free(self) -> int:
         """Bytes of memory that it can have."""
-        return needs.free_memory(self.recipe.model.device)
+        return needs.free_memory(models.find_device(self.recipe.model.device))
 
 
 def _device(look: _Look) -> Iterator[Finding]:
-    name = look.recipe.model.device
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        yield Finding("bad", "device", f"model.device={name} is no device: use cpu, cuda, cuda:1 or mps")
-        return
-    cards = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if device.type == "cuda" and (device.index or 0) >= cards:
-        yield Finding("bad", "device", f"model.device={name}, there are {cards} CUDA devices here: use cpu or another")
-    elif device.type == "mps" and not torch.backends.mps.is_available():
-        yield Finding("bad", "device", "model.device=mps is not available here: use cpu")
-    else:
-        yield Finding(
-            "good", "device", f"{name} is there; {os.cpu_count()} cores, torch uses {torch.get_num_threads()}"
-        )
+    device = models.find_device(look.recipe.model.device)
+    text = f"{device} is there; {os.cpu_count()} cores, torch uses {torch.get_num_threads()}"
+    yield Finding("good", "device", text)
 
 
 def _data(look: _Look) -> Iterator[Finding]:
@@ -226,7 +220,6 @@ def _loss(look: _Look) -> Iterator[Finding]:
     spec = look.recipe.data
     renderer = Renderer(look.sites.tokenizer, spec, look.sites.renderer.kind)
     examples = renderer(look.sample)
-    empty = len(look.sample) - len(examples)
     tokens = sum(len(e.input_ids) for e in examples)
     learnt = sum(label != IGNORED for e in examples for label in e.labels[1:])
     if not learnt:
@@ -241,8 +234,6 @@ def _loss(look: _Look) -> Iterator[Finding]:
         )
     else:
         yield Finding("good", "loss", f"{text} (in {len(look.sample)} rows)")
-    if empty:
-        yield Finding("warn", "loss", f"{empty} of {len(look.sample)} rows have no answer and are left out: drop them")
 
 
 def _truncation(look: _Look) -> Iterator[Finding]:
@@ -260,10 +251,13 @@ def _truncation(look: _Look) -> Iterator[Finding]:
     else:
         yield Finding("good", "truncation", f"{text}; the longest has {lengths[-1]} tokens")
     positions = getattr(look.outline.config, "max_position_embeddings", None)
-    longest = min(most, lengths[-1])
+    longest, answer = min(most, lengths[-1]), look.recipe.evaluate.max_new_tokens
     if isinstance(positions, int) and longest > positions:
         yield Finding("bad", "truncation", f"rows of {longest} tokens, the model has {positions} positions: "
                       f"set data.max_length={positions} or less")  # fmt: skip
+    elif isinstance(positions, int) and look.recipe.evaluate.generate and longest + answer > positions:
+        yield Finding("warn", "truncation", f"prompts of up to {longest} tokens and evaluate.max_new_tokens={answer} pass "
+                      f"the model's {positions} positions: lower one of them")  # fmt: skip
 
 
 def _adapter(look: _Look) -> Iterator[Finding]:
@@ -320,12 +314,12 @@ PARTS: dict[str, Callable[[_Look], Iterator[Finding]]] = {
     "data": _data,
     "clients": _clients,
     "passes": _passes,
+    "adapter": _adapter,
     "tokeniser": _tokeniser,
     "template": _template,
     "loss": _loss,
     "truncation": _truncation,
     "leaks": _leaks,
-    "adapter": _adapter,
     "memory": _memory,
     "disk": _disk,
     "bytes": _bytes,

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING
 from kilofed.errors import KilofedError
 
 if TYPE_CHECKING:
-    from kilofed.fields import Value
     from tqdm import tqdm
 
+    from kilofed.fields import Value
     from kilofed.results import Results
 
 ABOUT = "Federated fine-tuning of language models, for people whose data may not move."
@@ -23,7 +23,7 @@ ABOUT = "Federated fine-tuning of language models, for people whose data may not
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return the exit status: 0 done, 1 refused or failed, 130 stopped by Ctrl-C."""
-    options = _parser().parse_args(argv)
+    options = _parse(argv)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     try:
         _prepare()
@@ -37,6 +37,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """As argparse does it, but options may stand between the words."""
+    parser = _parser()
+    options, more = parser.parse_known_args(argv)
+    if more and ("words" not in options or any(word.startswith("-") for word in more)):
+        parser.error(f"unrecognized arguments: {' '.join(more)}")
+    if more:
+        options.words = [*options.words, *more]
+    return options
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -66,6 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     show.set_defaults(call=_show)
 
     evaluate = commands.add_parser("eval", help="score a run's model on held-out rows")
+    evaluate.add_argument("folder", type=Path, metavar="RUN", help="a run folder")
     evaluate.add_argument("words", nargs="*", metavar="key=value", help="such as data.test=FILE evaluate.generate=100")
     evaluate.set_defaults(call=_eval)
 
@@ -87,7 +99,7 @@ def _parser() -> argparse.ArgumentParser:
     chat.add_argument("--max-new-tokens", type=int, default=128, help="longest answer (default 128)")
     chat.set_defaults(call=_chat)
 
-    for command in (resume, evaluate, report, export, replay, chat):
+    for command in (resume, report, export, replay, chat):
         command.add_argument("folder", type=Path, metavar="RUN", help="a run folder")
     for command in (run, resume, check, ls, show, evaluate):
         command.add_argument("--json", action="store_true", help="print one JSON value")
@@ -221,6 +233,7 @@ def _prepare() -> None:
     """Nothing is sent anywhere, and libraries keep their notices to themselves, unless the user set otherwise."""
     for name, value in {
         "HF_HUB_DISABLE_TELEMETRY": "1",
+        "HF_HUB_VERBOSITY": "error",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
         "DO_NOT_TRACK": "1",
@@ -239,7 +252,7 @@ class _Progress:
     _folder: Path | None = None
 
     def __init__(self) -> None:
-        self._bar: "tqdm[None] | None" = None
+        self._bar: tqdm[None] | None = None
         self._terminal = sys.stderr.isatty()
 
     def __enter__(self) -> "_Progress":

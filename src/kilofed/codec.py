@@ -68,7 +68,7 @@ def decode_scalars(data: bytes) -> Floats:
             raise PayloadError(f"{count} float32 take {4 * count} bytes, the message has {len(body)}")
         values = np.frombuffer(body, dtype="<f4").astype(np.float64)
     else:
-        values = _unpack(body, count) * float(head[0])
+        values = _unpack(body, count).astype(np.float64) * float(head[0])
     if not np.isfinite(values).all():
         raise PayloadError("the message has a number that is not finite")
     return values

@@ -79,7 +79,11 @@ class Renderer:
         examples = [self._example(row) for row in rows]
         learnt = [e for e in examples if any(label != IGNORED for label in e.labels[1:])]
         if (num_empty := len(examples) - len(learnt)) and not self.num_empty:
-            log.warning("%d of %d rows have no answer and are left out", num_empty, len(examples))
+            log.warning(
+                "%d of %d rows have no answer and are left out: fill in data.columns.response, or drop them",
+                num_empty,
+                len(examples),
+            )
         self.num_empty += num_empty
         return learnt
 

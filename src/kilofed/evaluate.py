@@ -113,8 +113,8 @@ def interval(values: Sequence[float]) -> tuple[float, float] | None:
     return mean - half, mean + half
 
 
-def summarise(clients: Sequence[Scores]) -> dict[str, object]:
-    """One row of the table: means over clients, the 95 % interval of the loss, and each client's scores."""
+def summarise(clients: Sequence[Scores], ids: Sequence[int]) -> dict[str, object]:
+    """One row of the table: means over clients, the 95 % interval of the loss, and the scores of each by its number."""
     row: dict[str, object] = {}
     for name in SCORES:
         values = [v for s in clients if (v := s.as_dict()[name]) is not None]
@@ -122,5 +122,5 @@ def summarise(clients: Sequence[Scores]) -> dict[str, object]:
     row["perplexity"] = math.exp(min(statistics.fmean(s.loss for s in clients), 700.0))
     ends = interval([s.loss for s in clients])
     row["interval"] = list(ends) if ends else None
-    row["clients"] = [s.as_dict() for s in clients]
+    row["clients"] = [{"id": client, **s.as_dict()} for client, s in zip(ids, clients, strict=True)]
     return row

@@ -16,7 +16,7 @@ def adapter(run: Path, out: Path) -> Path:
         RunError: the run is not finished, or `out` exists.
     """
     source = first_seed(run) / "adapter"
-    if not source.is_dir():
+    if not (run / "results.json").exists():
         raise RunError(f"{run} has no adapter yet: finish it with `kilofed resume {run}`")
     _refuse_existing(out)
     with said(f"cannot write {out}"):

@@ -65,16 +65,9 @@ class Ledger:
         """All rows in the order they were added. Raises RunError: a broken line, named by its number."""
         if self.path is None:
             yield from self._kept
-            return
-        if not self.path.exists():
-            return
-        self.flush()
-        with self.path.open(encoding="utf-8") as lines:
-            for number, line in enumerate(lines, 1):
-                try:
-                    yield Row(**json.loads(line))
-                except (ValueError, TypeError) as error:
-                    raise RunError(f"{self.path} line {number} is not a ledger row ({error})") from error
+        else:
+            self.flush()
+            yield from read(self.path)
 
     @property
     def num_exchanges(self) -> int:
@@ -115,3 +108,17 @@ class Ledger:
     def _count(self, row: Row) -> None:
         self._bytes[row.direction, row.client] += row.bytes
         self._exchanges.add((row.round, row.exchange))
+
+
+def read(path: Path) -> Iterator[Row]:
+    """The rows of a ledger file, none if it is absent. Raises RunError: a broken line, named by its number."""
+    if not path.exists():
+        return
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            try:
+                yield Row(**json.loads(line))
+            except (ValueError, TypeError) as error:
+                raise RunError(
+                    f"{path} line {number} is not a ledger row ({error}); resume the run to mend it"
+                ) from error

@@ -247,11 +247,15 @@ def forecast(method: Method, server: Server, policy: Mechanism) -> list[Sent]:
     sent = []
     for message in method.rehearse(server):
         ask = Payload(message.ask.tensors, {**message.ask.scalars, **address(message.action, message.verb, 0, 0)})
-        _, about = _function(method, message.action)
-        reply = policy.client(message.reply, message.ask) if about.reads_data else message.reply
-        down, up = ask.num_bytes * message.times, reply.num_bytes * message.times
+        down, up = ask.num_bytes * message.times, leaving(method, message, policy).num_bytes * message.times
         sent.append(Sent(message.action, down, up, message.times))
     return sent
+
+
+def leaving(method: Method, message: Message, policy: Mechanism) -> Payload:
+    """What leaves a client in answer to `message`, numbers made up."""
+    _, about = _function(method, message.action)
+    return policy.client(message.reply, message.ask) if about.reads_data else message.reply
 
 
 def handle(method: Method, policy: Mechanism, client: Client, body: bytes) -> bytes:

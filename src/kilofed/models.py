@@ -35,6 +35,20 @@ def locate(spec: ModelSpec) -> str:
     return str(Path(path).expanduser()) if Path(path).expanduser().is_dir() else path
 
 
+def find_device(name: str) -> torch.device:
+    """The device of that name. Raises ModelError: there is none here."""
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ModelError(f"model.device={name} is no device: use cpu, cuda, cuda:1 or mps") from error
+    cards = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device.type == "cuda" and (device.index or 0) >= cards:
+        raise ModelError(f"model.device={name}, but there are {cards} CUDA devices here: use cpu or another")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise ModelError("model.device=mps is not to be had here: use cpu")
+    return device
+
+
 def load_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerBase:
     """The model's tokeniser with a padding token. Raises ModelError."""
     with _said(spec, "tokeniser"):
@@ -48,9 +62,10 @@ def load_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerBase:
 
 def load_base(spec: ModelSpec) -> PreTrainedModel:
     """The base model in spec.dtype on spec.device, in eval mode. Raises ModelError."""
+    device = find_device(spec.device)
     with _said(spec, "model"), quiet():
         model = AutoModelForCausalLM.from_pretrained(locate(spec), dtype=getattr(torch, spec.dtype), **_revision(spec))
-    module = cast(nn.Module, model).to(spec.device).eval()
+    module = cast(nn.Module, model).to(device).eval()
     return cast(PreTrainedModel, module)
 
 

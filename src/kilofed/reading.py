@@ -11,6 +11,7 @@ from itertools import groupby
 from operator import attrgetter
 from pathlib import Path
 
+from kilofed import ledger
 from kilofed.errors import RunError
 from kilofed.ledger import Direction, Row
 from kilofed.units import number
@@ -85,7 +86,7 @@ def read(folder: Path) -> Reading:
         _table(folder / "run.json"),
         _table(results) if results.exists() else {},
         list(_rounds(folder / "metrics.jsonl")),
-        merge([measure(_rows(folder / "ledger.jsonl")), *(seed.traffic for seed in seeds)]),
+        merge([measure(ledger.read(folder / "ledger.jsonl")), *(seed.traffic for seed in seeds)]),
         seeds,
     )
 
@@ -161,14 +162,6 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
     if path.exists():
         with path.open(encoding="utf-8", errors="replace") as lines:
             yield from enumerate(lines, 1)
-
-
-def _rows(path: Path) -> Iterator[Row]:
-    for at, line in _lines(path):
-        try:
-            yield Row(**json.loads(line))
-        except (ValueError, TypeError) as error:
-            raise RunError(f"{path} line {at} is not a ledger row ({error}); resume the run to mend it") from error
 
 
 def _rounds(path: Path) -> Iterator[Round]:

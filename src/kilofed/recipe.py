@@ -293,7 +293,10 @@ def text_of(source: str | Path) -> str:
     if path.suffix == ".toml":
         if not path.is_file():
             raise RecipeError(f"there is no recipe file {path}; check the path, or see `kilofed ls recipes`")
-        return path.read_text("utf-8")
+        try:
+            return path.read_text("utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise RecipeError(f"{path} cannot be read as UTF-8 text ({error})") from error
     if str(source) not in shipped():
         raise RecipeError(f"{source} is neither a shipped recipe nor a .toml file{nearest(str(source), shipped())}")
     return (resources.files("kilofed") / "recipes" / f"{source}.toml").read_text("utf-8")

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib import resources
 from itertools import accumulate
 from pathlib import Path
+from typing import cast
 
 import jinja2
 
@@ -149,6 +150,7 @@ def _words(reading: Reading) -> dict[str, object]:
         "byte_plots": _byte_plots(reading, names),
         "holding_plot": _holding_plot(clients, names),
         "forecast": _forecast(reading),
+        "leaves": [_leaves(message) for message in items(reading.run.get("leaves"))],
         "num_rounds": len({at for at, _ in traffic.by_round}),
         "actions": sorted({(action, verb) for action, verb, _ in traffic.by_action}),
         "failures": failures[:MAX_SHOWN],
@@ -281,3 +283,16 @@ def _forecast(reading: Reading) -> list[dict[str, object]]:
                 row = {"action": action, "what": what, "expected": expected, "low": span[0], "high": span[1]}
                 found.append({**row, "equal": span == (expected, expected)})
     return found
+
+
+def _leaves(message: object) -> dict[str, object]:
+    """What one reply holds: names and shapes of its tensors, how many numbers, of which dtypes."""
+    tensors = cast(dict[str, list[str | int]], dig(message, "tensors"))
+    shapes = {name: [int(size) for size in rest] for name, (_, *rest) in tensors.items()}
+    return {
+        "action": dig(message, "action"),
+        "tensors": [(name, " x ".join(map(str, shape)) or "scalar") for name, shape in shapes.items()],
+        "numbers": sum(math.prod(shape) for shape in shapes.values()),
+        "dtypes": sorted({str(dtype) for dtype, *_ in tensors.values()}),
+        "scalars": dig(message, "scalars"),
+    }

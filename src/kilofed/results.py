@@ -78,6 +78,7 @@ def over_seeds(recipe: Recipe, folder: Path, every: list[Results]) -> Results:
         "bytes_total": {
             way: sum(cast(dict[str, int], o["bytes_total"])[way] for o in every) for way in ("up", "down")
         },
+        "exchanges": sum(cast(int, one["exchanges"]) for one in every),
         "seconds": round(sum(cast(float, one["seconds"]) for one in every), 3),
         "peak_memory_bytes": max(cast(int, one["peak_memory_bytes"]) for one in every),
         "closed": _closed(rows),
@@ -94,11 +95,10 @@ def verdict(rows: Mapping[str, object]) -> list[str]:
     federated = _losses(rows, "federated")
     for other, words in names.items():
         beside = _losses(rows, other)
-        if not beside or not federated:
+        gains = [beside[client] - federated[client] for client in beside if client in federated]
+        if not gains:
             continue
-        same = len(beside) == len(federated)
-        gain = statistics.fmean(beside) - statistics.fmean(federated)
-        ends = interval([b - f for b, f in zip(beside, federated, strict=True)]) if same else None
+        gain, ends = statistics.fmean(gains), interval(gains)
         range_ = f" (95 % interval {ends[0]:+.3f} to {ends[1]:+.3f})" if ends else ""
         if gain <= 0 and other != "central":
             sentences.append(f"federated does NOT beat {words}: its held-out loss is {-gain:.3f} nats higher{range_}")
@@ -112,9 +112,10 @@ def verdict(rows: Mapping[str, object]) -> list[str]:
     return sentences
 
 
-def _losses(rows: Mapping[str, object], name: str) -> list[float]:
+def _losses(rows: Mapping[str, object], name: str) -> dict[float, float]:
+    """Loss by client (or by repeat): not every client need have been trained alone."""
     row = cast(dict[str, list[dict[str, float]]], rows.get(name, {}))
-    return [client["loss"] for client in row.get("clients", [])]
+    return {client.get("id", place): client["loss"] for place, client in enumerate(row.get("clients", []))}
 
 
 def _closed(rows: Mapping[str, object]) -> float | None:

@@ -19,14 +19,15 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from kilofed import controls, environment, evaluate, models, report
+from kilofed import controls, evaluate, models, report
+from kilofed.about import about
 from kilofed.engines import open_engine
-from kilofed.errors import RunError
+from kilofed.errors import PayloadError, RunError
 from kilofed.evaluate import Scores, summarise
 from kilofed.fields import Value
 from kilofed.files import append_line, cut_after, replace_file, said
 from kilofed.ledger import Ledger
-from kilofed.method import Cohort, Server, forecast, generator
+from kilofed.method import Cohort, Server, generator
 from kilofed.payload import Payload
 from kilofed.privacy import Mechanism, load_mechanism, new_key
 from kilofed.recipe import Recipe, changed, from_table, load, to_table, to_toml
@@ -98,10 +99,11 @@ def run(
         raise RunError("overrides lie over a recipe's file; change a Recipe with dataclasses.replace")
     Sites(recipe)  # Method, fields and privacy are checked before a folder is made.
     folder = _new_folder(recipe, Path(out) if out else None)
-    replace_file(folder / "recipe.toml", to_toml(recipe).encode())
+    # From here on the folder can be resumed; recipe.toml is a copy for the reader.
     _write_json(
         folder / "run.json", {"recipe": to_table(recipe), "created": datetime.now(UTC).isoformat("T", "seconds")}
     )
+    replace_file(folder / "recipe.toml", to_toml(recipe).encode())
     return _run_all(recipe, folder, watch or Silent())
 
 
@@ -113,20 +115,23 @@ def resume(folder: str | Path, *, watch: Watch | None = None) -> Run:
     """
     folder = Path(folder)
     recipe = recipe_of(folder)
+    _clear(folder)
+    if not (folder / "recipe.toml").exists():
+        replace_file(folder / "recipe.toml", to_toml(recipe).encode())
     return _run_all(recipe, folder, watch or Silent())
 
 
 def recipe_of(folder: Path) -> Recipe:
     """The recipe of the run in `folder`. Raises RunError: no run there, or an edited recipe."""
+    written = folder / "recipe.toml"
     try:
         kept = json.loads((folder / "run.json").read_text("utf-8"))["recipe"]
-        written = (folder / "recipe.toml").read_text("utf-8")
+        found = tomllib.loads(written.read_text("utf-8")) if written.exists() else kept
     except (OSError, ValueError, KeyError) as error:
         raise RunError(
             f"{folder} is not a run folder (no readable run.json and recipe.toml): check the path"
         ) from error
-    table = tomllib.loads(written)
-    if edited := _differences(kept, table):
+    if edited := _differences(kept, found):
         raise RunError(
             f"{folder}/recipe.toml was edited after the run began ({', '.join(edited)}): undo that to resume, "
             "or start a new run with the edited recipe"
@@ -155,7 +160,7 @@ def score(folder: Path, overrides: Mapping[str, Value]) -> dict[str, object]:
     model, _ = delivered(folder)
     sites = Sites(changed(recipe, overrides))
     ids = [client for client in sites.client_ids() if sites.shares[client].test]
-    return summarise(controls.score_clients(sites, model, ids))
+    return summarise(controls.score_clients(sites, model, ids), ids)
 
 
 def first_seed(folder: Path) -> Path:
@@ -178,10 +183,11 @@ def _run_all(recipe: Recipe, folder: Path, watch: Watch) -> Run:
             if not (below / "run.json").exists():
                 _write_json(below / "run.json", {"recipe": to_table(one)})
             every.append(_run_one(one, below, watch))
+            report.write(below)
         results = over_seeds(recipe, folder, every)
         top = {**json.loads((folder / f"seed-{recipe.seed}" / "run.json").read_text()), "recipe": to_table(recipe)}
         _write_json(folder / "run.json", top)
-    _write_json(folder / "results.json", results)
+        _write_json(folder / "results.json", results)
     report.write(folder)
     return Run(folder, results)
 
@@ -195,27 +201,29 @@ def _run_one(recipe: Recipe, folder: Path, watch: Watch) -> Results:
     sites = Sites(recipe, folder / "clients")
     policy = load_mechanism(replace(recipe.privacy, noise_key=_noise_key(recipe, folder)))
     server = _server(sites)
-    _describe(sites, server, policy, folder)
+    path = folder / "run.json"
+    known = json.loads(path.read_text("utf-8"))
+    if "clients" not in known:
+        _write_json(path, known | about(sites, server, policy))
     scored = [client for client in sites.client_ids() if sites.shares[client].test]
     rows = _Rows(folder / "controls.json")
     if "base" in recipe.evaluate.controls:
         watch.stage("base model")
-        rows.once("base", lambda: controls.base(sites, scored))
+        rows.once("base", scored, lambda: controls.base(sites, scored))
     _rounds(sites, server, policy, folder, watch)
     model = sites.method.deliver(server)
     watch.stage("federated model")
-    federated = rows.once("federated", lambda: controls.score_clients(sites, model, scored))
+    federated = rows.once("federated", scored, lambda: controls.score_clients(sites, model, scored))
     models.save_adapter(model, folder / "adapter")
     if "local" in recipe.evaluate.controls:
         chosen = _spread(scored, recipe.evaluate.max_local)
-        rows.once("local", lambda: controls.local(sites, chosen, watch.stage))
+        rows.once("local", chosen, lambda: controls.local(sites, chosen, watch.stage))
     if "central" in recipe.evaluate.controls:
         watch.stage("central")
-        rows.once("central", lambda: controls.central(sites, scored))
+        rows.once("central", scored, lambda: controls.central(sites, scored))
     assert federated
     results = of_run(recipe, folder, rows.rows, policy)
     _write_json(folder / "results.json", results)
-    report.write(folder)
     return results
 
 
@@ -225,7 +233,8 @@ def _rounds(sites: Sites, server: Server, policy: Mechanism, folder: Path, watch
         method.setup(server)
     for name in ("ledger.jsonl", "metrics.jsonl"):
         cut_after(folder / name, server.round)
-    if server.round == 0 and not (folder / "metrics.jsonl").exists():
+    metrics_file = folder / "metrics.jsonl"
+    if server.round == 0 and not (metrics_file.exists() and metrics_file.stat().st_size):
         append_line(folder / "metrics.jsonl", {"round": 0, **_measure(sites, method.deliver(server))})
     text = json.dumps(to_table(recipe))
     with (
@@ -267,8 +276,14 @@ def _load_state(folder: Path, server: Server) -> bool:
     if not path.exists():
         return False
     with said(f"cannot read {path}"):
-        payload = Payload.decode(path.read_bytes())
-    server.state, server.round = dict(payload.tensors), int(payload.scalars["round"])
+        content = path.read_bytes()
+    try:
+        payload = Payload.decode(content)
+        server.state, server.round = dict(payload.tensors), int(payload.scalars["round"])
+    except (PayloadError, KeyError, ValueError) as error:
+        raise RunError(
+            f"{path} is not a whole state of a run ({error}): put a copy back, or delete it and resume from round 1"
+        ) from error
     return True
 
 
@@ -302,56 +317,21 @@ class _Rows:
         self._path = path
         self.rows: dict[str, object] = json.loads(path.read_text("utf-8")) if path.exists() else {}
 
-    def once(self, name: str, measure: Callable[[], list[Scores]]) -> object:
+    def once(self, name: str, ids: list[int], measure: Callable[[], list[Scores]]) -> object:
         if name not in self.rows:
-            self.rows[name] = summarise(measure())
+            self.rows[name] = summarise(measure(), ids)
             _write_json(self._path, self.rows)
         return self.rows[name]
 
 
-def _describe(sites: Sites, server: Server, policy: Mechanism, folder: Path) -> None:
-    """Complete run.json with what is known once data and model are there."""
-    path = folder / "run.json"
-    known = json.loads(path.read_text("utf-8"))
-    if "clients" in known:
-        return
-    fresh = replace(server, state={})
-    sites.method.setup(fresh)
-    column = sites.recipe.data.partition.column
-    known |= {
-        "kilofed": environment.describe(sites.recipe.model.device)["kilofed"],
-        "environment": environment.describe(sites.recipe.model.device),
-        "data_note": sites.rows.note,
-        "clients": [
-            {
-                "id": number,
-                "name": share.name,
-                "train_rows": len(share.train),
-                "test_rows": len(share.test),
-                "labels": _counts([str(row.get(column, "")) for row in share.train]),
-            }
-            for number, share in enumerate(sites.shares)
-        ],
-        "forecast": [vars(sent) for sent in forecast(sites.method, fresh, policy)],
-        "num_trained": sum(p.numel() for p in models.trained(server.model).values()),
-        "num_parameters": sum(p.numel() for p in server.model.parameters()),
-    }
-    _write_json(path, known)
-
-
-def _counts(labels: list[str]) -> dict[str, int]:
-    """How often each label occurs; empty when there is but one or too many to plot."""
-    kinds = sorted(set(labels))
-    return {kind: labels.count(kind) for kind in kinds} if 1 < len(kinds) <= 100 else {}
-
-
 def _new_folder(recipe: Recipe, out: Path | None) -> Path:
     if out is not None:
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        if out.exists() and (not out.is_dir() or any(item.suffix != ".part" for item in out.iterdir())):
             hint = f"`kilofed resume {out}` goes on with it" if (out / "run.json").exists() else "it holds other files"
             raise RunError(f"{out} already exists and {hint}; choose another --out")
         with said(f"cannot make {out}"):
             out.mkdir(parents=True, exist_ok=True)
+            _clear(out)
         return out
     number = 1
     while True:
@@ -364,6 +344,12 @@ def _new_folder(recipe: Recipe, out: Path | None) -> Path:
                 number += 1
 
 
+def _clear(folder: Path) -> None:
+    """Remove what a killed process was in the middle of writing."""
+    for part in folder.rglob(".*.part"):
+        part.unlink()
+
+
 def _noise_key(recipe: Recipe, folder: Path) -> str:
     """The secret of the noise: the recipe's, or one drawn once and kept in the run folder for its owner only."""
     if recipe.privacy.kind == "none" or recipe.privacy.noise_key:
@@ -371,7 +357,7 @@ def _noise_key(recipe: Recipe, folder: Path) -> str:
     path = folder / "noise.key"
     if not path.exists():
         replace_file(path, new_key().encode())
-        path.chmod(0o600)
+    path.chmod(0o600)
     return path.read_text("utf-8")
 
 

@@ -32,9 +32,9 @@ def _rebuild(kernel, w0, a, first_block):
 @pytest.mark.parametrize("num_seeds", [64, 256, 1024])
 @pytest.mark.parametrize("block", [0, (1 << 32) - 1, 1 << 32])
 def test_columns_of_every_full_block_are_orthogonal(plain, num_seeds, block):
-    z = plain.dense_block(block, num_seeds, KEY).astype(np.int32)
-    assert np.array_equal(z.T @ z, num_seeds * np.eye(num_seeds, dtype=np.int32))
-    assert np.array_equal(z @ z.T, num_seeds * np.eye(num_seeds, dtype=np.int32))
+    z = plain.dense_block(block, num_seeds, KEY).astype(np.float32)
+    assert np.array_equal(z.T @ z, num_seeds * np.eye(num_seeds))
+    assert np.array_equal(z @ z.T, num_seeds * np.eye(num_seeds))
     pool = SeedPool(num_seeds, KEY)
     for k in range(0, num_seeds, 37):
         assert np.array_equal(pool.direction(k, num_seeds, first_block=block).numpy(), z[:, k])

@@ -1,4 +1,6 @@
 import hashlib
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -75,6 +77,13 @@ def test_published_orders():
         weights = np.array(vector["weights"])
         seeds = pool.sample(vector["round"], vector["client"], len(vector["seeds"]), weights=weights)
         assert seeds.tolist() == vector["seeds"]
+
+
+def test_example_of_the_specification_runs():
+    page = Path(__file__).parents[2] / "docs" / "seed-pool.md"
+    example = re.search(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+    assert example
+    exec(example.group(1), {})
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ from kilofed.fields import Value
 from kilofed.ledger import Ledger
 from kilofed.method import Cohort, Server, forecast
 from kilofed.payload import Payload
-from kilofed.recipe import Recipe, changed
+from kilofed.recipe import Recipe, changed, to_toml
 from kilofed.site import Sites
 
 Engine = Callable[..., InProcess]
@@ -45,6 +45,8 @@ class Federation:
     state: dict[str, torch.Tensor] = field(default_factory=dict)
     ledger: Ledger = field(default_factory=Ledger)
     metrics: list[Mapping[str, object]] = field(default_factory=list)
+    shared: bool = False
+    """Several tests look at it, so it stays as it is."""
 
     def __post_init__(self) -> None:
         self.sites = Sites(self.recipe, self.folder)
@@ -56,6 +58,7 @@ class Federation:
 
     def run(self, rounds: int) -> "Federation":
         """Up to and with round number `rounds`."""
+        assert not self.shared, "take federate(..., fresh=True) to go on"
         ids, policy = self.sites.client_ids(), self.sites.policy
         for number in range(self.done + 1, rounds + 1):
             self.server.round = self.done = number
@@ -79,17 +82,37 @@ class Federation:
         return sites.handle(client, body)
 
 
+@pytest.fixture(scope="session")
+def finished() -> dict[tuple[str, int], Federation]:
+    """Federations by recipe and number of rounds."""
+    return {}
+
+
 @pytest.fixture
-def federate(tiny_recipe: Recipe) -> Callable[..., Federation]:
-    """`federate("fedprox", rounds=2, mu=0.5)`: a federation after some rounds; other words as in `Federation`."""
+def federate(tiny_recipe: Recipe, finished: dict[tuple[str, int], Federation]) -> Callable[..., Federation]:
+    """`federate("fedprox", rounds=2, mu=0.5)`: a federation after some rounds; other words as in `Federation`.
+
+    Equal asks share one federation, unless `fresh=True` or one of Federation's own words is given.
+    """
 
     def made(
-        name: str, *, rounds: int = 2, overrides: Mapping[str, Value] | None = None, **words: object
+        name: str,
+        *,
+        rounds: int = 2,
+        overrides: Mapping[str, Value] | None = None,
+        fresh: bool = False,
+        **words: object,
     ) -> Federation:
         own = {item: words.pop(item) for item in ("folder", "forgetful", "engine", "done", "state") if item in words}
         fields = {f"method.{key}": value for key, value in {**SMALL.get(name, {}), **words}.items()}
         recipe = changed(tiny_recipe, {"method": name, **fields, **(overrides or {})})  # type: ignore[dict-item]
-        return Federation(recipe, **own).run(rounds)  # type: ignore[arg-type]
+        key = to_toml(recipe), rounds
+        if fresh or own:
+            return Federation(recipe, **own).run(rounds)  # type: ignore[arg-type]
+        if key not in finished:
+            finished[key] = Federation(recipe).run(rounds)
+            finished[key].shared = True
+        return finished[key]
 
     return made
 

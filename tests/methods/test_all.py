@@ -1,7 +1,6 @@
 """The promises that every file in methods/ keeps."""
 
 import math
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,7 +10,6 @@ from kilofed.errors import PrivacyError
 from kilofed.method import method_names
 from kilofed.payload import Payload
 
-Federate = Callable[..., object]
 CENTRAL = {"privacy.kind": "central", "privacy.noise_key": "ab" * 16}
 
 pytestmark = pytest.mark.parametrize("name", method_names())
@@ -36,7 +34,7 @@ def test_what_is_delivered_answers_with_what_was_learnt(name: str, federate) -> 
 
 
 def test_the_same_seed_gives_the_same_bytes(name: str, federate) -> None:
-    one, again = federate(name), federate(name)
+    one, again = federate(name), federate(name, fresh=True)
     assert one.content == again.content
     assert one.metrics == again.metrics
     assert federate(name, overrides={"seed": 1}).content != one.content
@@ -68,7 +66,7 @@ def test_under_central_privacy_it_runs_or_refuses(name: str, federate) -> None:
         return
     assert found.content != federate(name).content
     assert all(bool(tensor.isfinite().all()) for tensor in found.server.state.values())
-    assert found.content == federate(name, overrides=CENTRAL).content
+    assert found.content == federate(name, overrides=CENTRAL, fresh=True).content
 
 
 def test_one_client_that_never_answers_is_survived(name: str, federate, one_away) -> None:
@@ -82,7 +80,7 @@ def test_one_client_that_never_answers_is_survived(name: str, federate, one_away
 @pytest.mark.parametrize("overrides", [{}, CENTRAL])
 def test_the_forecast_is_what_the_ledger_counts(name: str, federate, overrides: dict[str, str]) -> None:
     try:
-        found = federate(name, rounds=1, overrides=overrides)
+        found = federate(name, rounds=1, overrides=overrides, fresh=True)
     except PrivacyError:
         return
     expected = found.forecast()

@@ -78,7 +78,7 @@ def test_numbers_on_the_grid_lose_nothing() -> None:
 
 
 def test_deltas_and_whole_states_lead_to_the_same_state(federate) -> None:
-    found = federate("fedkseed", rounds=3, epoch=2, overrides={**FULL, "rounds": 3})
+    found = federate("fedkseed", rounds=3, epoch=2, fresh=True, overrides={**FULL, "rounds": 3})
     server, method = found.server, found.sites.method
     method.begin(server.state, 4)
     point = method.point(server.seed, server.state)
@@ -133,7 +133,7 @@ def test_pro_counts_alike_whatever_is_disclosed(federate, sampling: str) -> None
 
 
 def test_a_client_with_another_base_model_is_named(federate) -> None:
-    found = federate("fedkseed", rounds=1, overrides=FULL)
+    found = federate("fedkseed", rounds=1, fresh=True, overrides=FULL)
     client, method = found.sites._client(2), found.sites.method
     asks = method._asks(found.server, [2])
     with torch.no_grad():

@@ -18,7 +18,7 @@ from typing import Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from llvmlite import ir
+from llvmlite import ir  # type: ignore[import-untyped]
 from numba import types
 from numba.core.base import BaseContext
 from numba.core.typing import Context, Signature
@@ -59,11 +59,6 @@ def _load(b: ir.IRBuilder, address: ir.Value, kind: ir.Type, align: int) -> ir.V
 
 def _store(b: ir.IRBuilder, value: ir.Value, address: ir.Value, align: int) -> ir.Value:
     return b.store(value, b.inttoptr(address, value.type.as_pointer()), align=align)
-
-
-def _store_past_cache(b: ir.IRBuilder, value: ir.Value, address: ir.Value) -> None:
-    written = _store(b, value, address, _HALF)
-    written.set_metadata("nontemporal", b.module.add_metadata([ir.Constant(_I32, 1)]))
 
 
 def _flip(b: ir.IRBuilder, row: ir.Value, signs: ir.Value) -> ir.Value:
@@ -141,10 +136,11 @@ def _last_fold(b: ir.IRBuilder, y: ir.Value, pitch: ir.Value, far: ir.Value) -> 
             _store(b, row, place, _HALF)
 
 
-Finisher = Callable[[ir.IRBuilder, list[ir.Value], ir.Value, ir.Value, bool], None]
+Mover = Callable[[ir.IRBuilder, list[ir.Value], ir.Value], list[ir.Value]]
+"""From a row's two vectors of sums and the address of its w0 to the moved row, in pieces of 32 bytes."""
 
 
-def _finish(write: Finisher, row_bytes: int, past_cache: bool) -> Callable[..., None]:
+def _finish(move: Mover, row_bytes: int, past_cache: bool) -> Callable[..., None]:
     """Levels 4 and 8 over the 16 columns of one group, flipped by D, added to w0, rounded once, written."""
 
     def emit(
@@ -161,6 +157,7 @@ def _finish(write: Finisher, row_bytes: int, past_cache: bool) -> Callable[..., 
         signs = [b.shl(_load(b, _at(b, d, half), _INTS, _HALF), shift) for half in (0, _HALF)]
         quads = [b.add(y, b.mul(quad, ir.Constant(_I64, i // 4))) for i in range(16)]
         columns = [b.add(quads[i], b.mul(pitch, ir.Constant(_I64, i % 4))) for i in range(16)]
+        pieces: dict[int, ir.Value] = {}
         for i in range(4):
             halves = [
                 _butterflies(b, [_load(b, _at(b, columns[j], half), _FLOATS, _HALF) for j in range(i, 16, 4)])
@@ -168,32 +165,35 @@ def _finish(write: Finisher, row_bytes: int, past_cache: bool) -> Callable[..., 
             ]
             for j in range(i, 16, 4):
                 row = [_flip(b, halves[h][j // 4], b.shl(signs[h], _splat(15 - j))) for h in (0, 1)]
-                write(b, row, _at(b, w0, j * row_bytes), _at(b, out, j * row_bytes), past_cache)
+                moved = move(b, row, _at(b, w0, j * row_bytes))
+                pieces.update({j * row_bytes + n * 32: piece for n, piece in enumerate(moved)})
+            # Whole cache lines at a time: half a line past the cache would cost a read.
+            if (i + 1) * row_bytes % 64 == 0:
+                for place in sorted(pieces):
+                    _put(b, pieces.pop(place), _at(b, out, place), past_cache)
 
     return emit
 
 
-def _put(b: ir.IRBuilder, value: ir.Value, out: ir.Value, past_cache: bool) -> None:
+def _put(b: ir.IRBuilder, piece: ir.Value, out: ir.Value, past_cache: bool) -> None:
     if past_cache:
-        _store_past_cache(b, value, out)
+        written = _store(b, piece, out, 32)
+        written.set_metadata("nontemporal", b.module.add_metadata([ir.Constant(_I32, 1)]))
     else:
-        _store(b, value, out, 2)
+        _store(b, piece, out, 2)
 
 
-def _write_float32(b: ir.IRBuilder, row: list[ir.Value], w0: ir.Value, out: ir.Value, past_cache: bool) -> None:
-    for h in (0, 1):
-        total = b.fadd(_load(b, _at(b, w0, h * _HALF), _FLOATS, 4), row[h])
-        _put(b, total, _at(b, out, h * _HALF), past_cache)
+def _move_float32(b: ir.IRBuilder, row: list[ir.Value], w0: ir.Value) -> list[ir.Value]:
+    return [b.fadd(_load(b, _at(b, w0, h * _HALF), _FLOATS, 4), row[h]) for h in (0, 1)]
 
 
-def _write_float16(b: ir.IRBuilder, row: list[ir.Value], w0: ir.Value, out: ir.Value, past_cache: bool) -> None:
+def _move_float16(b: ir.IRBuilder, row: list[ir.Value], w0: ir.Value) -> list[ir.Value]:
     halves = [b.fpext(_load(b, _at(b, w0, h * 16), _HALVES, 2), _FLOATS) for h in (0, 1)]
     totals = [b.fptrunc(b.fadd(halves[h], row[h]), _HALVES) for h in (0, 1)]
-    both = b.shuffle_vector(totals[0], totals[1], ir.Constant(ir.VectorType(_I32, 16), list(range(16))))
-    _put(b, both, out, past_cache)
+    return [b.shuffle_vector(totals[0], totals[1], ir.Constant(ir.VectorType(_I32, 16), list(range(16))))]
 
 
-def _write_bfloat16(b: ir.IRBuilder, row: list[ir.Value], w0: ir.Value, out: ir.Value, past_cache: bool) -> None:
+def _move_bfloat16(b: ir.IRBuilder, row: list[ir.Value], w0: ir.Value) -> list[ir.Value]:
     words = _load(b, w0, _INTS, 2)
     even = b.bitcast(b.shl(words, _splat(16)), _FLOATS)
     odd = b.bitcast(b.and_(words, _splat(0xFFFF << 16)), _FLOATS)
@@ -201,7 +201,7 @@ def _write_bfloat16(b: ir.IRBuilder, row: list[ir.Value], w0: ir.Value, out: ir.
     low = b.bitcast(b.lshr(rounded[0], _splat(16)), _SHORTS)
     high = b.bitcast(rounded[1], _SHORTS)
     blend = [i if i % 2 == 0 else 16 + i for i in range(16)]
-    _put(b, b.shuffle_vector(low, high, ir.Constant(ir.VectorType(_I32, 16), blend)), out, past_cache)
+    return [b.shuffle_vector(low, high, ir.Constant(ir.VectorType(_I32, 16), blend))]
 
 
 def _to_upper_half(b: ir.IRBuilder, total: ir.Value) -> ir.Value:
@@ -242,12 +242,12 @@ class Work(NamedTuple):
 first_fold4, first_fold8, first_fold16 = (_piece(_first_fold(n, n // 2)) for n in (4, 8, 16))
 fold2, fold4, fold8 = (_piece(_fold(n)) for n in (2, 4, 8))
 last_fold = _piece(_last_fold)
-finish_float32 = _piece(_finish(_write_float32, 64, False))
-finish_float16 = _piece(_finish(_write_float16, 32, False))
-finish_bfloat16 = _piece(_finish(_write_bfloat16, 32, False))
-finish_past_cache_float32 = _piece(_finish(_write_float32, 64, True))
-finish_past_cache_float16 = _piece(_finish(_write_float16, 32, True))
-finish_past_cache_bfloat16 = _piece(_finish(_write_bfloat16, 32, True))
+finish_float32 = _piece(_finish(_move_float32, 64, False))
+finish_float16 = _piece(_finish(_move_float16, 32, False))
+finish_bfloat16 = _piece(_finish(_move_bfloat16, 32, False))
+finish_past_cache_float32 = _piece(_finish(_move_float32, 64, True))
+finish_past_cache_float16 = _piece(_finish(_move_float16, 32, True))
+finish_past_cache_bfloat16 = _piece(_finish(_move_bfloat16, 32, True))
 wait_for_stores = _piece(_wait_for_stores)
 
 

@@ -1,0 +1,51 @@
+"""What a run is before its first round: clients, bytes to come, what leaves them, where it runs; part of run.json."""
+
+from dataclasses import replace
+
+from kilofed import environment, models
+from kilofed.method import Server, forecast, leaving
+from kilofed.payload import Payload
+from kilofed.privacy import Mechanism
+from kilofed.site import Sites
+
+
+def about(sites: Sites, server: Server, policy: Mechanism) -> dict[str, object]:
+    """Facts that are known once data and model are there; `server` is left as it is."""
+    fresh = replace(server, state={})
+    sites.method.setup(fresh)
+    column = sites.recipe.data.partition.column
+    where = environment.describe(sites.recipe.model.device)
+    return {
+        "kilofed": where["kilofed"],
+        "environment": where,
+        "data_note": sites.rows.note,
+        "clients": [
+            {
+                "id": number,
+                "name": share.name,
+                "train_rows": len(share.train),
+                "test_rows": len(share.test),
+                "labels": _counts([str(row.get(column, "")) for row in share.train]),
+            }
+            for number, share in enumerate(sites.shares)
+        ],
+        "forecast": [vars(sent) for sent in forecast(sites.method, fresh, policy)],
+        "leaves": [
+            {"action": message.action, **_shapes(leaving(sites.method, message, policy))}
+            for message in sites.method.rehearse(fresh)
+        ],
+        "num_trained": sum(p.numel() for p in models.trained(server.model).values()),
+        "num_parameters": sum(p.numel() for p in server.model.parameters()),
+    }
+
+
+def _shapes(payload: Payload) -> dict[str, object]:
+    """What is in a message, without its values."""
+    tensors = {name: [str(t.dtype).removeprefix("torch."), *t.shape] for name, t in sorted(payload.tensors.items())}
+    return {"tensors": tensors, "scalars": sorted(payload.scalars)}
+
+
+def _counts(labels: list[str]) -> dict[str, int]:
+    """How often each label occurs; empty when there is but one or too many to plot."""
+    kinds = sorted(set(labels))
+    return {kind: labels.count(kind) for kind in kinds} if 1 < len(kinds) <= 100 else {}
