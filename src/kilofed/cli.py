@@ -89,11 +89,17 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--adapter", type=Path, metavar="DIR", help="copy the adapter in PEFT's format")
     export.set_defaults(call=_export)
 
+    replay = commands.add_parser("replay", help="write the model of any round of a seed-pool run, from its records")
+    replay.add_argument("--round", type=int, required=True, metavar="R", help="0 is the base model")
+    replay.add_argument("--out", type=Path, required=True, metavar="DIR", help="new folder for the model")
+    replay.add_argument("--without", type=int, metavar="CLIENT", help="leave out what this client reported")
+    replay.set_defaults(call=_replay)
+
     chat = commands.add_parser("chat", help="talk to a run's model")
     chat.add_argument("--max-new-tokens", type=int, default=128, help="longest answer (default 128)")
     chat.set_defaults(call=_chat)
 
-    for command in (resume, report, export, chat):
+    for command in (resume, report, export, replay, chat):
         command.add_argument("folder", type=Path, metavar="RUN", help="a run folder")
     for command in (run, resume, check, ls, show, evaluate):
         command.add_argument("--json", action="store_true", help="print one JSON value")
@@ -194,6 +200,12 @@ def _export(options: argparse.Namespace) -> None:
         print(export.adapter(options.folder, options.adapter))
     if options.merged:
         print(export.merged(options.folder, options.merged))
+
+
+def _replay(options: argparse.Namespace) -> None:
+    from kilofed.replay import write
+
+    print(write(options.folder, options.out, round=options.round, without=options.without))
 
 
 def _chat(options: argparse.Namespace) -> None:

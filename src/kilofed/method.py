@@ -23,7 +23,7 @@ import pkgutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, TypeVar, cast
+from typing import Protocol, TypeVar, cast, overload
 
 import torch
 from torch import Tensor, nn
@@ -178,6 +178,14 @@ class Action:
     """What `@on_client` knows of a function."""
 
     reads_data: bool
+
+
+@overload
+def on_client(function: F) -> F: ...
+
+
+@overload
+def on_client(*, reads_data: bool = True) -> Callable[[F], F]: ...
 
 
 def on_client(function: F | None = None, *, reads_data: bool = True) -> F | Callable[[F], F]:

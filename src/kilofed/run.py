@@ -141,13 +141,17 @@ def recipe_of(folder: Path) -> Recipe:
 
 def delivered(folder: Path) -> tuple[nn.Module, PreTrainedTokenizerBase]:
     """The model of the newest state in a run folder, in eval mode, and its tokeniser. Raises RunError."""
-    folder = first_seed(folder)
-    recipe = recipe_of(folder)
-    sites = Sites(recipe)
+    server, sites = restored(first_seed(folder))
+    return sites.method.deliver(server).eval(), sites.tokenizer
+
+
+def restored(folder: Path) -> tuple[Server, Sites]:
+    """The server of a run folder after its newest round, and the run's sites. Raises RunError."""
+    sites = Sites(recipe_of(folder))
     server = _server(sites)
     if not _load_state(folder, server):
         raise RunError(f"{folder} has no state yet: resume it first")
-    return sites.method.deliver(server).eval(), sites.tokenizer
+    return server, sites
 
 
 def score(folder: Path, overrides: Mapping[str, Value]) -> dict[str, object]:

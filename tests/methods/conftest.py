@@ -17,6 +17,12 @@ from kilofed.site import Sites
 
 Engine = Callable[..., InProcess]
 
+SMALL: dict[str, dict[str, Value]] = {
+    "fedkseed": {"num_seeds": 64, "steps": 3, "lr": 1e-3},
+    "fedmezo": {"steps": 3, "lr": 1e-2},
+}
+"""Fields with which a method whose defaults are for large models learns in a test."""
+
 
 class OneAway(InProcess):
     """The client with the highest number never answers."""
@@ -98,7 +104,7 @@ def federate(tiny_recipe: Recipe, finished: dict[tuple[str, int], Federation]) -
         **words: object,
     ) -> Federation:
         own = {item: words.pop(item) for item in ("folder", "forgetful", "engine", "done", "state") if item in words}
-        fields = {f"method.{key}": value for key, value in words.items()}
+        fields = {f"method.{key}": value for key, value in {**SMALL.get(name, {}), **words}.items()}
         recipe = changed(tiny_recipe, {"method": name, **fields, **(overrides or {})})  # type: ignore[dict-item]
         key = to_toml(recipe), rounds
         if fresh or own:

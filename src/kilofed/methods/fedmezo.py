@@ -1,0 +1,170 @@
+"""FedMeZO: clients train LoRA factors by zeroth-order steps, the server averages (Ling et al. 2024, arXiv:2402.05926).
+
+Differs from the paper's code: a client's directions of one round are orthogonal (docs/seed-pool.md), weights do not
+drift, and the server computes personal learning rates for any number of clients. Rates that look at single clients
+(round-wise, five-round, model-diff) need the verb `call`; frozen and random ones are answered by `mean`.
+"""
+
+import hashlib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kilofed import models, train, wire, zeroth
+from kilofed.directions import SeedPool
+from kilofed.errors import RecipeError
+from kilofed.method import Client, Cohort, Message, Server, on_client
+from kilofed.methods.fedavg import FedAvg
+from kilofed.payload import Payload, Scalar
+
+LOSSES, DIFFERENCES = wire.SERVER + "losses", wire.SERVER + "differences"
+FIVE = 5
+
+
+@dataclass(frozen=True)
+class FedMeZO(FedAvg):
+    """FedAvg whose local training needs no gradients."""
+
+    steps: int = 30
+    """Two-forward steps per round and client; more drift, fewer rounds. The paper found 50 unstable late in a run."""
+    batch_size: int = 1
+    """Examples per step."""
+    eps: float = 1e-3
+    """Distance of the two forwards; smaller follows curvature better until rounding drowns it."""
+    lr: float = 1e-5
+    """Learning rate of every client, or the middle of their rates."""
+    rates: Literal["frozen", "random", "round-wise", "five-round", "model-diff"] = "frozen"
+    """frozen: lr for all; random: drawn anew each round; round-wise, five-round: by the mean loss of the last one or
+    five rounds; model-diff: by the distance of a client's update from the mean. Higher means faster."""
+    lr_range: float = 5e-6
+    """Personal rates lie within lr plus or minus this."""
+
+    def __post_init__(self) -> None:
+        for name, value in (("steps", self.steps), ("batch_size", self.batch_size)):
+            if value < 1:
+                raise RecipeError(f"method.{name} is {value}; expected at least 1")
+        if not (0 < self.eps < math.inf and 0 <= self.lr < math.inf):
+            raise RecipeError(f"method.eps is {self.eps} and method.lr {self.lr}; expected eps above 0 and lr from 0")
+        if self.rates != "frozen" and not 0 <= self.lr_range <= self.lr:
+            raise RecipeError(f"method.lr_range is {self.lr_range}; expected 0 to method.lr, {self.lr}")
+
+    def round(self, server: Server, clients: Cohort) -> Mapping[str, Scalar]:
+        down = wire.down(server.state, self.wire)
+        if self.rates == "frozen":
+            reply = clients.mean("fit", Payload(down))
+        elif self.rates == "random":
+            reply = clients.mean("fit", self._asks(server, clients.ids, down))
+        else:
+            replies = clients.call("fit", self._asks(server, clients.ids, down))
+            reply = average(replies)
+            remember(server.state, replies, reply)
+        server.state.update(self.server_step(server, wire.arrive(server.state, reply.tensors)))
+        return dict(reply.scalars)
+
+    def _asks(self, server: Server, ids: list[int], down: dict[str, Tensor]) -> dict[int, Payload]:
+        rates = self.learning_rates(server, ids)
+        return {client: Payload(down, {"lr": rates[client]}) for client in ids}
+
+    def learning_rates(self, server: Server, ids: list[int]) -> dict[int, float]:
+        """Each client's learning rate in the round in hand, within lr plus or minus lr_range."""
+        if self.rates == "random":
+            draws = torch.rand(len(ids), generator=server.rng("rates"), dtype=torch.float64) * 2 - 1
+            phis = dict(zip(ids, draws.tolist(), strict=True))
+        else:
+            phis = personalities(self._qualities(server.state))
+        return {client: self.lr + self.lr_range * phis.get(client, 0.0) for client in ids}
+
+    def _qualities(self, state: Mapping[str, Tensor]) -> dict[int, float]:
+        """What the rates go by, for the clients of which it is known."""
+        if self.rates == "model-diff":
+            return {int(client): value for client, value in state.get(DIFFERENCES, torch.zeros(0, 2)).tolist()}
+        least = FIVE if self.rates == "five-round" else 1
+        table = {int(row[0]): row[1:] for row in state.get(LOSSES, torch.zeros(0, 1 + FIVE)).tolist()}
+        recent = {client: [loss for loss in row[-least:] if not math.isnan(loss)] for client, row in table.items()}
+        return {client: sum(losses) / least for client, losses in recent.items() if len(losses) == least}
+
+    @on_client
+    def fit(self, client: Client, ask: Payload) -> Payload:
+        """Walk from what was sent; reply with the trained tensors."""
+        models.write_trained(client.model, ask.tensors)
+        num_seeds = max(1024, 1 << (self.steps - 1).bit_length())
+        pool = SeedPool(num_seeds, pool_key(client))
+        stream = zeroth.Stream(client.model, models.trained(client.model), num_seeds)
+        stream.check_eps(pool, self.eps)
+        spec = replace(client.train, batch_size=self.batch_size)
+        first = (client.round - 1) * self.steps
+        found = zeroth.walk(
+            stream,
+            zeroth.Point((pool.at(np.zeros(num_seeds, np.float32)),)),
+            range(self.steps),
+            train.batches(client.data, spec, first=first, count=self.steps, order=client.order),
+            zeroth.Steps(self.eps, float(ask.scalars.get("lr", self.lr)), objective=self.objective(client.model)),
+        )
+        end = {name: tensor.to("cpu", torch.float32, copy=True) for name, tensor in stream.weights(found.end)}
+        weight = self.steps * min(self.batch_size, len(client.data)) if self.weights == "examples" else 1
+        return Payload(wire.up(end, ask.tensors, self.wire), {"weight": weight, "train_loss": found.loss})
+
+    def rehearse(self, server: Server) -> list[Message]:
+        found = super().rehearse(server)
+        if self.rates == "frozen":
+            return found
+        verb = "mean" if self.rates == "random" else "call"
+        return [replace(one, verb=verb, ask=Payload(one.ask.tensors, {"lr": self.lr})) for one in found]
+
+
+def personalities(qualities: Mapping[int, float]) -> dict[int, float]:
+    """Phi of each client: its distance from the mean, the largest one being 1; the sum is 0, equal clients give 0.
+
+    Proposition 3.7 of the paper.
+    """
+    if not qualities:
+        return {}
+    mean = math.fsum(qualities.values()) / len(qualities)
+    off = {client: value - mean for client, value in qualities.items()}
+    largest = max(map(abs, off.values()))
+    # Means of equal numbers are off by rounding, which must not be blown up to 1.
+    if largest <= 1e-12 * max(map(abs, qualities.values())):
+        return dict.fromkeys(qualities, 0.0)
+    return {client: value / largest for client, value in off.items()}
+
+
+def average(replies: Mapping[int, Payload]) -> Payload:
+    """The weighted mean of the replies, in float64 and id order, as `Cohort.mean` takes it."""
+    weights = {client: float(reply.scalars["weight"]) for client, reply in sorted(replies.items())}
+    whole = math.fsum(weights.values())
+    tensors: dict[str, Tensor] = {}
+    loss = 0.0
+    for client, weight in weights.items():
+        loss += weight * float(replies[client].scalars["train_loss"])
+        for name, tensor in replies[client].tensors.items():
+            tensors.setdefault(name, torch.zeros(tensor.shape, dtype=torch.float64)).add_(tensor, alpha=weight)
+    dtypes = {name: t.dtype for reply in replies.values() for name, t in reply.tensors.items()}
+    return Payload(
+        {name: (total / whole).to(dtypes[name]) for name, total in tensors.items()}, {"train_loss": loss / whole}
+    )
+
+
+def remember(state: dict[str, Tensor], replies: Mapping[int, Payload], mean: Payload) -> None:
+    """Write to the server's state each client's last five losses and its update's distance from the mean."""
+    losses = {int(row[0]): row[1:] for row in state.get(LOSSES, torch.zeros(0, 1 + FIVE)).double().tolist()}
+    differences = {int(client): value for client, value in state.get(DIFFERENCES, torch.zeros(0, 2)).tolist()}
+    for client, reply in replies.items():
+        losses[client] = [*losses.get(client, [math.nan] * FIVE)[1:], float(reply.scalars["train_loss"])]
+        # Client and mean start alike, so the difference of their ends is that of their updates.
+        differences[client] = math.fsum(
+            float((tensor.double() - mean.tensors[name].double()).norm()) for name, tensor in reply.tensors.items()
+        )
+    rows = [[client, *losses[client]] for client in sorted(losses)]
+    state[LOSSES] = torch.tensor(rows, dtype=torch.float64)
+    state[DIFFERENCES] = torch.tensor(sorted(differences.items()), dtype=torch.float64)
+
+
+def pool_key(client: Client) -> int:
+    """Key of the pool of this client in this round."""
+    text = f"{client.seed}/{client.round}/{client.id}/fedmezo"
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little")

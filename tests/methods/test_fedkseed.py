@@ -1,0 +1,192 @@
+"""FedKSeed collapses to FedAvg of the walked models; what is quantised, disclosed or rolled changes no more than it says."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from kilofed import codec, models, seedlog, train, zeroth
+from kilofed.engines.inprocess import InProcess
+from kilofed.errors import ClientError, KilofedError, PayloadError, TooFewReplies
+from kilofed.ledger import Ledger
+from kilofed.method import Cohort
+from kilofed.methods.fedkseed import FedKSeed
+from kilofed.payload import Payload
+from kilofed.privacy import Mechanism
+from kilofed.recipe import TrainSpec
+from kilofed.seedlog import Order, Report
+
+FULL = {"adapter.kind": "full"}
+EXACT = {"bits_up": 32, "bits_down": 32, "overrides": FULL}
+UNEVEN = {**FULL, "data.partition.kind": "size", "data.partition.num_clients": 3}
+
+
+def delivered(federation) -> dict[str, torch.Tensor]:
+    return models.read_trained(federation.sites.method.deliver(federation.server))
+
+
+def test_the_server_model_is_fedavg_of_the_walked_models(federate) -> None:
+    found = federate("fedkseed", rounds=1, bits_up=32, bits_down=32, overrides=UNEVEN)
+    method, seed, weights, ends = found.sites.method, found.server.seed, [], []
+    stream, pool = method.stream(found.server.model), method.pool(seed, 0)
+    start = zeroth.Point((pool.at(np.zeros(64, np.float32)),))
+    for number in found.sites.client_ids():
+        client = found.sites._client(number)
+        stretch = train.batches(client.data, TrainSpec(batch_size=1), first=0, count=3, order=client.order)
+        seeds = pool.sample(1, number, 3).tolist()
+        done = zeroth.walk(stream, start, seeds, stretch, zeroth.Steps(method.eps, method.lr))
+        ends.append({name: tensor.double().clone() for name, tensor in stream.weights(done.end)})
+        weights.append(len(client.data))
+    assert len(set(weights)) > 1
+    for name, tensor in delivered(found).items():
+        mean = sum(w * end[name] for w, end in zip(weights, ends, strict=True)) / sum(weights)
+        torch.testing.assert_close(tensor.double(), mean, rtol=0, atol=2e-7)
+
+
+def test_the_start_stays_in_the_shared_model(federate) -> None:
+    found = federate("fedkseed", overrides=FULL)
+    base = models.read_trained(federate("fedkseed", rounds=0, overrides=FULL).server.model)
+    kept = models.read_trained(found.server.model)
+    assert all(torch.equal(tensor, kept[name]) for name, tensor in base.items())
+    assert not all(torch.equal(tensor, delivered(found)[name]) for name, tensor in base.items())
+
+
+def test_sums_and_scalars_lead_to_the_same_model(federate) -> None:
+    scalars, sums = federate("fedkseed", **EXACT), federate("fedkseed", disclose="sums", **EXACT)
+    for name, tensor in delivered(scalars).items():
+        torch.testing.assert_close(tensor, delivered(sums)[name], rtol=0, atol=1e-6)
+    assert scalars.metrics[1]["train_loss"] == pytest.approx(sums.metrics[1]["train_loss"], abs=1e-5)
+
+
+def test_fine_quantisation_is_float32_on_the_wire(federate) -> None:
+    fine = federate("fedkseed", rounds=1, bits_up=16, bits_down=16, overrides=FULL)
+    exact, coarse = federate("fedkseed", rounds=1, **EXACT), federate("fedkseed", rounds=1, overrides=FULL)
+    sums = [one.server.state["sums"][0] for one in (exact, fine, coarse)]
+    assert (sums[1] - sums[0]).norm() < 1e-4 * sums[0].norm() < (sums[2] - sums[0]).norm()
+    start = models.read_trained(exact.server.model)
+    for name, tensor in delivered(exact).items():
+        assert (tensor - delivered(fine)[name]).norm() <= 1e-3 * (tensor - start[name]).norm() + 1e-6
+
+
+def test_numbers_on_the_grid_lose_nothing() -> None:
+    exact = np.arange(-31, 33, dtype=np.float64) / 1024
+    state, delta = codec.advance(codec.State.zeros(64), exact, bits=8)
+    assert np.array_equal(state.values, exact.astype(np.float32))
+    assert np.array_equal(codec.decode_scalars(codec.encode_scalars(exact, bits=32)), exact)
+    for reached in (codec.receive(codec.State.zeros(64), delta), codec.receive(None, codec.encode_state(state))):
+        assert np.array_equal(reached.values, state.values)
+        assert reached.version == state.version == 1
+
+
+def test_deltas_and_whole_states_lead_to_the_same_state(federate) -> None:
+    found = federate("fedkseed", rounds=3, epoch=2, fresh=True, overrides={**FULL, "rounds": 3})
+    server, method = found.server, found.sites.method
+    method.begin(server.state, 4)
+    point = method.point(server.seed, server.state)
+    for held in [(-1, -1), (0, 0), (0, 1), (0, 2), (1, 0), (1, 1)]:
+        client = found.sites._client(0)
+        client.state = {}
+        if held[0] >= 0:  # What a client that left after that round has on its disk.
+            past = federate("fedkseed", rounds=2 * held[0] + held[1], epoch=2, overrides={**FULL, "rounds": 3})
+            client.state = {k: t for k, t in past.server.state.items() if k.startswith("state.")}
+        method._receive(client, Order(1, messages=method._messages(server.state, held)))
+        reached = method.point(server.seed, client.state, epochs=2)
+        assert all(np.array_equal(a.a, b.a) for a, b in zip(reached.chain, point.chain, strict=True))
+
+
+def test_pools_that_roll_start_where_the_last_one_ended(federate) -> None:
+    found = federate("fedkseed", rounds=2, epoch=1, **EXACT)
+    one = federate("fedkseed", rounds=1, **EXACT)
+    chain = found.sites.method.point(found.server.seed, found.server.state).chain
+    assert len(chain) == 2
+    assert chain[0].pool.key != chain[1].pool.key
+    assert np.array_equal(chain[0].a, one.sites.method.point(one.server.seed, one.server.state).chain[0].a)
+
+
+def test_equal_interest_is_uniform_and_unequal_is_the_papers_formula() -> None:
+    assert np.allclose(seedlog.probabilities(seedlog.interest(np.full(64, 3.0), np.ones(64), "pro")), 1 / 64)
+    sizes, counts = np.array([6.0, 2.0, 0.0, 4.0]), np.array([2.0, 1.0, 0.0, 3.0])
+    a = sizes / (counts + 1)  # The history of a seed begins with a zero.
+    n = (a - a.min()) / (a.max() + 1e-10 - a.min())
+    expected = np.exp(n) / np.exp(n).sum()
+    assert np.allclose(seedlog.probabilities(seedlog.interest(sizes, counts, "pro")), expected, atol=1e-12)
+    fair = seedlog.interest(sizes, counts, "pro-unbiased")  # Means 3, 2, 4/3; 2 where nothing is known.
+    assert np.allclose(fair, [1, 0.4, 0.4, 0], atol=1e-9)
+
+
+def test_chances_arrive_within_a_thirtieth_of_a_nat() -> None:
+    interests = np.random.default_rng(0).random(256)
+    interests[:2] = 0, 1
+    weights = seedlog.integer_chances(seedlog.encode_levels(interests))
+    off = np.log(weights / weights.sum()) - np.log(seedlog.probabilities(interests))
+    assert np.abs(off - off.mean()).max() < 1 / 30 + 2e-3
+    assert seedlog.integer_chances(b"") is None
+
+
+@pytest.mark.parametrize("sampling", ["pro", "pro-unbiased"])
+def test_pro_counts_alike_whatever_is_disclosed(federate, sampling: str) -> None:
+    scalars, sums = (
+        federate("fedkseed", sampling=sampling, disclose=kind, bits_up=32, bits_down=32, overrides=UNEVEN)
+        for kind in ("scalars", "sums")
+    )
+    assert scalars.server.state["sums"][2].sum() == 2 * 3 * 3  # Rounds, clients, steps.
+    torch.testing.assert_close(scalars.server.state["sums"], sums.server.state["sums"], rtol=1e-4, atol=1e-4)
+
+
+def test_a_client_with_another_base_model_is_named(federate) -> None:
+    found = federate("fedkseed", rounds=1, fresh=True, overrides=FULL)
+    client, method = found.sites._client(2), found.sites.method
+    asks = method._asks(found.server, [2])
+    with torch.no_grad():
+        next(iter(models.trained(client.model).values()))[0] += 1e-3
+    client.state, client.round = {}, 2
+    with pytest.raises(ClientError, match=r"the rebuilt weights hash to .* base model, dtype"):
+        method.walk(client, asks[2])
+
+
+def test_slopes_that_cannot_be_believed_are_refused_and_named(federate) -> None:
+    method = federate("fedkseed", rounds=0, max_slope=1e4, overrides=FULL).sites.method
+    good, steep = Report(9, 1.0, (), np.ones(3)).pack(6), Report(9, 1.0, (), np.full(3, 1e5)).pack(32)
+    for broken, words in ((steep, "slope of size 100000"), (good[:-1], "checksum"), (b"", "cut off")):
+        with pytest.raises(PayloadError, match=words):
+            method.report(broken)
+    cohort = Cohort([0, 1], InProcess([0, 1], lambda *_: b""), Ledger(), Mechanism(), round=1)
+    replies = {0: Payload({"b": seedlog.to_tensor(good)}), 1: Payload({"b": seedlog.to_tensor(steep)})}
+    assert method._accepted(replies, cohort) == {0: good}
+    assert "refused: a slope of size 100000" in cohort.failures[1]
+    with pytest.raises(TooFewReplies):
+        method._accepted({1: replies[1]}, cohort)
+
+
+def test_a_report_keeps_what_it_says() -> None:
+    report = Report(12, 1.5, (1, 3), np.array([1.0, 0.0, -2.0, 0.0]))
+    back = Report.unpack(report.pack(32), num_steps=4, max_slope=10)
+    assert (back.weight, back.loss, back.skipped) == (12, 1.5, (1, 3))
+    assert np.array_equal(back.slopes, report.slopes)
+    sums = back.sums(np.array([5, 6, 5, 7]), 64)
+    assert sums[0, 5] == -1
+    assert sums[1, 5] == 3
+    assert sums[2].tolist()[5:8] == [2, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"num_seeds": 1000}, "power of two"),
+        ({"num_seeds": 16}, "power of two from 64"),
+        ({"eps": 0.0}, "method.eps is 0.0"),
+        ({"lr": math.inf}, "method.lr is inf"),
+        ({"bits_up": 1}, "method.bits_up is 1; expected 2 to 16, or 32"),
+        ({"steps": 0}, "method.steps is 0"),
+    ],
+)
+def test_fields_that_mean_nothing_are_refused(fields: dict[str, float], words: str) -> None:
+    with pytest.raises(KilofedError, match=words):
+        FedKSeed(**fields)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("change", [{"train.schedule": "cosine"}, {"train.weight_decay": 0.1}, {"train.warmup": 0.1}])
+def test_a_schedule_or_decay_that_sums_cannot_stand_for_is_refused(federate, change) -> None:
+    with pytest.raises(KilofedError, match="one constant learning rate without decay"):
+        federate("fedkseed", rounds=0, overrides={**FULL, **change})
