@@ -29,15 +29,17 @@ def table(tiny_model: Path, tiny_rows: Path) -> dict[str, Value]:
 
 
 @pytest.fixture(scope="module")
-def order(table: dict[str, Value]) -> Iterator[Order]:
+def order(table: dict[str, Value], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Order]:
     """`order(folder, after=0.5)`: run or resume in a child of a warm process, and kill it as told."""
-    killer = subprocess.Popen(
-        [sys.executable, str(TESTS / "fixtures" / "killer.py")],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-    )
+    words = tmp_path_factory.mktemp("killer") / "stderr"
+    with words.open("w", encoding="utf-8") as stderr:
+        killer = subprocess.Popen(
+            [sys.executable, str(TESTS / "fixtures" / "killer.py")],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            text=True,
+        )
     assert killer.stdin
     assert killer.stdout
 
@@ -46,9 +48,9 @@ def order(table: dict[str, Value]) -> Iterator[Order]:
         assert killer.stdout
         killer.stdin.write(json.dumps({"recipe": table, "folder": str(folder), **words}) + "\n")
         killer.stdin.flush()
-        answer = json.loads(killer.stdout.readline() or '"the killer ended"')
-        assert isinstance(answer, dict), answer
-        return answer
+        answer = killer.stdout.readline()
+        assert answer, words.read_text("utf-8")[-3000:]
+        return dict(json.loads(answer))
 
     yield give
     killer.stdin.close()

@@ -20,19 +20,20 @@ MODULES = {
 LAYERS: list[set[str]] = [
     {"errors", "files", "units", "environment", "hub"},
     {"fields", "ledger", "payload"},
-    {"recipe", "wire", "states", "server_opt", "codec", "directions"},
+    {"recipe", "wire", "states", "sums", "server_opt", "codec", "directions"},
     {"sources", "rows", "data", "privacy", "partition"},
     {"models", "train", "evaluate", "needs"},
     {"method", "listing", "reading", "plots"},
     {"methods", "engines", "report"},
     {"site", "controls", "results", "check"},
+    {"about"},
     {"run"},
     {"export", "chat", "cli", "__init__", "__main__"},
 ]
 MATHS = {"train", "server_opt", "wire", "codec", "directions"}
 BOTTOM = {"errors", "files", "fields", "recipe", "payload"}
 OUTSIDERS = {
-    "transformers": {"models", "evaluate", "site", "data", "run", "controls", "needs", "check", "train"},
+    "transformers": {"models", "evaluate", "site", "run", "needs", "check"},
     "peft": {"models"},
     "flwr": {"engines.flower"},
     "flwr_datasets": {"partition"},
