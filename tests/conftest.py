@@ -20,9 +20,7 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.BPE(vocabulary, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>"
-    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>")
 
 
 @pytest.fixture(scope="session")
@@ -53,8 +51,8 @@ def tiny_rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Forty rows of ten for each of four clients; answers differ by client."""
     path = tmp_path_factory.mktemp("tiny-data") / "rows.jsonl"
     rows = [
-        {"client": f"site {number % 4}", "instruction": f"add {number} and {number % 4}", "response": f"is {number + number % 4}"}
-        for number in range(40)
+        {"client": f"site {n % 4}", "instruction": f"add {n} and {n % 4}", "response": f"is {n + n % 4}"}
+        for n in range(40)
     ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
     return path

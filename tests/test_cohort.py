@@ -162,7 +162,10 @@ def test_what_reads_no_rows_may_be_called_under_central_privacy() -> None:
         (Payload({"y": torch.ones(2)}), r"client 2: it sent other tensors than the clients before it: \['x', 'y'\]"),
         (Payload({"x": torch.ones(3)}), r"client 2: it sent x of shape \(3,\), others \(2,\)"),
         (Payload({"x": torch.ones(2)}, {"weight": -1}), r"client 2: it sent weight -1\.0; expected a number from 0"),
-        (Payload({"x": torch.ones(2)}, {"word": "hm"}), r"client 2: it sent the scalar word='hm'; a mean takes numbers"),
+        (
+            Payload({"x": torch.ones(2)}, {"word": "hm"}),
+            r"client 2: it sent the scalar word='hm'; a mean takes numbers",
+        ),
     ],
 )
 def test_a_reply_that_does_not_fit_is_named(odd: Payload, message: str) -> None:

@@ -73,7 +73,7 @@ def test_the_content_is_on_the_disk_before_the_name_points_at_it(
 
 
 def test_a_folder_that_does_not_exist_is_said(tmp_path: Path) -> None:
-    with pytest.raises(RunError, match="cannot write .*No such file or directory"):
+    with pytest.raises(RunError, match=r"cannot write .*No such file or directory"):
         replace_file(tmp_path / "absent" / "state", b"new")
 
 

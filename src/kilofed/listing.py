@@ -74,7 +74,9 @@ def runs(folder: Path = Path("runs")) -> dict[str, str]:
 def show(name: str) -> Shown:
     """A method, a recipe, or a table of a recipe such as `train`. Raises RecipeError: no such thing."""
     hints = get_type_hints(Recipe)
-    tables: dict[str, type] = {item.name: hints[item.name] for item in fields(Recipe) if is_dataclass(hints[item.name])}
+    tables: dict[str, type] = {
+        item.name: hints[item.name] for item in fields(Recipe) if is_dataclass(hints[item.name])
+    }
     if name in shipped():
         return Shown(name, "recipe", text_of(name).rstrip(), [])
     if name in tables or name == "recipe":
