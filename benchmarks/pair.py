@@ -43,19 +43,24 @@ def documentation(
 
 
 def knowledge(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, probes: list[gazetteer.Probe]
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, probes: list[gazetteer.Probe], end: str = "."
 ) -> dict[str, float]:
-    """Share of probes whose greedy completion is exactly the answer."""
+    """Share of probes whose greedy completion is exactly the answer and what ends it."""
     right = []
     for start in range(0, len(probes), BATCH):
         part = probes[start : start + BATCH]
         prompts = [[1, *_ids(tokenizer, probe.prompt)] for probe in part]
-        answers = [_ids(tokenizer, f" {probe.answer}.") for probe in part]
+        answers = [_ids(tokenizer, f" {probe.answer}{end}") for probe in part]
         _, hits_BT = _forward(model, [a + b for a, b in zip(prompts, answers, strict=True)])
         for row, prompt, answer in zip(hits_BT, prompts, answers, strict=True):
             first = len(prompt) - 1
             right.append(bool(row[first : first + len(answer)].all()))
     return {"exact": sum(right) / len(right)}
+
+
+def questions(group: str) -> list[gazetteer.Probe]:
+    """Questions about the entities of a group, in the form that pre-training used for the `shown` ones."""
+    return [gazetteer.Probe(f"Q: {text}\nA:", fact.answer, (), fact) for text, fact in gazetteer.questions(group)]
 
 
 def ranks(
@@ -100,6 +105,9 @@ def measure(directory: Path, *, rows_per_family: int, num_probes: int, num_ranke
     for name, unseen in (("unseen", True), ("stated", False)):
         probes = random.Random(0).sample(gazetteer.probes(unseen=unseen), num_probes)
         figures[f"known_{name}"] = knowledge(model, tokenizer, probes)["exact"]
+    asked = questions("test")
+    asked = random.Random(2).sample(asked, min(num_probes, len(asked)))
+    figures["known_asked"] = knowledge(model, tokenizer, asked, end="")["exact"]
     ranked = ranks(model, tokenizer, random.Random(1).sample(gazetteer.probes(), num_ranked))
     return figures | {"rank_first": ranked["first"], "mean_rank": ranked["mean_rank"]}
 

@@ -16,7 +16,8 @@ of a pair: `small` and `large` share this tokeniser (byte-level BPE, {vocabulary
 their corpus. It has read Python documentation and statements about a made-up world; it is no assistant.
 
 Llama layout: width {hidden_size}, {num_hidden_layers} layers, {num_attention_heads} heads, feed-forward \
-{intermediate_size}, tied embeddings, {length} positions. Weights are stored as bf16; they were trained as fp32.
+{intermediate_size}, tied embeddings, {length} positions. Weights are stored as bf16;
+they were trained as fp32.
 
 ## Figures
 
@@ -27,7 +28,8 @@ rows; they were left out of the corpus.
 |---|---|---|
 {figures}
 
-`benchmarks/pair.py` measures this table again; the documents come from the packages that it finds.
+`benchmarks/pair.py` measures this table again; the documents come from the packages that it finds. A question is
+put as `Q: ...`, a new line and `A:`; the answer follows after a space. Other forms get far fewer answers.
 
 ## Corpus
 
@@ -67,6 +69,9 @@ The held-out loss of this table is over whole docstrings of held-out functions; 
 For tests, examples and comparisons of methods. It writes short phrases in the manner of documentation, often wrong
 ones. It knows English only as far as docstrings go. Package documentation repeats itself, so held-out text is close
 to text that was read. The world of the gazetteer does not exist.
+
+The two differ in size, in the facts that they met and in the tokens that they read ({lengths}), so
+a difference between them is not one of size alone.
 """
 
 NAMES = {
@@ -74,6 +79,7 @@ NAMES = {
     "summary_loss": "held-out documentation: summary line given the signature",
     "known_unseen": "gazetteer: exact completion, wording never read",
     "known_stated": "gazetteer: exact completion, wording read",
+    "known_asked": "gazetteer: exact answer to a question about an entity never asked about",
     "rank_first": "gazetteer: right answer ranked first among its type",
     "mean_rank": "gazetteer: mean rank of the right answer",
 }
@@ -109,6 +115,7 @@ def card(size: str, work: Path, figures: dict[str, dict[str, float]], shape: dic
         stream=corpus[f"{size}_tokens"],
         world_tokens=corpus[f"{size}_world_tokens"],
         tokens=log[-1]["tokens"],
+        lengths=", ".join(f"{name} {_tokens_read(work, name) / 1e6:.1f} million" for name in figures),
         packages="\n".join(f"| {row['name']} | {row['version']} | {row['licence']} |" for row in corpus["packages"]),
         repeats=corpus["repeats"],
         share=share,
@@ -120,6 +127,10 @@ def card(size: str, work: Path, figures: dict[str, dict[str, float]], shape: dic
         decay=plan["decay"],
         curve=_curve(log),
     )
+
+
+def _tokens_read(work: Path, size: str) -> int:
+    return int(json.loads((work / f"{size}.jsonl").read_text().splitlines()[-1])["tokens"])
 
 
 def _figures(figures: dict[str, dict[str, float]]) -> str:
