@@ -42,7 +42,9 @@ QUICK: list[Case] = [
     ("pool", "all-linear", False, 1000, 3),
     ("flower", "all-linear", False, 100, 4),
 ]
-FULL: list[Case] = [(*case[:4], 2 * case[4] + 1) for case in QUICK] + [("flower", "all-linear", False, 1000, 3)]
+FULL: list[Case] = [(*case[:4], 2 * case[4] + 1) for case in QUICK]
+LAST: list[Case] = [("flower", "all-linear", False, 1000, 3)]
+"""By itself: one process holds one simulation at a time."""
 
 
 class Bench:
@@ -129,7 +131,7 @@ def measure(cases: list[Case], model: str) -> list[dict[str, str | int | float |
             print(f"first round: {case[3]} clients, {case[0]}", file=sys.stderr)
             benches.append(stack.enter_context(closing(Bench(case, folder, model))))
             benches[-1].round()
-        for turn in range(max(case[4] for case in cases)):
+        for turn in range(max((case[4] for case in cases), default=0)):
             for bench in benches:
                 if turn < bench.case[4]:
                     bench.round()
@@ -144,7 +146,8 @@ def main() -> None:
     parser.add_argument("--skip", default="", help="an engine to leave out")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    rows = measure([case for case in (QUICK if options.quick else FULL) if case[0] != options.skip], options.model)
+    parts = [QUICK] if options.quick else [FULL, LAST]
+    rows = [row for part in parts for row in measure([c for c in part if c[0] != options.skip], options.model)]
     load = os.getloadavg()[0]
     if options.json:
         print(json.dumps({"rows": rows, "load": load}))
@@ -158,7 +161,7 @@ def main() -> None:
             f"{row['engine']:10}{name:15}{row['bytes'] / 1e3:7.1f} kB{row['clients']:9}{row['ms_per_client']:11.3f}"
             f"{row['ms_per_client_min']:8.3f}{row['grows_mb']:7.1f} MB{row['rounds']:8}"
         )
-    print(f"{torch.__version__=!s}, one thread a process, {os.cpu_count()} cores, load average {load:.1f}")
+    print(f"torch {torch.__version__}, one thread a process, {os.cpu_count()} cores, load average {load:.1f}")
 
 
 if __name__ == "__main__":

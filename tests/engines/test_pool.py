@@ -90,6 +90,33 @@ def test_replies_ahead_of_their_turn_are_few(opener, monkeypatch: pytest.MonkeyP
         assert max(held) <= 4
 
 
+def test_a_busy_worker_dies_with_a_killed_parent(opener, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from kilofed.engines.opener import Opener\n"
+        "from kilofed.engines.pool import Pool\n"
+        "if __name__ == '__main__':\n"
+        f"    pool = Pool([0], Opener({opener('obey').path!r}))\n"
+        "    print(next(pool.exchange({0: b'who'}))[1].split()[1].decode(), flush=True)\n"
+        "    list(pool.exchange({0: b'sleep'}))\n"
+    )
+    paths = os.pathsep.join(path for path in sys.path if path)
+    with subprocess.Popen(
+        [sys.executable, str(script)], stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": paths}
+    ) as parent:
+        assert parent.stdout is not None
+        worker = int(parent.stdout.readline())
+        time.sleep(0.5)
+        parent.kill()
+    for _ in range(100):
+        try:
+            os.kill(worker, 0)
+        except ProcessLookupError:
+            return
+        time.sleep(0.1)
+    pytest.fail(f"worker {worker} lives on")
+
+
 def test_workers_do_not_write_to_stdout(opener, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     script = tmp_path / "script.py"
     script.write_text(

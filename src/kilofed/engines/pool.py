@@ -7,6 +7,7 @@ import logging
 import multiprocessing
 import os
 import signal
+import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
@@ -155,7 +156,6 @@ class _Worker:
         context = multiprocessing.get_context("spawn")
         self.connection, theirs = context.Pipe()
         self.client, self._ready = None, False
-        # A daemon: it ends with this process, and on a kill -9 the closed pipe ends it.
         self._process = context.Process(
             target=_serve, args=(theirs, self._opener), name=f"kilofed-worker-{self.number}", daemon=True
         )
@@ -180,6 +180,7 @@ def _serve(connection: Connection, opener: Opener) -> None:
     """The life of a worker."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer.
     os.dup2(2, 1)  # Only the parent writes data to stdout.
+    threading.Thread(target=_follow_parent, daemon=True).start()
     with suppress(EOFError, OSError):  # The parent is gone.
         try:
             handler = opener.open()
@@ -195,6 +196,14 @@ def _serve(connection: Connection, opener: Opener) -> None:
                 _answer(connection, FAILED, as_text(error).encode())
             else:
                 _answer(connection, REPLY, reply)
+
+
+def _follow_parent() -> None:
+    # A worker that outlived a killed run could write a client's state under the run that takes its place.
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    wait([parent.sentinel])
+    os._exit(1)
 
 
 def _answer(connection: Connection, status: bytes, body: bytes) -> None:
