@@ -73,10 +73,10 @@ def test_generation_stops_at_eos(models: dict[str, PreTrainedModel]) -> None:
 
 def test_large_is_better_on_held_out_documentation(models: dict[str, PreTrainedModel], pair: ModuleType) -> None:
     tokenizer = AutoTokenizer.from_pretrained(ASSETS / "small")
-    documents = pair.documents(10)
+    documents = pair.documents(5)
     assert len(documents) > 40
     losses = {size: pair.documentation(model, tokenizer, documents) for size, model in models.items()}
-    assert losses["small"]["document_loss"] - losses["large"]["document_loss"] > 0.25
+    assert losses["small"]["document_loss"] - losses["large"]["document_loss"] > 0.2
     assert losses["large"]["summary_loss"] < losses["small"]["summary_loss"]
     assert losses["small"]["summary_loss"] < 5.5
 
