@@ -36,13 +36,14 @@ QUICK: list[Case] = [
     ("inprocess", "all-linear", False, 100, 9),
     ("inprocess", "all-linear", False, 1000, 5),
     ("inprocess", "all-linear", False, 10_000, 1),
-    ("inprocess", "all-linear", True, 1000, 3),
-    ("inprocess", "q_proj v_proj", False, 1000, 3),
-    ("pool", "all-linear", False, 100, 5),
     ("pool", "all-linear", False, 1000, 3),
-    ("flower", "all-linear", False, 100, 4),
+    ("flower", "all-linear", False, 100, 3),
 ]
-FULL: list[Case] = [(*case[:4], 2 * case[4] + 1) for case in QUICK]
+FULL: list[Case] = [(*case[:4], 2 * case[4] + 1) for case in QUICK] + [
+    ("inprocess", "all-linear", True, 1000, 7),
+    ("inprocess", "q_proj v_proj", False, 1000, 7),
+    ("pool", "all-linear", False, 100, 11),
+]
 LAST: list[Case] = [("flower", "all-linear", False, 1000, 3)]
 """By itself: one process holds one simulation at a time."""
 
