@@ -20,17 +20,17 @@ MODULES = {
 LAYERS: list[set[str]] = [
     {"errors", "files", "units", "environment", "hub"},
     {"fields", "ledger", "payload"},
-    {"recipe", "wire", "states", "sums", "server_opt", "codec", "directions"},
+    {"recipe", "wire", "states", "sums", "server_opt", "codec", "seedlog", "directions"},
     {"sources", "rows", "data", "privacy", "partition"},
-    {"models", "train", "evaluate", "needs"},
+    {"models", "train", "zeroth", "evaluate", "needs"},
     {"method", "listing", "reading", "plots"},
     {"methods", "engines", "report"},
     {"site", "controls", "results", "check"},
     {"about"},
     {"run"},
-    {"export", "chat", "cli", "__init__", "__main__"},
+    {"export", "chat", "replay", "cli", "__init__", "__main__"},
 ]
-MATHS = {"train", "server_opt", "wire", "codec", "directions"}
+MATHS = {"train", "zeroth", "server_opt", "wire", "codec", "seedlog", "sums", "directions"}
 BOTTOM = {"errors", "files", "fields", "recipe", "payload"}
 OUTSIDERS = {
     "transformers": {"models", "evaluate", "site", "run", "needs", "check"},

@@ -8,7 +8,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TextIO
 
@@ -57,7 +57,7 @@ class Ledger:
         self._count(row)
         if self._file:
             with said(f"cannot write {self.path}"):
-                self._file.write(json.dumps(asdict(row), separators=(",", ":")) + "\n")
+                self._file.write(json.dumps(vars(row), separators=(",", ":")) + "\n")
         else:
             self._kept.append(row)
 
