@@ -54,27 +54,23 @@ def test_commands_of_the_readme_are_those_of_the_parser(capsys: pytest.CaptureFi
         cli.main(["--help"])
     known = set(re.findall(r"^    (\w+)  ", capsys.readouterr().out, flags=re.M))
     named = set(re.findall(r"`kilofed (\w+)", (ROOT / "README.md").read_text("utf-8")))
-    assert named >= {"run", "resume", "check", "ls", "show", "eval", "report", "export", "chat"}
+    assert named >= {"run", "resume", "check", "ls", "show", "eval", "report", "export", "chat", "replay"}
     assert named == known
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", ["start.md", "fedkseed.md"])
-def test_shell_commands_of_a_page_run_in_their_order(
-    page: str,
+def test_shell_commands_of_the_start_page_run_in_their_order(
     tiny_model: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    if not (ROOT / "docs" / page).exists():
-        pytest.skip(f"docs/{page} is not written")
     monkeypatch.chdir(tmp_path)
     shutil.copytree(tiny_model, "my-model")
     rows = [{"hospital": f"h{i % 2}", "instruction": f"say {i}", "response": f"it is {i}"} for i in range(40)]
     Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
     ran = []
-    for program, *words in commands(ROOT / "docs" / page):
+    for program, *words in commands(ROOT / "docs" / "start.md"):
         if program != "kilofed":
             continue
         monkeypatch.setattr(sys, "stdin", io.StringIO("hello\n"))
