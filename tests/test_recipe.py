@@ -109,6 +109,16 @@ def test_one_word_for_a_table_keeps_its_other_fields(tmp_path: Path) -> None:
     assert recipe.method.fields == {"mu": 0.25}
 
 
+def test_another_source_does_not_inherit_the_options_of_the_first(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text('[data]\nsource = "pydocs"\nmax_length = 99\n[data.options]\ntrain_rows = 7\n', "utf-8")
+    assert load(path, {"data.max_rows": 5}).data.options == {"train_rows": 7}
+    for key in ("data", "data.source"):
+        moved = load(path, {key: "rows.jsonl"}).data
+        assert (moved.source, moved.max_length, moved.options) == ("rows.jsonl", 99, {})
+    assert load(path, {"data": "gazetteer", "data.options.seed": 3}).data.options == {"seed": 3}
+
+
 def test_changed_changes_nothing_else() -> None:
     recipe = changed(Recipe(), {"train.steps": 7, "method.mu": 0.5})
     assert recipe.train.steps == 7

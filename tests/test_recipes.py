@@ -28,7 +28,6 @@ def test_one_round_of_a_shipped_recipe_runs(
         "model": str(tiny_model),
         "data": str(tiny_rows),
         "data.max_length": 48,
-        "data.options": {},
         "rounds": 1,
         "cohort": 0,
         "train.epochs": 0,

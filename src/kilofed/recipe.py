@@ -232,8 +232,7 @@ def load(source: str | Path, overrides: Mapping[str, Value] | None = None) -> Re
         RecipeError: no such recipe, unknown key, wrong type, value out of range.
     """
     table = _read(source)
-    for key, value in (overrides or {}).items():
-        _lay_over(table, key, value)
+    _lay_all_over(table, overrides or {})
     return from_table(table)
 
 
@@ -247,8 +246,7 @@ def from_table(table: Table) -> Recipe:
 def changed(recipe: Recipe, overrides: Mapping[str, Value]) -> Recipe:
     """`recipe` with `overrides` laid over it; raises RecipeError."""
     table = to_table(recipe)
-    for key, value in overrides.items():
-        _lay_over(table, key, value)
+    _lay_all_over(table, overrides)
     return from_table(table)
 
 
@@ -307,6 +305,14 @@ def _read(source: str | Path) -> dict[str, Value]:
         return tomllib.loads(text_of(source))
     except tomllib.TOMLDecodeError as error:
         raise RecipeError(f"{source} is not valid TOML: {error}") from error
+
+
+def _lay_all_over(table: dict[str, Value], overrides: Mapping[str, Value]) -> None:
+    data = table.get("data")
+    if isinstance(data, dict) and overrides.keys() & {"data", "data.source"}:
+        data.pop("options", None)  # They were those of the source that is laid over.
+    for key, value in overrides.items():
+        _lay_over(table, key, value)
 
 
 def _lay_over(table: dict[str, Value], key: str, value: Value) -> None:
