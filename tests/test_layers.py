@@ -20,7 +20,7 @@ MODULES = {
 LAYERS: list[set[str]] = [
     {"errors", "files", "units", "environment", "hub"},
     {"fields", "ledger", "payload"},
-    {"recipe", "wire", "states", "sums", "server_opt", "codec", "seedlog", "directions"},
+    {"recipe", "wire", "states", "sums", "server_opt", "codec", "distill", "seedlog", "directions"},
     {"sources", "rows", "data", "privacy", "partition"},
     {"models", "train", "zeroth", "evaluate", "needs"},
     {"method", "listing", "reading", "plots"},
@@ -30,7 +30,7 @@ LAYERS: list[set[str]] = [
     {"run"},
     {"export", "chat", "replay", "cli", "__init__", "__main__"},
 ]
-MATHS = {"train", "zeroth", "server_opt", "wire", "codec", "seedlog", "sums", "directions"}
+MATHS = {"train", "zeroth", "distill", "server_opt", "wire", "codec", "seedlog", "sums", "directions"}
 BOTTOM = {"errors", "files", "fields", "recipe", "payload"}
 OUTSIDERS = {
     "transformers": {"models", "evaluate", "site", "run", "needs", "check"},
