@@ -22,7 +22,7 @@ LAYERS: list[set[str]] = [
     {"fields", "ledger", "payload"},
     {"recipe", "wire", "states", "sums", "server_opt", "codec", "distill", "seedlog", "directions"},
     {"sources", "rows", "data", "privacy", "partition"},
-    {"models", "train", "zeroth", "evaluate", "needs"},
+    {"models", "train", "zeroth", "evaluate", "needs", "decode"},
     {"method", "listing", "reading", "plots"},
     {"methods", "engines", "report"},
     {"site", "controls", "results", "check"},
