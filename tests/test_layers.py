@@ -20,9 +20,9 @@ MODULES = {
 LAYERS: list[set[str]] = [
     {"errors", "files", "units", "environment", "hub"},
     {"fields", "ledger", "payload"},
-    {"recipe", "wire", "states", "sums", "server_opt", "codec", "distill", "seedlog", "directions"},
+    {"recipe", "wire", "states", "sums", "server_opt", "codec", "distill", "steering", "seedlog", "directions"},
     {"sources", "rows", "data", "privacy", "partition"},
-    {"models", "train", "zeroth", "evaluate", "needs", "decode"},
+    {"models", "train", "zeroth", "evaluate", "needs", "decode", "vocabulary", "voices", "proxy"},
     {"method", "listing", "reading", "plots"},
     {"methods", "engines", "report"},
     {"site", "controls", "results", "check"},
@@ -30,11 +30,11 @@ LAYERS: list[set[str]] = [
     {"run"},
     {"export", "chat", "replay", "cli", "__init__", "__main__"},
 ]
-MATHS = {"train", "zeroth", "distill", "server_opt", "wire", "codec", "seedlog", "sums", "directions"}
+MATHS = {"train", "zeroth", "distill", "steering", "server_opt", "wire", "codec", "seedlog", "sums", "directions"}
 BOTTOM = {"errors", "files", "fields", "recipe", "payload"}
 OUTSIDERS = {
-    "transformers": {"models", "evaluate", "site", "run", "needs", "check"},
-    "peft": {"models"},
+    "transformers": {"models", "voices", "vocabulary", "proxy", "evaluate", "site", "run", "needs", "check"},
+    "peft": {"models", "voices"},
     "flwr": {"engines.flower"},
     "flwr_datasets": {"partition"},
     "dp_accounting": {"privacy"},

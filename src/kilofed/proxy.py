@@ -1,0 +1,153 @@
+"""A large model steered by small ones, as one causal language model (proxy-tuning, Liu et al. 2024, arXiv:2401.08565).
+
+`ProxyModel` is a transformers model: `forward`, `generate`, left padding, KV caches of all parts, beams. The large model
+is never opened: only its next-token scores are used.
+"""
+
+from typing import Never, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache, GenerationConfig, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers.generation.configuration_utils import GenerationMode
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from kilofed.decode import UNBOUNDED
+from kilofed.errors import ModelError
+from kilofed.steering import Offset, Rule
+from kilofed.vocabulary import common_width
+from kilofed.voices import Ask, JointCache, Local, Voices, small_voices
+
+
+class ProxyModel(PreTrainedModel, GenerationMixin):  # type: ignore[no-untyped-call]
+    """Next-token scores = rule(large, tuned, base); with `Offset`, large + alpha (tuned - base).
+
+    Args:
+        large: the model that is steered: a transformers causal model.
+        tuned: the small tuned model.
+        base: the small model before tuning; None takes what lies under the adapter of `tuned`, and the two then share
+            one batched forward. Not used by rules without a base.
+        rule: how scores become one; see `kilofed.steering`.
+        vocabulary: number of real tokens (`vocabulary.common_vocabulary`); logits are cut to it. None takes the width
+            that all models have.
+
+    Raises:
+        ModelError: the models' widths differ or are below `vocabulary`; a base is needed and there is none.
+    """
+
+    config_class = PreTrainedConfig
+    main_input_name = "input_ids"
+    _supports_sdpa = True
+
+    def __init__(
+        self,
+        large: nn.Module,
+        tuned: nn.Module,
+        base: nn.Module | None = None,
+        rule: Rule | None = None,
+        *,
+        vocabulary: int | None = None,
+    ) -> None:
+        rule = rule or Offset()
+        voices = Local(large), small_voices(tuned, base, needs_base=rule.needs_base)
+        width = common_width({"large": voices[0].width, "small": voices[1].width}, vocabulary)
+        super().__init__(_config(voices[0].config, width, min(v.context for v in voices)))
+        self.rule = rule
+        self.width = width
+        self.context = min(v.context for v in voices)
+        self.large, self.tuned = large, tuned
+        self.base = base if base is not tuned else None
+        self.large_voice: Local = voices[0]
+        self.small_voices: Voices = voices[1]
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        return_dict: bool | None = None,
+        tokenizer: object = None,
+    ) -> CausalLMOutputWithPast:
+        """The joint model's raw logits, float32.
+
+        Args:
+            input_ids: (B, T).
+            attention_mask: (B, P + T) where P positions are cached; 0 at padding.
+            position_ids: (B, T).
+            past_key_values: what an earlier call gave; extended in place.
+            use_cache: give a cache back; False takes none.
+            logits_to_keep: the last so many positions (0 all), or (K,) which ones.
+            return_dict: ignored; a dict-like output is always given.
+            tokenizer: ignored; `generate` hands on what it checks stop strings with.
+
+        Returns:
+            .logits (B, K, vocabulary) and .past_key_values.
+
+        Raises:
+            ModelError: the sequence is longer than the context of one of the models.
+        """
+        cache = past_key_values if past_key_values is not None or not use_cache else self.new_cache()
+        length = input_ids.shape[1] + (cache.get_seq_length() if cache is not None else 0)
+        self._refuse_longer(length)
+        ask = Ask(input_ids, attention_mask, position_ids, logits_to_keep)
+        first, second = cache.parts if isinstance(cache, JointCache) else (None, None)
+        (large,) = self.large_voice.speak(ask, first)
+        scores = self.joined(large, *self.small_voices.speak(ask, second))
+        return CausalLMOutputWithPast(logits=cast(torch.FloatTensor, scores), past_key_values=cache)
+
+    def joined(self, large: Tensor, tuned: Tensor, base: Tensor | None = None) -> Tensor:
+        """The rule on logits of any widths and dtypes: (..., vocabulary), float32, where the large model's lie."""
+        parts = [
+            part[..., : self.width].to(large.device, torch.float32)
+            for part in (large, tuned, base)
+            if part is not None
+        ]
+        return self.rule(parts[0], parts[1], parts[-1])
+
+    def new_cache(self) -> JointCache:
+        """An empty cache for all parts."""
+        voices = self.large_voice, self.small_voices
+        return JointCache([v.new_cache() for v in voices], [getattr(v, "copies", 1) for v in voices])
+
+    def _prepare_cache_for_generation(
+        self,
+        generation_config: GenerationConfig,
+        model_kwargs: dict[str, object],
+        generation_mode: GenerationMode,
+        batch_size: int,
+        max_cache_length: int,
+    ) -> bool:
+        # transformers would make the cache of one model.
+        if model_kwargs.get("past_key_values") is None and generation_config.use_cache:
+            model_kwargs["past_key_values"] = self.new_cache()
+        return False  # What transformers reads from this is nothing.
+
+    def train(self, mode: bool = True) -> "ProxyModel":
+        """Nothing: a proxy is not trained, and its parts are not its own to switch."""
+        return self
+
+    def save_pretrained(self, *_: object, **__: object) -> Never:
+        """Refused: a proxy is a large model that is not ours and small ones that are."""
+        raise ModelError("a proxy has no weights of its own: save the small tuned model")
+
+    def _refuse_longer(self, length: int) -> None:
+        if length > self.context:
+            shorter = "large" if self.large_voice.context == self.context else "small"
+            raise ModelError(
+                f"{length} tokens are more than the {self.context} that the {shorter} model's context holds: "
+                "shorten the prompt or the answer"
+            )
+
+
+def _config(large: PreTrainedConfig, width: int, context: int) -> PreTrainedConfig:
+    """What `generate` asks a config for."""
+    config = PreTrainedConfig()
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        setattr(config, name, getattr(large, name, None))
+    config.vocab_size = width
+    if context < UNBOUNDED:
+        config.max_position_embeddings = context
+    return config
