@@ -18,11 +18,11 @@ MODULES = {
 
 # From the ground up; a layer imports from itself and from below.
 LAYERS: list[set[str]] = [
-    {"errors", "files", "units", "environment", "hub"},
+    {"errors", "files", "units", "environment", "hub", "charts"},
     {"fields", "ledger", "payload"},
     {"recipe", "wire", "states", "sums", "server_opt", "codec", "distill", "steering", "seedlog", "directions"},
     {"sources", "rows", "data", "privacy", "partition"},
-    {"models", "train", "zeroth", "evaluate", "needs", "decode", "vocabulary", "voices", "proxy"},
+    {"heads", "models", "train", "zeroth", "evaluate", "needs", "decode", "vocabulary", "voices", "proxy"},
     {"method", "listing", "reading", "plots"},
     {"methods", "engines", "report"},
     {"site", "controls", "results", "check"},
@@ -33,7 +33,7 @@ LAYERS: list[set[str]] = [
 MATHS = {"train", "zeroth", "distill", "steering", "server_opt", "wire", "codec", "seedlog", "sums", "directions"}
 BOTTOM = {"errors", "files", "fields", "recipe", "payload"}
 OUTSIDERS = {
-    "transformers": {"models", "voices", "vocabulary", "proxy", "evaluate", "site", "run", "needs", "check"},
+    "transformers": {"heads", "models", "voices", "vocabulary", "proxy", "evaluate", "site", "run", "needs", "check"},
     "peft": {"models", "voices"},
     "flwr": {"engines.flower"},
     "flwr_datasets": {"partition"},

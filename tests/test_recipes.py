@@ -36,5 +36,7 @@ def test_one_round_of_a_shipped_recipe_runs(
         "evaluate.controls": [],
         "evaluate.generate": 0,
     }
+    if load(name).data.task == "classify":
+        small |= {"data.columns.text": "instruction", "data.columns.label": "client", "data.partition.min_rows": 1}
     done = kilofed.run(name, small, out=tmp_path / "run")
     assert done.rows["federated"]["loss"] > 0

@@ -338,7 +338,7 @@ def test_a_hub_id_without_network_says_what_was_tried(monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     message = refusal(spec("nobody/nothing-v1.5"))
-    assert "nobody/nothing-v1.5 is no embedded source (gazetteer, pydocs), no file or folder here" in message
+    assert "nobody/nothing-v1.5 is no embedded source (families, gazetteer, pydocs), no file or folder here" in message
     assert "check the name and the network" in message
 
 

@@ -13,7 +13,8 @@ def about(sites: Sites, server: Server, policy: Mechanism) -> dict[str, object]:
     """Facts that are known once data and model are there; `server` is left as it is."""
     fresh = replace(server, state={})
     sites.method.setup(fresh)
-    column = sites.recipe.data.partition.column
+    spec = sites.recipe.data
+    column = spec.columns.label if sites.classes else spec.partition.column
     where = environment.describe(sites.recipe.model.device)
     return {
         "kilofed": where["kilofed"],
@@ -34,6 +35,7 @@ def about(sites: Sites, server: Server, policy: Mechanism) -> dict[str, object]:
             {"action": message.action, **_shapes(leaving(sites.method, message, policy))}
             for message in sites.method.rehearse(fresh)
         ],
+        "classes": list(sites.classes),
         "num_trained": sum(p.numel() for p in models.trained(server.model).values()),
         "num_parameters": sum(p.numel() for p in server.model.parameters()),
     }

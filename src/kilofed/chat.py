@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TextIO
 
 from kilofed.data import Renderer
+from kilofed.errors import RunError
 from kilofed.evaluate import answer
 from kilofed.run import delivered, first_seed, recipe_of
 
@@ -13,11 +14,13 @@ def talk(run: Path, *, max_new_tokens: int = 128, source: TextIO | None = None, 
     """Answer each line of `source` (by default the keyboard) greedily on `to`, until it ends or an empty line.
 
     Raises:
-        RunError: no state in the run.
+        RunError: no state in the run, or it classifies.
     """
     source, to = source or sys.stdin, to or sys.stdout
-    model, tokenizer = delivered(run)
     recipe = recipe_of(first_seed(run))
+    if recipe.data.task == "classify":
+        raise RunError(f"{run} classifies rows and writes no answers: score rows with `kilofed eval`, or export it")
+    model, tokenizer = delivered(run)
     renderer = Renderer(tokenizer, recipe.data, "messages" if tokenizer.chat_template else "response")
     keyboard = source.isatty()
     if keyboard:

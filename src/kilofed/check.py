@@ -96,12 +96,12 @@ class _Look:
     def whole(self) -> list[Example]:
         """The sample's examples, not cut."""
         spec = replace(self.recipe.data, max_length=NO_LIMIT)
-        return Renderer(self.sites.tokenizer, spec, self.sites.renderer.kind)(self.sample)
+        return Renderer(self.sites.tokenizer, spec, self.sites.renderer.kind, self.sites.classes)(self.sample)
 
     @cached_property
     def outline(self) -> PreTrainedModel:
         """The model with its adapter, without weights."""
-        return models.outline(self.recipe.model, self.recipe.adapter)
+        return models.outline(self.recipe.model, self.recipe.adapter, self.sites.classes)
 
     @cached_property
     def needed(self) -> int:
@@ -125,8 +125,23 @@ def _device(look: _Look) -> Iterator[Finding]:
 def _data(look: _Look) -> Iterator[Finding]:
     rows = look.sites.rows
     yield Finding("good", "data", rows.note)
-    kind = data.layout(look.recipe.data.columns, rows.train)
+    spec = look.recipe.data
+    kind = data.layout(spec.columns, rows.train, spec.task)
     yield Finding("good", "columns", f"the rows are read as {kind}")
+    yield from _classes(look)
+
+
+def _classes(look: _Look) -> Iterator[Finding]:
+    """The agreed label set, and how often its least label occurs."""
+    if not (names := look.sites.classes):
+        return
+    column, where = look.recipe.data.columns.label, "data.labels" if look.recipe.data.labels else "the training rows"
+    held = Counter(str(row[column]) for row in look.sites.rows.train)
+    text = f"{count(len(names))} labels from {where}: {_some(names)}"
+    if absent := [name for name in names if not held[name]]:
+        yield Finding("warn", "labels", f"{text}; no training row has {_some(absent)}: they cannot be learnt")
+    else:
+        yield Finding("good", "labels", f"{text}; {count(min(held[n] for n in names))} training rows or more of each")
 
 
 def _clients(look: _Look) -> Iterator[Finding]:
@@ -191,10 +206,11 @@ def _leaks(look: _Look) -> Iterator[Finding]:
 def _tokeniser(look: _Look) -> Iterator[Finding]:
     tokenizer = look.sites.tokenizer
     pad, eos = tokenizer.pad_token_id, tokenizer.eos_token_id
-    if eos is None:
+    classifies = bool(look.sites.classes)
+    if eos is None and not classifies:
         yield Finding("warn", "tokeniser", "the tokeniser has no end token: answers do not learn to stop and run to "
                       "evaluate.max_new_tokens; set eos_token in its tokenizer_config.json")  # fmt: skip
-    elif pad == eos:
+    elif pad == eos and not classifies:
         yield Finding("warn", "tokeniser", f"padding and end are one token ({tokenizer.eos_token}): kilofed masks padding "
                       "by position, so ends are learnt; programs that mask by token would unlearn to stop")  # fmt: skip
     rows = cast(nn.Embedding, look.outline.get_input_embeddings()).num_embeddings
@@ -207,6 +223,9 @@ def _tokeniser(look: _Look) -> Iterator[Finding]:
 
 def _template(look: _Look) -> Iterator[Finding]:
     renderer = look.sites.renderer
+    if renderer.kind == "label":
+        yield Finding("good", "template", "rows to classify: the text stands as it is, there is no prompt")
+        return
     if renderer.kind == "text":
         yield Finding("good", "template", "running text: every token is learnt, there is no prompt")
         return
@@ -218,8 +237,11 @@ def _template(look: _Look) -> Iterator[Finding]:
 
 def _loss(look: _Look) -> Iterator[Finding]:
     spec = look.recipe.data
-    renderer = Renderer(look.sites.tokenizer, spec, look.sites.renderer.kind)
+    renderer = Renderer(look.sites.tokenizer, spec, look.sites.renderer.kind, look.sites.classes)
     examples = renderer(look.sample)
+    if renderer.kind == "label":
+        yield Finding("good", "loss", f"{percent(len(examples) / len(look.sample))} of rows have a label")
+        return
     tokens = sum(len(e.input_ids) for e in examples)
     learnt = sum(label != IGNORED for e in examples for label in e.labels[1:])
     if not learnt:
@@ -255,6 +277,8 @@ def _truncation(look: _Look) -> Iterator[Finding]:
     if isinstance(positions, int) and longest > positions:
         yield Finding("bad", "truncation", f"rows of {longest} tokens, the model has {positions} positions: "
                       f"set data.max_length={positions} or less")  # fmt: skip
+    elif look.sites.classes:
+        return
     elif isinstance(positions, int) and look.recipe.evaluate.generate and longest + answer > positions:
         yield Finding("warn", "truncation", f"prompts of up to {longest} tokens and evaluate.max_new_tokens={answer} pass "
                       f"the model's {positions} positions: lower one of them")  # fmt: skip
@@ -266,8 +290,10 @@ def _adapter(look: _Look) -> Iterator[Finding]:
     num_trained, num_all = (sum(p.numel() for p in some) for some in (parameters.values(), look.outline.parameters()))
     text = f"{count(num_trained)} of {count(num_all)} parameters are trained ({percent(num_trained / num_all)})"
     if spec.kind == "lora":
-        targets = sorted({name.split(".lora_")[0].rsplit(".", 1)[-1] for name in parameters})
+        targets = sorted({name.split(".lora_")[0].rsplit(".", 1)[-1] for name in parameters if ".lora_" in name})
         text += f", LoRA of rank {spec.rank} on {', '.join(targets)}"
+    if look.sites.classes:
+        text += f"; a head of kind {spec.head} for {len(look.sites.classes)} labels is trained with them"
     yield Finding("good", "adapter", text)
 
 

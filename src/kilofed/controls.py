@@ -63,7 +63,7 @@ def score_clients(sites: Sites, model: nn.Module, ids: list[int]) -> list[Scores
 def fresh(sites: Sites) -> nn.Module:
     """A second model as it was before any training, whatever the resident one holds."""
     recipe = sites.recipe
-    return models.load_model(recipe.model, recipe.adapter, recipe.seed)
+    return models.load_model(recipe.model, recipe.adapter, recipe.seed, sites.classes)
 
 
 def _fit(sites: Sites, model: nn.Module, examples: list[Example], steps: int, client: int, times: int = 1) -> None:

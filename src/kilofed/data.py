@@ -14,7 +14,7 @@ from kilofed.rows import Row, Rows, layout, read, row_hash
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["IGNORED", "TEMPLATES", "Example", "Renderer", "Row", "Rows", "layout", "read", "row_hash"]
+__all__ = ["IGNORED", "TEMPLATES", "Example", "Renderer", "Row", "Rows", "class_names", "layout", "read", "row_hash"]
 
 log = logging.getLogger("kilofed")
 
@@ -51,6 +51,16 @@ class Example(NamedTuple):
     """What a model is given when it is asked to answer; begins input_ids unless the row was cut."""
     references: list[str]
     """Right answers; empty for running text."""
+    label: int | None = None
+    """Number of the row's class, IGNORED where it is not known; None where tokens are learnt. With a class, labels and
+    prompt_ids are empty."""
+
+    @property
+    def is_learnt(self) -> bool:
+        """Whether there is anything to learn from it."""
+        if self.label is not None:
+            return self.label != IGNORED
+        return any(label != IGNORED for label in self.labels[1:])
 
 
 class Renderer:
@@ -58,14 +68,18 @@ class Renderer:
 
     Args:
         kind: what `layout` said of the rows.
+        classes: names of the classes, in the order of their numbers, for rows to classify.
 
     Raises:
         DataError: a template that does not exist or does not fit, a malformed talk, a chat template that refuses a
             talk or rewrites earlier turns.
     """
 
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase", spec: DataSpec, kind: str) -> None:
+    def __init__(
+        self, tokenizer: "PreTrainedTokenizerBase", spec: DataSpec, kind: str, classes: Sequence[str] = ()
+    ) -> None:
         self.tokenizer, self.spec, self.kind = tokenizer, spec, kind
+        self._classes = {name: number for number, name in enumerate(classes)}
         self.template = _template(tokenizer, spec, kind)
         self.num_cut = 0
         """Examples so far that were longer than max_length."""
@@ -77,12 +91,15 @@ class Renderer:
     def __call__(self, rows: Iterable[Row]) -> list[Example]:
         """Examples of all rows that have something to learn, in order; warns of the first that have not."""
         examples = [self._example(row) for row in rows]
-        learnt = [e for e in examples if any(label != IGNORED for label in e.labels[1:])]
+        learnt = [e for e in examples if e.is_learnt]
         if (num_empty := len(examples) - len(learnt)) and not self.num_empty:
+            what, column = ("label", "label") if self.kind == "label" else ("answer", "response")
             log.warning(
-                "%d of %d rows have no answer and are left out: fill in data.columns.response, or drop them",
+                "%d of %d rows have no %s and are left out: fill in data.columns.%s, or drop them",
                 num_empty,
                 len(examples),
+                what,
+                column,
             )
         self.num_empty += num_empty
         return learnt
@@ -101,6 +118,8 @@ class Renderer:
     def key(self, row: Row, *, answer: bool = True) -> str:
         """What a model sees of a row, to tell whether two rows are one; without its answer if so asked."""
         columns = self.spec.columns
+        if self.kind == "label":
+            return json.dumps([_text(row[columns.text]), _text(row[columns.label]) if answer else ""])
         if self.kind == "text":
             return _text(row[columns.text])
         if self.kind == "messages":
@@ -110,7 +129,24 @@ class Renderer:
         asked = [_text(row[columns.instruction]), self._context(row)]
         return json.dumps([asked, _references(row[columns.response]) if answer else []])
 
+    def unlabelled(self, texts: Iterable[str]) -> list[Example]:
+        """Texts to classify whose class nobody knows."""
+        return [self._classed(text, "") for text in texts]
+
+    def _classed(self, text: str, name: str) -> Example:
+        """A text with the number of its class; IGNORED for no name. Raises DataError: not one of the classes."""
+        if name and name not in self._classes:
+            raise DataError(_unknown(name, self._classes))
+        ids = self.tokenizer.encode(text, verbose=False)
+        if len(ids) > self.spec.max_length:
+            self.num_cut += 1
+            ids = self.tokenizer.encode(text, truncation=True, max_length=self.spec.max_length)
+        return Example(list(ids), [], [], [name] if name else [], self._classes.get(name, IGNORED))
+
     def _example(self, row: Row) -> Example:
+        if self.kind == "label":
+            columns = self.spec.columns
+            return self._classed(_text(row[columns.text]), _text(row[columns.label]))
         pieces, references = self._pieces(row)
         ids, labels, prompt_end = self._tokens(pieces)
         self.num_cut += len(ids) > self.spec.max_length
@@ -217,9 +253,46 @@ class Renderer:
         return Example(ids, labels, prompt_ids, references)
 
 
+def class_names(spec: DataSpec, rows: Rows) -> tuple[str, ...]:
+    """Names of the classes in the order of their numbers: data.labels, else those of the training rows sorted as text.
+
+    Empty where nothing is classified.
+
+    Raises:
+        DataError: fewer than two classes, one named twice, or a row with a label that is not among them.
+    """
+    if spec.task != "classify":
+        if spec.labels:
+            raise DataError("data.labels is for data.task=classify: set that too, or leave it out")
+        return ()
+    column = spec.columns.label
+    found = {_text(row[column]) for row in rows.train} - {""}
+    names = spec.labels or tuple(sorted(found))
+    if len(set(names)) < len(names):
+        raise DataError("data.labels names a label twice: drop one")
+    if len(names) < 2:
+        seen = f"all rows have the label {names[0]!r}" if names else "no row has a label"
+        raise DataError(f"{seen}; expected at least two labels in column {column}: check data.columns.label")
+    for what, some in (("row", rows.train), ("held-out row", rows.test)):
+        for number, row in enumerate(some, 1):
+            if (name := _text(row[column])) and name not in names:
+                raise DataError(f"{what} {number}: {_unknown(name, names)}")
+    return names
+
+
+def _unknown(name: str, names: Iterable[str]) -> str:
+    names = list(names)
+    return (
+        f"the label {name!r} is not one of the {len(names)} agreed ones{nearest(name, names)}: mend the row, drop it, "
+        "or name all labels in data.labels"
+    )
+
+
 def _template(tokenizer: "PreTrainedTokenizerBase", spec: DataSpec, kind: str) -> str:
-    """The template's name; empty for running text."""
+    """The template's name; empty for running text and for rows to classify."""
     name = spec.template
+    if kind == "label":
+        return ""
     if name and name != "chat" and name not in TEMPLATES:
         raise DataError(f"data.template is {name!r}{nearest(name, [*TEMPLATES, 'chat'])}")
     if name == "chat" and not tokenizer.chat_template:

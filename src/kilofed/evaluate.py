@@ -2,6 +2,7 @@
 
 import math
 import statistics
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
@@ -9,11 +10,11 @@ import torch
 from torch import nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from kilofed.data import Example
+from kilofed.data import IGNORED, Example
 from kilofed.recipe import EvaluateSpec
-from kilofed.train import collate, token_losses
+from kilofed.train import class_logits, collate, token_losses
 
-SCORES = ("loss", "accuracy", "perplexity", "rouge_l", "exact_match")
+SCORES = ("loss", "accuracy", "perplexity", "rouge_l", "exact_match", "macro_f1")
 
 
 @dataclass(frozen=True)
@@ -21,19 +22,22 @@ class Scores:
     """How one model does on one client's held-out rows."""
 
     loss: float
-    """Mean over response tokens, nats."""
+    """Mean over response tokens, nats; over rows where rows are classified."""
     accuracy: float
-    """Share of response tokens that were the first guess."""
+    """Share of response tokens, or of rows, that were the first guess."""
     num_tokens: int
+    """Response tokens; rows where rows are classified."""
     rouge_l: float | None = None
     """Mean ROUGE-L F of greedy answers, best over references, with stemming (rouge-score)."""
     exact_match: float | None = None
     """Share of greedy answers that equal a reference but for case and outer white space."""
+    macro_f1: float | None = None
+    """Mean F1 over the classes that these rows have or were given; None where tokens are written."""
 
     @property
-    def perplexity(self) -> float:
-        """exp(loss)."""
-        return math.exp(min(self.loss, 700.0))
+    def perplexity(self) -> float | None:
+        """exp(loss) per token; None where rows are classified."""
+        return math.exp(min(self.loss, 700.0)) if self.macro_f1 is None else None
 
     def as_dict(self) -> dict[str, float | int | None]:
         """Fields and perplexity."""
@@ -41,9 +45,11 @@ class Scores:
 
 
 def score(model: nn.Module, examples: Sequence[Example], batch_size: int) -> Scores:
-    """Loss and next-token accuracy; rows are sorted by length, so order does not matter."""
+    """Loss and accuracy of tokens or, where rows have classes, of rows; they are sorted, so order does not matter."""
     device = next(model.parameters()).device
     ordered = sorted(examples, key=lambda e: (len(e.input_ids), e.input_ids))
+    if ordered and ordered[0].label is not None:
+        return _score_classes(model, ordered, batch_size)
     total, right, tokens = 0.0, 0, 0
     with torch.inference_mode():
         for start in range(0, len(ordered), batch_size):
@@ -52,6 +58,35 @@ def score(model: nn.Module, examples: Sequence[Example], batch_size: int) -> Sco
             right += int(hits.sum())
             tokens += len(losses)
     return Scores(total / max(tokens, 1), right / max(tokens, 1), tokens)
+
+
+def _score_classes(model: nn.Module, examples: Sequence[Example], batch_size: int) -> Scores:
+    device = next(model.parameters()).device
+    total, pairs = 0.0, Counter[tuple[int, int]]()
+    with torch.inference_mode():
+        for start in range(0, len(examples), batch_size):
+            batch = collate(examples[start : start + batch_size], device)
+            logits_BC = class_logits(model, batch)
+            losses = nn.functional.cross_entropy(logits_BC, batch.labels, reduction="none", ignore_index=IGNORED)
+            total += float(losses.double().sum())
+            pairs.update(zip(batch.labels.tolist(), logits_BC.argmax(-1).tolist(), strict=True))
+    pairs = Counter({(true, guess): n for (true, guess), n in pairs.items() if true != IGNORED})
+    rows, right = pairs.total(), sum(number for (true, guess), number in pairs.items() if true == guess)
+    return Scores(total / max(rows, 1), right / max(rows, 1), rows, macro_f1=macro_f1(pairs))
+
+
+def macro_f1(pairs: Counter[tuple[int, int]]) -> float:
+    """Mean over classes of 2 right / (rows of the class + rows given to it), 0 to 1.
+
+    Args:
+        pairs: how often each (class, guess) occurred; classes that occur as neither do not count.
+    """
+    held, given = Counter[int](), Counter[int]()
+    for (true, guess), number in pairs.items():
+        held[true] += number
+        given[guess] += number
+    every = sorted(held.keys() | given.keys())
+    return statistics.fmean(2 * pairs[c, c] / (held[c] + given[c]) for c in every) if every else 0.0
 
 
 def answer(
@@ -119,7 +154,8 @@ def summarise(clients: Sequence[Scores], ids: Sequence[int]) -> dict[str, object
     for name in SCORES:
         values = [v for s in clients if (v := s.as_dict()[name]) is not None]
         row[name] = statistics.fmean(values) if values else None
-    row["perplexity"] = math.exp(min(statistics.fmean(s.loss for s in clients), 700.0))
+    if row["perplexity"] is not None:
+        row["perplexity"] = math.exp(min(statistics.fmean(s.loss for s in clients), 700.0))
     ends = interval([s.loss for s in clients])
     row["interval"] = list(ends) if ends else None
     row["clients"] = [{"id": client, **s.as_dict()} for client, s in zip(ids, clients, strict=True)]

@@ -4,19 +4,31 @@ The only file that imports transformers and peft.
 """
 
 import contextlib
+import importlib.util
 import logging
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import cast
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from kilofed import hub
 from kilofed.errors import ModelError
+from kilofed.halves import Part, trim
+from kilofed.heads import MeanClassifier
 from kilofed.recipe import AdapterSpec, ModelSpec
 
 log = logging.getLogger("kilofed")
@@ -30,6 +42,8 @@ def locate(spec: ModelSpec) -> str:
         if not folder.is_dir():
             raise ModelError(f"{path} is not shipped; there is builtin:small and builtin:large")
         return str(folder)
+    if path.startswith("package:"):
+        return _in_package(path.removeprefix("package:"))
     looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1
     if looks_local and not Path(path).expanduser().is_dir():
         raise ModelError(f"there is no model directory {path}; check model.path")
@@ -68,30 +82,57 @@ def load_base(spec: ModelSpec) -> PreTrainedModel:
     """The base model in spec.dtype on spec.device, in eval mode. Raises ModelError."""
     device = find_device(spec.device)
     with _said(spec, "model"), quiet():
-        model = AutoModelForCausalLM.from_pretrained(locate(spec), dtype=getattr(torch, spec.dtype), **_revision(spec))
+        model = _pretrained(AutoModelForCausalLM, spec, {})
     module = cast(nn.Module, model).to(device).eval()
     return cast(PreTrainedModel, module)
 
 
-def load_model(spec: ModelSpec, adapter: AdapterSpec, seed: int) -> nn.Module:
+def load_classifier(spec: ModelSpec, head: str, seed: int, classes: Sequence[str]) -> nn.Module:
+    """The base model with a fresh head for `classes`, in eval mode; equal seeds give equal heads.
+
+    Args:
+        head: `mean` (`MeanClassifier`) or `stock` (what transformers has for the architecture).
+
+    Raises:
+        ModelError: it cannot be loaded, or transformers has no such class for it.
+    """
+    device = find_device(spec.device)
+    kind = AutoModel if head == "mean" else AutoModelForSequenceClassification
+    with torch.random.fork_rng(devices=[]), _said(spec, "model"), quiet():
+        torch.manual_seed(seed)
+        model = _headed(_pretrained(kind, spec, _numbered(classes)), head, len(classes))
+        if isinstance(spec, Part):
+            trim(model, spec.num_blocks, head=spec.head)
+        return model.to(device).eval()
+
+
+def load_model(spec: ModelSpec, adapter: AdapterSpec, seed: int, classes: Sequence[str] = ()) -> nn.Module:
     """The base model with what `adapter` trains; equal seeds give equal trained tensors.
+
+    Args:
+        classes: names of the classes, for a model that classifies; empty for one that generates.
 
     Raises:
         ModelError: the model cannot be loaded, or the adapter's targets match nothing (with the names that exist).
     """
-    return add_adapter(load_base(spec), adapter, seed)
+    base = load_classifier(spec, adapter.head, seed, classes) if classes else load_base(spec)
+    return add_adapter(base, adapter, seed)
 
 
-def outline(spec: ModelSpec, adapter: AdapterSpec) -> PreTrainedModel:
+def outline(spec: ModelSpec, adapter: AdapterSpec, classes: Sequence[str] = ()) -> PreTrainedModel:
     """The model of `load_model` without its weights: names, shapes, sizes, for the price of its config. Raises ModelError."""
     with _said(spec, "config"), quiet():
-        config = AutoConfig.from_pretrained(locate(spec), **_revision(spec))
+        config = AutoConfig.from_pretrained(locate(spec), **_numbered(classes), **_revision(spec))
+        kind = AutoModel if adapter.head == "mean" else AutoModelForSequenceClassification
         with torch.device("meta"):
-            base = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, spec.dtype))  # type: ignore[no-untyped-call]
-    return cast(PreTrainedModel, add_adapter(cast(PreTrainedModel, base), adapter, 0))
+            auto = kind if classes else AutoModelForCausalLM
+            base = auto.from_config(config, dtype=getattr(torch, spec.dtype))  # type: ignore[no-untyped-call]
+            if classes:
+                base = _headed(base, adapter.head, len(classes))
+    return cast(PreTrainedModel, add_adapter(base, adapter, 0))
 
 
-def add_adapter(base: PreTrainedModel, adapter: AdapterSpec, seed: int) -> nn.Module:
+def add_adapter(base: nn.Module, adapter: AdapterSpec, seed: int) -> nn.Module:
     """`base` with the trained tensors of `adapter` marked by requires_grad; changes `base`. Raises ModelError."""
     if adapter.kind == "full":
         for parameter in base.parameters():
@@ -102,6 +143,7 @@ def add_adapter(base: PreTrainedModel, adapter: AdapterSpec, seed: int) -> nn.Mo
     named = [name for name, module in base.named_modules() if isinstance(module, nn.Linear) or _is_conv1d(module)]
     leaves = sorted({name.rsplit(".", 1)[-1] for name in named})
     everything = adapter.targets == ("all-linear",)
+    kind, own_head = _kind_of(base)
     missing = [t for t in adapter.targets if not any(n == t or n.endswith("." + t) for n in named)]
     if missing and not everything:
         raise ModelError(
@@ -112,11 +154,12 @@ def add_adapter(base: PreTrainedModel, adapter: AdapterSpec, seed: int) -> nn.Mo
         lora_alpha=adapter.alpha,
         lora_dropout=adapter.dropout,
         target_modules="all-linear" if everything else list(adapter.targets),
-        task_type="CAUSAL_LM",
+        task_type=kind,
+        modules_to_save=own_head,
     )
     with torch.random.fork_rng(devices=[]), quiet():
         torch.manual_seed(seed)
-        model = get_peft_model(base, config)
+        model = get_peft_model(cast(PreTrainedModel, base), config)
     return cast(nn.Module, model.eval())
 
 
@@ -183,8 +226,72 @@ def quiet() -> Iterator[None]:
             theirs.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
+Auto = type[AutoModel] | type[AutoModelForCausalLM] | type[AutoModelForSequenceClassification]
+Numbered = dict[str, dict[int, str] | dict[str, int]]
+
+
+def _pretrained(kind: Auto, spec: ModelSpec, numbered: Numbered) -> PreTrainedModel:
+    """The model of `spec`; of a Part only that part is read from a safetensors file."""
+    place, options = locate(spec), {**numbered, **_revision(spec)}
+    loader: Auto | type[PreTrainedModel] = kind
+    if isinstance(spec, Part):
+        config = AutoConfig.from_pretrained(place, **options)
+        with torch.device("meta"):
+            loader = _trimmed(type(kind.from_config(config)), spec)  # type: ignore[no-untyped-call]
+    return cast(PreTrainedModel, loader.from_pretrained(place, dtype=getattr(torch, spec.dtype), **options))
+
+
+def _trimmed(whole: type[PreTrainedModel], part: Part) -> type[PreTrainedModel]:
+    """`whole` that has lost all but `part` before its weights are read."""
+
+    def begin(self: PreTrainedModel, config: PreTrainedConfig) -> None:
+        if not part.head:
+            config.tie_word_embeddings = False  # There is no output head to tie.
+        whole.__init__(self, config)
+        trim(self, part.num_blocks, head=part.head)
+
+    # Under the name and module of `whole`: transformers finds the names that its weights had in older files by them.
+    return type(whole.__name__, (whole,), {"__init__": begin, "__module__": whole.__module__})
+
+
+def _headed(base: nn.Module, head: str, num_classes: int) -> nn.Module:
+    if head == "mean":
+        return MeanClassifier(cast(PreTrainedModel, base), num_classes)
+    # Decoders look for the last token that is no padding, and `train.collate` pads with 0.
+    cast(PreTrainedModel, base).config.pad_token_id = 0
+    return base
+
+
+def _numbered(classes: Sequence[str]) -> Numbered:
+    """The classes as a config keeps them."""
+    if not classes:
+        return {}
+    return {"id2label": dict(enumerate(classes)), "label2id": {name: i for i, name in enumerate(classes)}}
+
+
+def _kind_of(base: nn.Module) -> tuple[str | None, list[str] | None]:
+    """PEFT's name for what the model does, and the head that is trained whole."""
+    if isinstance(base, MeanClassifier):
+        return None, ["score"]
+    classifies = type(base).__name__.endswith("ForSequenceClassification")
+    return ("SEQ_CLS" if classifies else "CAUSAL_LM"), None
+
+
+def _in_package(path: str) -> str:
+    """The directory NAME/FOLDER of an installed Python package, which is not imported."""
+    name, _, below = path.partition("/")
+    found = importlib.util.find_spec(name) if name.isidentifier() else None
+    places = list(found.submodule_search_locations or []) if found else []
+    folder = Path(places[0], below) if places else None
+    if folder is None or not folder.is_dir():
+        seen = f"which has no folder {below}" if places else "which is not installed"
+        raise ModelError(f"model.path=package:{path} names the Python package {name!r}, {seen}: check both")
+    return str(folder)
+
+
 def _short(name: str) -> str:
-    return name.removeprefix("base_model.model.").replace(".default.", ".")
+    name = name.removeprefix("base_model.model.").replace(".modules_to_save.default.", ".")
+    return name.replace(".default.", ".")
 
 
 def _is_conv1d(module: nn.Module) -> bool:

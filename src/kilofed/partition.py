@@ -37,6 +37,8 @@ def divide(rows: Rows, spec: DataSpec, seed: int) -> list[Share]:
     """
     part = spec.partition
     kind = part.kind
+    if spec.task == "classify" and kind in ("dirichlet", "pathological") and part.column == PartitionSpec().column:
+        part = replace(part, column=spec.columns.label)  # Whose column is not named is what the skew is of.
     if kind == "auto":
         kind = "column" if part.column in rows.train[0] or part.column != PartitionSpec().column else "iid"
     shares = _by_column(rows, part) if kind == "column" else _by_partitioner(rows, part, kind, seed)

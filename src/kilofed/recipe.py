@@ -48,11 +48,14 @@ class AdapterSpec:
     """Dropout in front of each LoRA product, 0 to 1."""
     targets: tuple[str, ...] = ("all-linear",)
     """Module names that get an adapter; all-linear takes every linear layer but the output head."""
+    head: Literal["mean", "stock"] = "mean"
+    """What data.task=classify puts on the model, trained and sent beside the adapter. mean: the mean of the last hidden
+    states, at unit length, into one linear layer; stock: what transformers has for the architecture."""
 
 
 @dataclass(frozen=True)
 class ColumnsSpec:
-    """Which column holds what: the response column decides, else messages, else text."""
+    """Which column holds what: the response column decides, else messages, else text; to classify, text and label."""
 
     instruction: str = "instruction"
     context: str = "context"
@@ -60,7 +63,9 @@ class ColumnsSpec:
     messages: str = "messages"
     """Column with a list of {role, content}; the assistant's turns are learnt."""
     text: str = "text"
-    """Column with running text; every token is learnt."""
+    """Column with running text, of which every token is learnt; to classify, what is classified."""
+    label: str = "label"
+    """Column with the name of a row's class; read with data.task=classify only."""
 
 
 @dataclass(frozen=True)
@@ -100,6 +105,10 @@ class DataSpec:
     """Most training rows read; 0 takes all."""
     max_test_rows: int = 0
     """Most held-out rows per client; 0 takes all."""
+    task: Literal["generate", "classify"] = "generate"
+    """generate: tokens are learnt and written; classify: a row has one of a few labels."""
+    labels: tuple[str, ...] = ()
+    """The labels that all parties agreed on (classify); empty takes those of the training rows, sorted as text."""
     columns: ColumnsSpec = field(default_factory=ColumnsSpec)
     partition: PartitionSpec = field(default_factory=PartitionSpec)
     options: dict[str, Value] = field(default_factory=dict)

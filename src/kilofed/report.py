@@ -46,7 +46,7 @@ def table(results: Mapping[str, object], width: int | None = None) -> str:
     width = max(width or shutil.get_terminal_size((100, 24)).columns, 20)
     rows = [(title, row) for key, title in ROWS.items() if (row := dig(results, "rows", key)) is not None]
     titles = ["", *(title for title, _ in rows)]
-    columns = [[title, *(show(row) for _, row in rows)] for title, show in _COLUMNS.items()]
+    columns = [[title, *(show(row) for _, row in rows)] for title, show in _columns(results).items()]
     blocks: list[list[list[str]]] = [[titles]]
     for column in columns:
         if len(blocks[-1]) > 1 and sum(max(map(len, c)) + 2 for c in [*blocks[-1], column]) - 2 > width:
@@ -54,7 +54,8 @@ def table(results: Mapping[str, object], width: int | None = None) -> str:
         blocks[-1].append(column)
     lines = [line for block in blocks for line in [*_align(block), ""]]
     over = f"{len(items(results.get('seeds')))} seeds" if _repeated(results) else "clients"
-    lines += textwrap.wrap(f"loss: nats per held-out response token, with the 95 % interval over {over}", width)
+    what = "row" if _classified(results) else "response token"
+    lines += textwrap.wrap(f"loss: nats per held-out {what}, with the 95 % interval over {over}", width)
     costs = [_cost_line(results)] if "bytes" in results else []
     for sentence in [*costs, *_privacy_lines(results), *map(str, items(results.get("verdict")))]:
         lines += textwrap.wrap(sentence, width)
@@ -73,6 +74,20 @@ _COLUMNS: dict[str, Callable[[object], str]] = {
     "ROUGE-L": lambda row: fixed(dig(row, "rouge_l")),
     "exact match": lambda row: percent(dig(row, "exact_match")),
 }
+_CLASS_COLUMNS: dict[str, Callable[[object], str]] = {
+    "loss": _loss,
+    "accuracy": lambda row: percent(dig(row, "accuracy")),
+    "macro-F1": lambda row: fixed(dig(row, "macro_f1")),
+}
+
+
+def _columns(results: Mapping[str, object]) -> dict[str, Callable[[object], str]]:
+    return _CLASS_COLUMNS if _classified(results) else _COLUMNS
+
+
+def _classified(results: Mapping[str, object]) -> bool:
+    """Whether the run gave classes to rows."""
+    return any(dig(results, "rows", key, "macro_f1") is not None for key in ROWS)
 
 
 def _align(columns: Sequence[Sequence[str]]) -> list[str]:
@@ -132,11 +147,12 @@ def _words(reading: Reading) -> dict[str, object]:
         "name": str(dig(run, "recipe", "name") or results.get("name") or reading.folder.name),
         "sentence": _sentence(reading),
         "scores": [
-            [title, *(show(row) for show in _COLUMNS.values())]
+            [title, *(show(row) for show in _columns(results).values())]
             for key, title in ROWS.items()
             if (row := dig(results, "rows", key)) is not None
         ],
-        "columns": list(_COLUMNS),
+        "columns": list(_columns(results)),
+        "classes": [str(name) for name in items(run.get("classes"))],
         "verdict": [str(line) for line in items(results.get("verdict"))],
         "privacy": _privacy_lines(results),
         "num_runs": max(len(reading.seeds), 1),
@@ -149,6 +165,7 @@ def _words(reading: Reading) -> dict[str, object]:
         "train_plot": _train_plot(reading),
         "byte_plots": _byte_plots(reading, names),
         "holding_plot": _holding_plot(clients, names),
+        "charts": [_chart(f"chart{i}", chart) for i, chart in enumerate(items(results.get("charts")))],
         "forecast": _forecast(reading),
         "leaves": [_leaves(message) for message in items(reading.run.get("leaves"))],
         "num_rounds": len({at for at, _ in traffic.by_round}),
@@ -245,6 +262,17 @@ def _byte_plots(reading: Reading, names: Mapping[str, str]) -> dict[str, plots.P
         "growth": plots.growth("growth", rounds, list(accumulate(down)), list(accumulate(up))),
         "clients": plots.bars("clients", labels, shares, unit="B"),
     }
+
+
+def _chart(name: str, chart: object) -> tuple[str, str, str, plots.Plot]:
+    """Name, title, words and drawing of what the method shows of itself."""
+    lines = dig(chart, "lines")
+    found: dict[str, list[tuple[float, float]]] = {}
+    for label, points in lines.items() if isinstance(lines, Mapping) else ():
+        pairs = ((number(point[0]), number(point[1])) for point in items(points) if isinstance(point, list))
+        found[str(label)] = [(x, y) for x, y in pairs if x is not None and y is not None]
+    title, words, x, y = (str(dig(chart, key)) for key in ("title", "words", "x", "y"))
+    return name, title, words, plots.lines(name, found, x=x, y=y)
 
 
 def _holding_plot(clients: Sequence[object], names: Mapping[str, str]) -> plots.Plot | None:

@@ -59,7 +59,7 @@ def over_seeds(recipe: Recipe, folder: Path, every: list[Results]) -> Results:
     for name in tables[0]:
         row: dict[str, object] = {}
         for score in SCORES:
-            values = [cast(float, table[name][score]) for table in tables if table[name][score] is not None]
+            values = [cast(float, found) for table in tables if (found := table[name].get(score)) is not None]
             row[score] = statistics.fmean(values) if values else None
         ends = interval([cast(float, table[name]["loss"]) for table in tables])
         rows[name] = {**row, "interval": list(ends) if ends else None, "clients": [

@@ -52,7 +52,7 @@ def read(spec: DataSpec, seed: int) -> Rows:
         test = second or first
         if not test:
             raise DataError(f"data.test is {spec.test}, which holds no rows; expected at least one")
-    needed = _needed(layout(spec.columns, train), spec.columns)
+    needed = _needed(layout(spec.columns, train, spec.task), spec.columns)
     _must_have(needed, test, "held-out row")
     if spec.source not in sources.names() and (names := unused_columns(spec, train)):
         log.warning("%s", unused_sentence(names))
@@ -68,8 +68,8 @@ def row_hash(row: Row, seed: int = 0) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
 
 
-def layout(columns: ColumnsSpec, rows: Sequence[Row]) -> str:
-    """`response`, `messages` or `text`: which of the mapped columns these rows have.
+def layout(columns: ColumnsSpec, rows: Sequence[Row], task: str = "generate") -> str:
+    """`response`, `messages` or `text`: which of the mapped columns these rows have; `label` for rows to classify.
 
     Raises:
         DataError: none of them, a mapped column that no row has, or a row without one that it needs.
@@ -79,10 +79,15 @@ def layout(columns: ColumnsSpec, rows: Sequence[Row]) -> str:
     for role, name in vars(columns).items():
         if name != usual[role] and name not in have:
             raise DataError(f"data.columns.{role} is {name!r}, which no row has{nearest(name, have)}")
-    for kind in ("response", "messages", "text"):
+    for kind in ("label",) if task == "classify" else ("response", "messages", "text"):
         if (needed := _needed(kind, columns)) <= have:
             _must_have(needed, rows, "row")
             return kind
+    if task == "classify":
+        raise DataError(
+            f"the rows have the columns {', '.join(sorted(have))}; expected {columns.text} and {columns.label}\n"
+            "  hint: data.columns.text=NAME data.columns.label=NAME"
+        )
     raise DataError(
         f"the rows have the columns {', '.join(sorted(have))}; expected {columns.instruction} and {columns.response}, "
         f"or {columns.messages}, or {columns.text}\n  hint: data.columns.instruction=NAME data.columns.response=NAME"
@@ -91,7 +96,7 @@ def layout(columns: ColumnsSpec, rows: Sequence[Row]) -> str:
 
 def unused_columns(spec: DataSpec, rows: Sequence[Row]) -> list[str]:
     """Columns that neither become tokens nor say whose a row is."""
-    kind, part = layout(spec.columns, rows), spec.partition
+    kind, part = layout(spec.columns, rows, spec.task), spec.partition
     used = _needed(kind, spec.columns)
     if kind == "response":
         used |= {spec.columns.context}
@@ -110,6 +115,7 @@ def _needed(kind: str, columns: ColumnsSpec) -> set[str]:
         "response": {columns.instruction, columns.response},
         "messages": {columns.messages},
         "text": {columns.text},
+        "label": {columns.text, columns.label},
     }
     return by_kind[kind]
 

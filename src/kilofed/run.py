@@ -34,6 +34,9 @@ from kilofed.recipe import Recipe, changed, from_table, load, to_table, to_toml
 from kilofed.results import Results, of_run, over_seeds
 from kilofed.site import Sites
 
+CHARTED = 8
+"""Held-out rows of each client that a method may look at for its charts."""
+
 
 class Watch(Protocol):
     """Is told how a run goes."""
@@ -214,6 +217,7 @@ def _run_one(recipe: Recipe, folder: Path, watch: Watch) -> Results:
     model = sites.method.deliver(server)
     watch.stage("federated model")
     federated = rows.once("federated", scored, lambda: controls.score_clients(sites, model, scored))
+    shown = sites.method.charts(server, [e for client in scored for e in sites.test_examples(client)[:CHARTED]])
     models.save_adapter(model, folder / "adapter")
     if "local" in recipe.evaluate.controls:
         chosen = _spread(scored, recipe.evaluate.max_local)
@@ -222,7 +226,7 @@ def _run_one(recipe: Recipe, folder: Path, watch: Watch) -> Results:
         watch.stage("central")
         rows.once("central", scored, lambda: controls.central(sites, scored))
     assert federated
-    results = of_run(recipe, folder, rows.rows, policy)
+    results = of_run(recipe, folder, rows.rows, policy) | {"charts": [chart.as_dict() for chart in shown]}
     _write_json(folder / "results.json", results)
     return results
 
@@ -303,6 +307,7 @@ def _measure(sites: Sites, model: nn.Module) -> dict[str, object]:
     return {
         "loss": statistics.fmean(s.loss for s in scores.values()) if scores else None,
         "accuracy": statistics.fmean(s.accuracy for s in scores.values()) if scores else None,
+        **({"macro_f1": statistics.fmean(f1)} if (f1 := [s.macro_f1 for s in scores.values() if s.macro_f1]) else {}),
         "clients": [
             {"id": client, "loss": s.loss, "accuracy": s.accuracy, "num_tokens": s.num_tokens}
             for client, s in scores.items()

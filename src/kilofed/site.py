@@ -67,9 +67,16 @@ class Sites:
         return models.load_tokenizer(self.recipe.model)
 
     @cached_property
+    def classes(self) -> tuple[str, ...]:
+        """Names of the classes, in the order of their numbers; empty where nothing is classified."""
+        spec = self.recipe.data
+        return data.class_names(spec, self.rows) if spec.task == "classify" or spec.labels else ()
+
+    @cached_property
     def renderer(self) -> Renderer:
         """Rows to examples."""
-        return Renderer(self.tokenizer, self.recipe.data, data.layout(self.recipe.data.columns, self.rows.train))
+        spec = self.recipe.data
+        return Renderer(self.tokenizer, spec, data.layout(spec.columns, self.rows.train, spec.task), self.classes)
 
     def client_ids(self) -> list[int]:
         """Numbers of the clients, from 0."""
@@ -96,7 +103,7 @@ class Sites:
     def model(self, spec: ModelSpec) -> nn.Module:
         """The resident model of `spec`, with the recipe's adapter."""
         if spec not in self._models:
-            self._models[spec] = models.load_model(spec, self.recipe.adapter, self.recipe.seed)
+            self._models[spec] = models.load_model(spec, self.recipe.adapter, self.recipe.seed, self.classes)
         return self._models[spec]
 
     def handle(self, client: int, body: bytes) -> bytes:

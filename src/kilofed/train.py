@@ -4,6 +4,7 @@ import inspect
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -15,17 +16,18 @@ from kilofed.recipe import TrainSpec
 
 @dataclass(frozen=True)
 class Batch:
-    """Padded examples; all of shape (B, T)."""
+    """Padded examples, of shape (B, T)."""
 
     input_ids: Tensor
     attention_mask: Tensor
     labels: Tensor
-    """IGNORED where nothing is learnt."""
+    """IGNORED where nothing is learnt; (B,) classes where whole rows are classified."""
 
     @property
     def num_learnt(self) -> int:
-        """Tokens that the loss is over: those that some position predicts."""
-        return int((self.labels[:, 1:] != IGNORED).sum())
+        """Tokens that the loss is over: those that some position predicts; or rows that have a class."""
+        learnt = self.labels if self.labels.dim() == 1 else self.labels[:, 1:]
+        return int((learnt != IGNORED).sum())
 
 
 @dataclass(frozen=True)
@@ -48,12 +50,17 @@ def collate(examples: Sequence[Example], device: str | torch.device = "cpu") -> 
     width = max(len(example.input_ids) for example in examples)
     input_ids = torch.zeros(len(examples), width, dtype=torch.long)
     mask = torch.zeros(len(examples), width, dtype=torch.long)
+    classes = [example.label for example in examples if example.label is not None]
     labels = torch.full((len(examples), width), IGNORED, dtype=torch.long)
     for row, example in enumerate(examples):
         length = len(example.input_ids)
         input_ids[row, :length] = torch.tensor(example.input_ids)
-        labels[row, :length] = torch.tensor(example.labels)
+        if not classes:
+            labels[row, :length] = torch.tensor(example.labels)
         mask[row, :length] = 1
+    if classes:
+        assert len(classes) == len(examples)
+        labels = torch.tensor(classes)
     return Batch(input_ids.to(device), mask.to(device), labels.to(device))
 
 
@@ -72,9 +79,27 @@ def token_losses(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     return losses, logits_NV.argmax(-1) == targets_N
 
 
+def class_logits(model: nn.Module, batch: Batch) -> Tensor:
+    """Logits (B, C) of a model that classifies rows, float32."""
+    out = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
+    return cast(Tensor, out.logits).float()
+
+
+def class_losses(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Cross entropy (nats) and whether the best guess was right, one entry per row that has a class."""
+    learnt = batch.labels != IGNORED
+    logits_NC, targets_N = class_logits(model, batch)[learnt], batch.labels[learnt]
+    return nn.functional.cross_entropy(logits_NC, targets_N, reduction="none"), logits_NC.argmax(-1) == targets_N
+
+
+def losses(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+    """`token_losses`, or `class_losses` where the batch has classes."""
+    return class_losses(model, batch) if batch.labels.dim() == 1 else token_losses(model, batch)
+
+
 def loss(model: nn.Module, batch: Batch) -> Tensor:
-    """Mean cross entropy over the learnt tokens, in nats."""
-    return token_losses(model, batch)[0].mean()
+    """Mean cross entropy over the learnt tokens, or over the rows where they have classes, in nats."""
+    return losses(model, batch)[0].mean()
 
 
 def num_steps(spec: TrainSpec, num_examples: int) -> int:

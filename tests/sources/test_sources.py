@@ -10,12 +10,12 @@ from kilofed.sources import Rows, load, names
 
 
 def test_every_source_is_listed_by_its_file_name() -> None:
-    assert names() == ["gazetteer", "pydocs"]
+    assert names() == ["families", "gazetteer", "pydocs"]
 
 
 def test_unknown_source_offers_the_nearest() -> None:
     with pytest.raises(
-        ValueError, match=r"pydoc is not a source \(did you mean pydocs\?\); sources: gazetteer, pydocs"
+        ValueError, match=r"pydoc is not a source \(did you mean pydocs\?\); sources: families, gazetteer, pydocs"
     ):
         load("pydoc", seed=0)
 
