@@ -7,7 +7,8 @@ KilofedError                  every error that kilofed raises on purpose; a Valu
 ├── PayloadError              bytes that are not a whole, well-formed payload
 ├── PrivacyError              a method asked for more than the privacy policy allows
 ├── ClientError               one client could not do its part: the run stops or goes on without it
-│   └── NonFiniteLoss         a loss was NaN or infinite
+│   ├── NonFiniteLoss         a loss was NaN or infinite
+│   └── WrongWeights          a site holds other weights than the server: the run stops whatever on_failure says
 ├── TooFewReplies             fewer clients answered than the quorum
 └── RunError                  a run folder cannot be made, read, resumed or written
 
@@ -53,6 +54,10 @@ class ClientError(KilofedError):
 
 class NonFiniteLoss(ClientError):
     """A loss was NaN or infinite."""
+
+
+class WrongWeights(ClientError):
+    """A site holds other weights than the server; going on without it would hide that."""
 
 
 class TooFewReplies(KilofedError):

@@ -28,8 +28,9 @@ from typing import Protocol, TypeVar, cast, overload
 import torch
 from torch import Tensor, nn
 
+from kilofed.charts import Chart
 from kilofed.data import Example
-from kilofed.errors import ClientError, PayloadError, PrivacyError, RecipeError, TooFewReplies, nearest
+from kilofed.errors import ClientError, PayloadError, PrivacyError, RecipeError, TooFewReplies, WrongWeights, nearest
 from kilofed.fields import build
 from kilofed.ledger import Ledger, Row
 from kilofed.payload import Payload, Scalar
@@ -170,6 +171,10 @@ class Method:
 
     def rehearse(self, server: Server) -> list[Message]:
         """The messages of the next round, numbers made up; empty when their lengths depend on the data."""
+        return []
+
+    def charts(self, server: Server, rows: Sequence[Example]) -> list[Chart]:
+        """What the report draws of this method after the last round; `rows` are held-out ones, some of each client's."""
         return []
 
 
@@ -410,7 +415,7 @@ class Cohort:
         text = str(reply.scalars[ERROR])
         if reply.scalars.get(KIND) == PrivacyError.__name__:
             raise PrivacyError(text)
-        if not self._skip:
+        if not self._skip or reply.scalars.get(KIND) == WrongWeights.__name__:
             raise ClientError(
                 f"round {self._round}: client {client}: {text}; the state of round {self._round - 1} is kept"
             )

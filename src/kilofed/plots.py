@@ -104,6 +104,18 @@ def losses(
     return Plot(_svg(figure, name), key)
 
 
+def lines(name: str, chart: Mapping[str, Sequence[tuple[float, float]]], *, x: str, y: str) -> Plot:
+    """Lines through points, one per label; at most 8."""
+    figure, axes = _sheet()
+    for i, points in enumerate(chart.values()):
+        across, along = [[point[axis] for point in points] for axis in (0, 1)]
+        axes.plot(across, along, color=_COLOURS[i], linewidth=2, marker="o" if len(points) < 30 else "", markersize=4)
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    axes.xaxis.set_major_locator(MaxNLocator(8))
+    return Plot(_svg(figure, name), [Entry(label, f"--c{i}", "solid") for i, label in enumerate(chart)])
+
+
 def traffic(name: str, rounds: Sequence[int], down: Sequence[int], up: Sequence[int]) -> Plot:
     """Bytes per round, up on top of down; of more than 60 rounds, the means of neighbours."""
     figure, axes = _sheet()

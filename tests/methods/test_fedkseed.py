@@ -145,6 +145,37 @@ def test_a_client_with_another_base_model_is_named(federate) -> None:
         method.walk(client, asks[2])
 
 
+def test_other_weights_stop_the_run_even_where_failures_are_skipped(federate) -> None:
+    found = federate("fedkseed", rounds=1, fresh=True, overrides=FULL)
+    ids, sites = found.sites.client_ids(), found.sites
+
+    def answer(number: int, body: bytes) -> bytes:
+        parameter = next(iter(models.trained(sites.model(sites.recipe.model)).values()))
+        with torch.no_grad():
+            parameter[0] += 1e-3 * (number == 1)
+            try:
+                return sites.handle(number, body)
+            finally:
+                parameter[0] -= 1e-3 * (number == 1)
+
+    found.server.round = 2
+    cohort = Cohort(ids, InProcess(ids, answer), Ledger(), sites.policy, round=2, skip_failures=True)
+    with pytest.raises(ClientError, match="client 1: the rebuilt weights hash"):
+        sites.method.round(found.server, cohort)
+
+
+def test_charts_show_every_coefficient_in_order_and_chances_that_sum_to_k(federate) -> None:
+    found = federate("fedkseed", sampling="pro", overrides=FULL)
+    walked, chances = found.sites.method.charts(found.server, [])
+    sizes = [y for _, y in walked.lines["coefficients"]]
+    assert len(sizes) == 64
+    assert sizes == sorted(sizes, reverse=True)
+    assert sizes[0] == np.abs(found.sites.method._values(found.server.state, 0)).max() > 0
+    assert sum(y for _, y in chances.lines["pro"]) == pytest.approx(64)
+    uniform = federate("fedkseed", overrides=FULL)
+    assert len(uniform.sites.method.charts(uniform.server, [])) == 1
+
+
 def test_slopes_that_cannot_be_believed_are_refused_and_named(federate) -> None:
     method = federate("fedkseed", rounds=0, max_slope=1e4, overrides=FULL).sites.method
     good, steep = Report(9, 1.0, (), np.ones(3)).pack(6), Report(9, 1.0, (), np.full(3, 1e5)).pack(32)

@@ -9,7 +9,7 @@ slopes and coefficients are quantised, with error feedback on the way down; pool
 import copy
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -19,9 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from kilofed import codec, models, seedlog, train, zeroth
+from kilofed.charts import Chart
+from kilofed.data import Example
 from kilofed.directions import SeedPool
 from kilofed.directions.spec import check_num_seeds
-from kilofed.errors import ClientError, KilofedError, PayloadError, RecipeError, TooFewReplies
+from kilofed.errors import ClientError, KilofedError, PayloadError, RecipeError, TooFewReplies, WrongWeights
 from kilofed.method import Client, Cohort, Method, Server, log, on_client
 from kilofed.payload import Payload, Scalar
 from kilofed.seedlog import Floats, Order, Report
@@ -286,7 +288,7 @@ class FedKSeed(Method):
         self._receive(client, order)
         stream, point = self.stream(client.model), self.point(client.seed, client.state, epochs=order.epoch + 1)
         if order.digest != seedlog.NO_DIGEST and (found := stream.digest(point)) != order.digest:
-            raise ClientError(
+            raise WrongWeights(
                 f"the rebuilt weights hash to {found.hex()}, the server's to {order.digest.hex()}: base model, dtype, "
                 "tied tensors or what is trained differ; give this site the server's model"
             )
@@ -327,6 +329,34 @@ class FedKSeed(Method):
         # A copy: server.model holds w0, which clients of this process share.
         model = copy.deepcopy(server.model)
         return self.stream(model).settle(self.point(server.seed, server.state))
+
+    def charts(self, server: Server, rows: Sequence[Example]) -> list[Chart]:
+        walked = np.sort(np.abs(self._values(server.state, len(server.state[VERSIONS]) - 1)))[::-1]
+        found = [
+            Chart(
+                "How far each direction was walked",
+                f"{int((walked > 0).sum())} of {self.num_seeds} directions of the pool were walked; the farthest first.",
+                "directions, the farthest walked first",
+                "size of the coefficient",
+                {"coefficients": ranked(walked)},
+            )
+        ]
+        if self.sampling == "uniform":
+            return found
+        _, sizes, counts = server.state[SUMS].numpy()
+        chances = self.num_seeds * np.sort(seedlog.probabilities(seedlog.interest(sizes, counts, self.sampling)))[::-1]
+        words = (
+            f"{int((counts > 0).sum())} seeds were tried. The likeliest is {chances[0] / chances[-1]:.2f} times as "
+            "likely as the least likely one; 2.72 is the most that the rule allows."
+        )
+        lines = {self.sampling: ranked(chances), "uniform": [(1.0, 1.0), (float(self.num_seeds), 1.0)]}
+        return [*found, Chart("Chances of the seeds", words, "seeds, the likeliest first", "chance times K", lines)]
+
+
+def ranked(values: npt.NDArray[np.floating]) -> list[tuple[float, float]]:
+    """(rank from 1, value) for at most 200 values, evenly spaced, the first and the last among them."""
+    chosen = np.unique(np.linspace(0, len(values) - 1, 200).round().astype(int))
+    return [(float(i + 1), float(values[i])) for i in chosen]
 
 
 def state_name(epoch: int) -> str:
