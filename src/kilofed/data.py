@@ -9,12 +9,24 @@ from jinja2 import TemplateError
 
 from kilofed.errors import DataError, nearest
 from kilofed.recipe import DataSpec
-from kilofed.rows import Row, Rows, layout, read, row_hash
+from kilofed.rows import Row, Rows, layout, read, row_hash, set_aside
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["IGNORED", "TEMPLATES", "Example", "Renderer", "Row", "Rows", "class_names", "layout", "read", "row_hash"]
+__all__ = [
+    "IGNORED",
+    "TEMPLATES",
+    "Example",
+    "Renderer",
+    "Row",
+    "Rows",
+    "class_names",
+    "layout",
+    "read",
+    "row_hash",
+    "set_aside",
+]
 
 log = logging.getLogger("kilofed")
 

@@ -99,7 +99,11 @@ class Server:
     state: dict[str, Tensor] = field(default_factory=dict)
     """All that the server knows between two rounds; checkpointed after each."""
     public: Sequence[Example] = ()
-    """Rows that anyone may see."""
+    """Rows that anyone may see: the recipe's data.public."""
+    spec: ModelSpec | None = None
+    """What `model` was loaded from; None where it was not."""
+    cache: dict[str, object] = field(default_factory=dict)
+    """May vanish between two rounds."""
     round: int = 0
     """Round in hand, from 1; 0 before the first."""
 
@@ -168,6 +172,22 @@ class Method:
     def deliver(self, server: Server) -> nn.Module:
         """The model that the run brings, put together in `server.model`."""
         raise NotImplementedError
+
+    def trained(self, server: Server) -> nn.Module:
+        """The model whose adapter the run folder keeps: what is delivered, or the part of it that was trained."""
+        return self.deliver(server)
+
+    def beside(self, server: Server) -> Mapping[str, nn.Module]:
+        """Other models that the run brings or works with, each a row of the table by its name; put in place when read."""
+        return {}
+
+    def done(self, server: Server) -> bool:
+        """Whether no further round is wanted; read from `server.state` before each."""
+        return False
+
+    def look(self, server: Server, rows: Sequence[Example], held_out: Sequence[Example]) -> list[tuple[bool, str]]:
+        """What `kilofed check` says of this method on some of the clients' rows: (whether it is good, a sentence)."""
+        return []
 
     def rehearse(self, server: Server) -> list[Message]:
         """The messages of the next round, numbers made up; empty when their lengths depend on the data."""
@@ -374,6 +394,10 @@ class Cohort:
         self._exchange(action, "call", ask, replies.__setitem__)
         return replies
 
+    def leave_out(self, client: int, why: str) -> None:
+        """Take down that a client failed, as the method found by its reply. Raises ClientError unless failures are skipped."""
+        self._fail(client, Payload(scalars={ERROR: why}))
+
     def _exchange(
         self, action: str, verb: str, ask: Payload | Mapping[int, Payload], take: Callable[[int, Payload], None]
     ) -> None:
@@ -406,7 +430,9 @@ class Cohort:
             log.warning(
                 "round %d: client %d did not answer %s; the round goes on without it", self._round, client, action
             )
-        if len(answered) < min(self._quorum, len(asks)):
+        # Where only some are asked, the quorum is over those who have not failed in this round.
+        enough = len(answered) if len(asks) == len(self.ids) else len(set(self.ids) - set(self.failures))
+        if enough < min(self._quorum, len(self.ids)):
             raise TooFewReplies(
                 f"round {self._round}: {len(answered)} of {len(asks)} clients answered {action!r}, quorum is {self._quorum}"
             )

@@ -105,6 +105,10 @@ class DataSpec:
     """Most training rows read; 0 takes all."""
     max_test_rows: int = 0
     """Most held-out rows per client; 0 takes all."""
+    public: str = ""
+    """Rows that the server holds and every party may see, for methods that learn from such: a file, directory or hub id."""
+    public_share: float = 0.0
+    """Share of the training rows that goes to the server as public rows instead of to a client, where `public` is empty."""
     task: Literal["generate", "classify"] = "generate"
     """generate: tokens are learnt and written; classify: a row has one of a few labels."""
     labels: tuple[str, ...] = ()
@@ -396,6 +400,8 @@ def _check_ranges(recipe: Recipe) -> None:
             raise RecipeError(f"{key} is {value}; expected at least {lowest}")
     if not 0 <= recipe.data.holdout < 1:
         raise RecipeError(f"data.holdout is {recipe.data.holdout}; expected a share from 0 to below 1")
+    if not 0 <= recipe.data.public_share < 1:
+        raise RecipeError(f"data.public_share is {recipe.data.public_share}; expected a share from 0 to below 1")
     if recipe.cohort and recipe.quorum > recipe.cohort:
         raise RecipeError(f"quorum is {recipe.quorum} but only {recipe.cohort} clients are drawn per round")
     if unknown := set(recipe.evaluate.controls) - {"base", "local", "central"}:

@@ -7,7 +7,7 @@ import json
 import logging
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
 
@@ -60,6 +60,33 @@ def read(spec: DataSpec, seed: int) -> Rows:
         note = f"{spec.source}: {len(train)} training rows, of which data.max_rows takes {spec.max_rows}"
         train = sorted(train, key=lambda row: row_hash(row, seed))[: spec.max_rows]
     return Rows(train, test, note or f"{spec.source}: {len(train)} training rows, {len(test)} held-out rows")
+
+
+def set_aside(rows: Rows, spec: DataSpec, seed: int) -> tuple[Rows, list[Row]]:
+    """The rows that clients hold and those that the server holds: of `spec.public`, or a share of the training rows.
+
+    Raises:
+        DataError: as `read`; the share is so small or large that one side has no rows.
+    """
+    if spec.public:
+        first, second, _ = _read(spec.public, {}, seed)
+        if not first and not second:
+            raise DataError(f"data.public is {spec.public}, which holds no rows; expected at least one")
+        return rows, first or second
+    if not spec.public_share:
+        return rows, []
+    number = round(spec.public_share * len(rows.train))
+    if not 0 < number < len(rows.train):
+        raise DataError(
+            f"data.public_share={spec.public_share:g} of {len(rows.train)} training rows leaves one side none: change it"
+        )
+    # Another order than that of max_rows, so that the share is one of all kinds of rows.
+    order = sorted(range(len(rows.train)), key=lambda at: row_hash(rows.train[at], -1 - seed))
+    taken = sorted(order[:number])
+    left = set(order[number:])
+    return replace(rows, train=[row for at, row in enumerate(rows.train) if at in left]), [
+        rows.train[at] for at in taken
+    ]
 
 
 def row_hash(row: Row, seed: int = 0) -> int:

@@ -218,7 +218,10 @@ def _run_one(recipe: Recipe, folder: Path, watch: Watch) -> Results:
     watch.stage("federated model")
     federated = rows.once("federated", scored, lambda: controls.score_clients(sites, model, scored))
     shown = sites.method.charts(server, [e for client in scored for e in sites.test_examples(client)[:CHARTED]])
-    models.save_adapter(model, folder / "adapter")
+    for name, other in sites.method.beside(server).items():
+        watch.stage(name)
+        rows.once(name, scored, lambda model=other: controls.score_clients(sites, model, scored))  # type: ignore[misc]
+    models.save_adapter(sites.method.trained(server), folder / "adapter")
     if "local" in recipe.evaluate.controls:
         chosen = _spread(scored, recipe.evaluate.max_local)
         rows.once("local", chosen, lambda: controls.local(sites, chosen, watch.stage))
@@ -246,6 +249,8 @@ def _rounds(sites: Sites, server: Server, policy: Mechanism, folder: Path, watch
         closing(open_engine(recipe.engine, sites.client_ids(), text, folder / "clients", sites.handle)) as engine,
     ):
         for number in range(server.round + 1, recipe.rounds + 1):
+            if method.done(server):
+                break
             began = time.perf_counter()
             server.round = number
             cohort = Cohort(
@@ -260,7 +265,7 @@ def _rounds(sites: Sites, server: Server, policy: Mechanism, folder: Path, watch
             metrics: dict[str, object] = {"round": number, **method.round(server, cohort)}
             metrics["failures"] = {str(client): text for client, text in cohort.failures.items()}
             metrics["seconds"] = round(time.perf_counter() - began, 3)
-            if number % recipe.evaluate.every == 0 or number == recipe.rounds:
+            if number % recipe.evaluate.every == 0 or number == recipe.rounds or method.done(server):
                 metrics |= _measure(sites, method.deliver(server))
             ledger.sync()
             append_line(folder / "metrics.jsonl", metrics)
@@ -272,7 +277,7 @@ def _server(sites: Sites) -> Server:
     recipe = sites.recipe
     spec = sites.method.server_model(recipe)
     model = sites.model(spec) if spec else nn.Identity()
-    return Server(recipe.seed, recipe.rounds, recipe.train, model)
+    return Server(recipe.seed, recipe.rounds, recipe.train, model, public=sites.public, spec=spec)
 
 
 def _load_state(folder: Path, server: Server) -> bool:

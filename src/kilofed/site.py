@@ -44,8 +44,22 @@ class Sites:
 
     @cached_property
     def rows(self) -> Rows:
-        """The rows as the source gave them."""
-        return data.read(self.recipe.data, self.recipe.seed)
+        """The rows of all clients, as the source gave them."""
+        return self._rows[0]
+
+    @cached_property
+    def public(self) -> list[Example]:
+        """What the server may learn from; empty where the recipe names no public rows."""
+        rows = self._rows[1]
+        if not rows:
+            return []
+        spec = self.recipe.data
+        return Renderer(self.tokenizer, spec, data.layout(spec.columns, rows, spec.task), self.classes)(rows)
+
+    @cached_property
+    def _rows(self) -> tuple[Rows, list[data.Row]]:
+        spec, seed = self.recipe.data, self.recipe.seed
+        return data.set_aside(data.read(spec, seed), spec, seed)
 
     @cached_property
     def shares(self) -> list[Share]:

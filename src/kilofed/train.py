@@ -64,8 +64,8 @@ def collate(examples: Sequence[Example], device: str | torch.device = "cpu") -> 
     return Batch(input_ids.to(device), mask.to(device), labels.to(device))
 
 
-def token_losses(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Cross entropy (nats) and whether the best guess was right, one entry per learnt token."""
+def token_logits(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Logits (N, V), float32, and targets (N,) of the learnt tokens, row by row."""
     targets_BT = batch.labels[:, 1:]
     # Positions at which no row learns anything need no pass through the output head, which is most of a small model.
     kept_K = (targets_BT != IGNORED).any(dim=0).nonzero()[:, 0]
@@ -74,7 +74,12 @@ def token_losses(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     logits_BKV = logits if partly else logits[:, kept_K]
     targets_BK = targets_BT[:, kept_K]
     learnt = targets_BK != IGNORED
-    logits_NV, targets_N = logits_BKV[learnt].float(), targets_BK[learnt]
+    return logits_BKV[learnt].float(), targets_BK[learnt]
+
+
+def token_losses(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Cross entropy (nats) and whether the best guess was right, one entry per learnt token."""
+    logits_NV, targets_N = token_logits(model, batch)
     losses = nn.functional.cross_entropy(logits_NV, targets_N, reduction="none")
     return losses, logits_NV.argmax(-1) == targets_N
 
@@ -171,7 +176,7 @@ def fit(
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     device = parameters[0].device
-    optimizer = _optimizer(parameters, spec)
+    optimizer = optimizer_for(parameters, spec)
     sum_loss, steps, rows, tokens = 0.0, 0, 0, 0
     model.train()
     try:
@@ -225,7 +230,8 @@ def _keeps_logits(model: nn.Module) -> bool:
     return "logits_to_keep" in inspect.signature((inner() if inner else model).forward).parameters
 
 
-def _optimizer(parameters: list[nn.Parameter], spec: TrainSpec) -> torch.optim.Optimizer:
+def optimizer_for(parameters: list[nn.Parameter], spec: TrainSpec) -> torch.optim.Optimizer:
+    """A fresh optimiser as the recipe asks for."""
     if spec.optimizer == "sgd":
         return torch.optim.SGD(parameters, lr=spec.lr, weight_decay=spec.weight_decay)
     kind = torch.optim.AdamW if spec.optimizer == "adamw" else torch.optim.Adam
