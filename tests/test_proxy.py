@@ -1,62 +1,17 @@
 """A proxy of tiny random models: closed forms, the shared forward, generation, refusals."""
 
-from collections.abc import Sequence
-
 import pytest
 import torch
 from tests.conftest import byte_tokenizer
-from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from tests.models import adapted, model, padded
 
 from kilofed import evaluate
 from kilofed.data import Example
 from kilofed.errors import ModelError
-from kilofed.models import add_adapter, without_adapter
+from kilofed.models import without_adapter
 from kilofed.proxy import ProxyModel
-from kilofed.recipe import AdapterSpec
 from kilofed.steering import Mix, Offset, Realign
 from kilofed.train import collate, token_losses
-
-VOCABULARY = 40
-
-
-def model(seed: int, *, width: int = 16, vocabulary: int = VOCABULARY, context: int = 64) -> PreTrainedModel:
-    """A random Llama with pronounced opinions: two layers."""
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        config = LlamaConfig(
-            vocab_size=vocabulary,
-            hidden_size=width,
-            intermediate_size=24,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            max_position_embeddings=context,
-            pad_token_id=0,
-            bos_token_id=1,
-            eos_token_id=2,
-            initializer_range=0.3,
-        )
-        return LlamaForCausalLM(config).eval()
-
-
-def adapted(seed: int, base: PreTrainedModel | None = None) -> nn.Module:
-    """A small model with a LoRA adapter that does something."""
-    small = add_adapter(base or model(seed), AdapterSpec(rank=3, alpha=6.0), seed)
-    with torch.no_grad(), torch.random.fork_rng():
-        torch.manual_seed(seed)
-        for name, parameter in small.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_(0, 0.3)
-    return small
-
-
-def padded(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-    """Ids and mask, padded on the left."""
-    width = max(map(len, rows))
-    ids = torch.tensor([[0] * (width - len(row)) + list(row) for row in rows])
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
-    return ids, mask
-
 
 IDS, MASK = padded([[1, 5, 9, 30, 7], [1, 8], [1, 22, 3, 4]])
 
@@ -226,3 +181,19 @@ def test_a_prompt_longer_than_either_context_is_refused(large: int, small: int, 
 def test_a_proxy_is_not_saved() -> None:
     with pytest.raises(ModelError, match="save the small tuned model"):
         ProxyModel(model(0), adapted(1)).save_pretrained("x")
+
+
+@torch.no_grad()
+def test_it_scores_as_its_forward_does() -> None:
+    proxy = ProxyModel(model(0, width=24), adapted(1))
+    ids = [1, 5, 9, 30, 7]
+    tokens = proxy.score(ids, 3)
+    assert tokens[0] is None
+    log_p = proxy(torch.tensor([ids])).logits[0].log_softmax(-1)
+    for place, token in enumerate(tokens[1:], 1):
+        assert token is not None
+        assert token.id == ids[place]
+        assert token.logprob == pytest.approx(float(log_p[place - 1, token.id]), abs=1e-5)
+        assert [t for t, _ in token.top] == log_p[place - 1].topk(3).indices.tolist()
+    with pytest.raises(ModelError, match="the prompt has 66 tokens"):
+        proxy.score([1] * 66)

@@ -4,6 +4,7 @@
 is never opened: only its next-token scores are used.
 """
 
+from collections.abc import Iterator, Sequence
 from typing import Never, cast
 
 import torch
@@ -12,11 +13,12 @@ from transformers import Cache, GenerationConfig, GenerationMixin, PreTrainedCon
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from kilofed.decode import UNBOUNDED
+from kilofed.decode import ROWS_AT_ONCE, UNBOUNDED, Sampling, Token, as_token, check_prompt, end_ids_of
 from kilofed.errors import ModelError
+from kilofed.speculate import Drafting, Speculation, plain_tokens
 from kilofed.steering import Offset, Rule
 from kilofed.vocabulary import common_width
-from kilofed.voices import Ask, JointCache, Local, Voices, small_voices
+from kilofed.voices import Ask, JointCache, Local, Pair, Twins, Voices, can_forget, small_voices
 
 
 class ProxyModel(PreTrainedModel, GenerationMixin):  # type: ignore[no-untyped-call]
@@ -28,6 +30,7 @@ class ProxyModel(PreTrainedModel, GenerationMixin):  # type: ignore[no-untyped-c
         base: the small model before tuning; None takes what lies under the adapter of `tuned`, and the two then share
             one batched forward. Not used by rules without a base.
         rule: how scores become one; see `kilofed.steering`.
+        drafting: how far the small tuned model runs ahead in `speak`; `Drafting(longest=0)` takes one token at a time.
         vocabulary: number of real tokens (`vocabulary.common_vocabulary`); logits are cut to it. None takes the width
             that all models have.
 
@@ -46,6 +49,7 @@ class ProxyModel(PreTrainedModel, GenerationMixin):  # type: ignore[no-untyped-c
         base: nn.Module | None = None,
         rule: Rule | None = None,
         *,
+        drafting: Drafting | None = None,
         vocabulary: int | None = None,
     ) -> None:
         rule = rule or Offset()
@@ -53,12 +57,16 @@ class ProxyModel(PreTrainedModel, GenerationMixin):  # type: ignore[no-untyped-c
         width = common_width({"large": voices[0].width, "small": voices[1].width}, vocabulary)
         super().__init__(_config(voices[0].config, width, min(v.context for v in voices)))
         self.rule = rule
+        self.drafting = drafting or Drafting()
         self.width = width
         self.context = min(v.context for v in voices)
         self.large, self.tuned = large, tuned
         self.base = base if base is not tuned else None
-        self.large_voice: Local = voices[0]
+        self.large_voice: Voices = voices[0]
         self.small_voices: Voices = voices[1]
+        self.end_ids = end_ids_of(large, self.config.eos_token_id)
+        self.cost_ratio = _num_parameters(tuned) / _num_parameters(large)
+        """What one forward of the small model costs in forwards of the large one, by their sizes."""
 
     def forward(
         self,
@@ -112,6 +120,36 @@ class ProxyModel(PreTrainedModel, GenerationMixin):  # type: ignore[no-untyped-c
         voices = self.large_voice, self.small_voices
         return JointCache([v.new_cache() for v in voices], [getattr(v, "copies", 1) for v in voices])
 
+    def separate(self) -> tuple[Voices, Voices | None]:
+        """The small model's voices one by one, for loops in which they do not go in step: tuned, and base if there is."""
+        small = self.small_voices
+        return (small.tuned, small.base) if isinstance(small, Twins | Pair) else (small, None)
+
+    def speak(self, prompt_ids: Sequence[int], sampling: Sampling) -> Iterator[Token]:
+        """As decode.Speaker.speak, several tokens per forward of the large model where drafts stand.
+
+        Greedy tokens are those of one at a time but for ties within rounding; draws have the same distribution, not
+        the same values.
+        """
+        check_prompt(prompt_ids, self.context)
+        if self.drafting.longest and can_forget(self.new_cache()):
+            yield from Speculation(self, sampling, self.drafting).tokens(prompt_ids)
+        else:
+            yield from plain_tokens(self, prompt_ids, sampling)
+
+    @torch.inference_mode()
+    def score(self, ids: Sequence[int], num_logprobs: int = 0) -> list[Token | None]:
+        """As decode.Speaker.score."""
+        check_prompt(ids, self.context + 1)
+        tokens: list[Token | None] = [None]
+        cache = self.new_cache()
+        for start in range(0, len(ids) - 1, ROWS_AT_ONCE):
+            part = list(ids[start : min(start + ROWS_AT_ONCE, len(ids) - 1)])
+            logits_TV = self(torch.tensor([part]), past_key_values=cache).logits[0]
+            following = ids[start + 1 : start + 1 + len(part)]
+            tokens += [as_token(row, chosen, num_logprobs) for row, chosen in zip(logits_TV, following, strict=True)]
+        return tokens
+
     def _prepare_cache_for_generation(
         self,
         generation_config: GenerationConfig,
@@ -151,3 +189,7 @@ def _config(large: PreTrainedConfig, width: int, context: int) -> PreTrainedConf
     if context < UNBOUNDED:
         config.max_position_embeddings = context
     return config
+
+
+def _num_parameters(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())

@@ -14,6 +14,7 @@ from typing import Protocol, cast
 import torch
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache, PreTrainedConfig
+from transformers.cache_utils import DynamicLayer
 
 from kilofed.decode import UNBOUNDED
 from kilofed.errors import ModelError
@@ -64,6 +65,8 @@ class Local:
         self._accepts = set(inspect.signature(self._inner.forward).parameters)
         self.context = int(getattr(self.config, "max_position_embeddings", 0) or UNBOUNDED)
         self.width = int(self.config.vocab_size)
+        # PEFT's own forward only walks all modules to find that there is nothing to do.
+        self._called = self._inner if plain_lora(module) else module
 
     @property
     def device(self) -> torch.device:
@@ -91,7 +94,7 @@ class Local:
         if partly:
             more["logits_to_keep"] = ask.keep
         logits = cast(
-            Tensor, self.module(input_ids=ask.input_ids.to(device), use_cache=cache is not None, **more).logits
+            Tensor, self._called(input_ids=ask.input_ids.to(device), use_cache=cache is not None, **more).logits
         )
         return logits if partly else kept(logits, ask.keep)
 
@@ -239,6 +242,11 @@ def plain_lora(module: nn.Module) -> "list[nn.Module] | None":
         for layer in layers
     )
     return layers if layers and plain and not others else None
+
+
+def can_forget(cache: Cache) -> bool:
+    """Whether every layer can give back its last positions: full attention can, windows and recurrent states cannot."""
+    return all(type(layer) is DynamicLayer for layer in cache.layers)
 
 
 def kept(logits_BTV: Tensor, keep: int | Tensor) -> Tensor:
