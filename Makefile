@@ -28,7 +28,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	touch $@
 
 $(DEVELOPMENT): $(VENV)/.installed
-	$(PIP) --editable ".[flower]" --group dev
+	$(PIP) --editable ".[flower,serve]" --group dev
 	touch $@
 
 clean:

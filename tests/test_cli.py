@@ -156,7 +156,7 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
         main(["--help"])
     assert ended.value.code == 0
     text = capsys.readouterr().out
-    for command in ("run", "resume", "check", "ls", "show", "eval", "report", "export", "chat"):
+    for command in ("run", "resume", "check", "ls", "show", "eval", "report", "export", "chat", "serve"):
         assert f"\n    {command} " in text
 
 

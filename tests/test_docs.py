@@ -54,7 +54,7 @@ def test_commands_of_the_readme_are_those_of_the_parser(capsys: pytest.CaptureFi
         cli.main(["--help"])
     known = set(re.findall(r"^    (\w+)  ", capsys.readouterr().out, flags=re.M))
     named = set(re.findall(r"`kilofed (\w+)", (ROOT / "README.md").read_text("utf-8")))
-    assert named >= {"run", "resume", "check", "ls", "show", "eval", "report", "export", "chat", "replay"}
+    assert named >= {"run", "resume", "check", "ls", "show", "eval", "report", "export", "chat", "replay", "serve"}
     assert named == known
 
 

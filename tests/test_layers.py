@@ -22,7 +22,21 @@ LAYERS: list[set[str]] = [
     {"fields", "ledger", "payload"},
     {"recipe", "wire", "states", "sums", "server_opt", "codec", "distill", "steering", "seedlog", "directions"},
     {"sources", "rows", "data", "privacy", "partition"},
-    {"heads", "models", "train", "zeroth", "evaluate", "needs", "teaching", "decode", "spelling", "vocabulary", "voices", "speculate", "proxy"},
+    {
+        "heads",
+        "models",
+        "train",
+        "zeroth",
+        "evaluate",
+        "needs",
+        "teaching",
+        "decode",
+        "spelling",
+        "vocabulary",
+        "voices",
+        "speculate",
+        "proxy",
+    },
     {"method", "listing", "reading", "plots"},
     {"methods", "engines", "report"},
     {"site", "controls", "results", "check"},
@@ -30,7 +44,19 @@ LAYERS: list[set[str]] = [
     {"run"},
     {"serving", "serve", "export", "chat", "replay", "cli", "__init__", "__main__"},
 ]
-MATHS = {"train", "zeroth", "distill", "teaching", "steering", "server_opt", "wire", "codec", "seedlog", "sums", "directions"}
+MATHS = {
+    "train",
+    "zeroth",
+    "distill",
+    "teaching",
+    "steering",
+    "server_opt",
+    "wire",
+    "codec",
+    "seedlog",
+    "sums",
+    "directions",
+}
 BOTTOM = {"errors", "files", "fields", "recipe", "payload"}
 OUTSIDERS = {
     "transformers": {"heads", "models", "voices", "vocabulary", "proxy", "evaluate", "site", "run", "needs", "check"},

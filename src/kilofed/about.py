@@ -20,6 +20,7 @@ def about(sites: Sites, server: Server, policy: Mechanism) -> dict[str, object]:
         "kilofed": where["kilofed"],
         "environment": where,
         "data_note": sites.rows.note,
+        "layout": sites.renderer.kind,
         "clients": [
             {
                 "id": number,

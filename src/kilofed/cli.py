@@ -99,7 +99,30 @@ def _parser() -> argparse.ArgumentParser:
     chat.add_argument("--max-new-tokens", type=int, default=128, help="longest answer (default 128)")
     chat.set_defaults(call=_chat)
 
-    for command in (resume, report, export, replay, chat):
+    serve = commands.add_parser("serve", help="serve a run's model over an OpenAI-compatible API")
+    serve.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine only)")
+    serve.add_argument("--port", type=int, default=8000, help="0 takes a free one (default 8000)")
+    serve.add_argument("--name", default="", help="what clients call the model (default: the folder's name)")
+    serve.add_argument("--template", default="", help="prompt template (default: the one of the run's training)")
+    serve.add_argument("--device", default="", help="where the model runs (default: the recipe's)")
+    serve.add_argument("--threads", type=int, default=0, help="threads of torch (default 0: torch's own choice)")
+    serve.add_argument(
+        "--token-file", type=Path, metavar="FILE", help="token (default: KILOFED_TOKEN, else a new one)"
+    )
+    serve.add_argument("--no-token", action="store_true", help="let in every program of this machine")
+    serve.add_argument("--max-active", type=int, default=8, help="requests decoded in turns (default 8)")
+    serve.add_argument("--max-waiting", type=int, default=64, help="requests that may wait beyond these (default 64)")
+    serve.add_argument(
+        "--max-body", type=int, default=1 << 20, metavar="BYTES", help="largest request (default 1 MiB)"
+    )
+    serve.add_argument("--max-choices", type=int, default=128, help="most answers to one request (default 128)")
+    serve.add_argument("--max-logprobs", type=int, default=128, help="most log-probabilities per token (default 128)")
+    serve.add_argument("--timeout", type=float, default=300.0, metavar="S", help="seconds per request (default 300)")
+    serve.set_defaults(call=_serve)
+
+    for command in (chat, serve):
+        command.add_argument("path", metavar="RUN", help="a run folder, a model directory, builtin:small or a hub id")
+    for command in (resume, report, export, replay):
         command.add_argument("folder", type=Path, metavar="RUN", help="a run folder")
     for command in (run, resume, check, ls, show, evaluate):
         command.add_argument("--json", action="store_true", help="print one JSON value")
@@ -211,7 +234,31 @@ def _replay(options: argparse.Namespace) -> None:
 def _chat(options: argparse.Namespace) -> None:
     from kilofed.chat import talk
 
-    talk(options.folder, max_new_tokens=options.max_new_tokens)
+    talk(options.path, max_new_tokens=options.max_new_tokens)
+
+
+def _serve(options: argparse.Namespace) -> None:
+    from kilofed.errors import ServeError
+
+    try:
+        from kilofed import serve
+        from kilofed.serving.asks import Limits
+    except ModuleNotFoundError as error:
+        raise ServeError(f"{error.name} is missing: pip install 'kilofed[serve]'") from error
+
+    limits = Limits(
+        options.max_active,
+        options.max_waiting,
+        options.max_body,
+        options.timeout,
+        options.max_choices,
+        options.max_logprobs,
+    )
+    place = serve.Place(options.host, options.port, options.token_file, not options.no_token)
+    opened = serve.open_model(
+        options.path, name=options.name, template=options.template, device=options.device, threads=options.threads
+    )
+    serve.serve(opened, place, limits)
 
 
 def _split(words: Sequence[str]) -> tuple[str, "dict[str, Value]"]:

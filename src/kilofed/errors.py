@@ -10,7 +10,8 @@ KilofedError                  every error that kilofed raises on purpose; a Valu
 │   ├── NonFiniteLoss         a loss was NaN or infinite
 │   └── WrongWeights          a site holds other weights than the server: the run stops whatever on_failure says
 ├── TooFewReplies             fewer clients answered than the quorum
-└── RunError                  a run folder cannot be made, read, resumed or written
+├── RunError                  a run folder cannot be made, read, resumed or written
+└── ServeError                a server cannot be started as it was asked to
 
 The message says what was seen, what was expected and what to do:
 
@@ -66,6 +67,10 @@ class TooFewReplies(KilofedError):
 
 class RunError(KilofedError):
     """A run folder cannot be made, read, resumed or written."""
+
+
+class ServeError(KilofedError):
+    """A server cannot be started as it was asked to."""
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -1,0 +1,175 @@
+"""Who is decoded when: one thread takes a step of each active request in turns, the others wait in a line of bounded length.
+
+A request is an iterator. Nothing of it is computed together with another's, so an answer has the bits that it has when
+it is alone.
+"""
+
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+log = logging.getLogger("kilofed")
+
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True)
+class Done:
+    """The request's iterator has ended."""
+
+
+@dataclass(frozen=True)
+class Failed:
+    """The request's iterator raised."""
+
+    error: Exception
+
+
+class Full(Exception):
+    """The line is as long as it may get."""
+
+
+class Job(Generic[Item]):
+    """One request at the desk."""
+
+    def __init__(self, work: Iterator[Item], tell: Callable[[Item | Done | Failed], None]) -> None:
+        self._work, self._tell = work, tell
+        self._unwanted = threading.Event()
+
+    def cancel(self) -> None:
+        """Nobody waits for the answer: its place is free after the step that is being computed, and nothing more is told."""
+        self._unwanted.set()
+
+    @property
+    def is_unwanted(self) -> bool:
+        """Whether it was cancelled."""
+        return self._unwanted.is_set()
+
+    def step(self) -> bool:
+        """Compute and tell one item; False if there is nothing more to do. Called by the desk's thread only."""
+        if self._unwanted.is_set():
+            self._close()
+            return False
+        try:
+            item = next(self._work)
+        except StopIteration:
+            self._say(Done())
+            return False
+        # Whatever a model raises ends its own request, not the thread that serves all.
+        except Exception as error:
+            self._say(Failed(error))
+            return False
+        return self._say(item) or self._close()
+
+    def stop(self, error: Exception) -> None:
+        """End it with an error. Called by the desk's thread only."""
+        self._say(Failed(error))
+        self._close()
+
+    def _say(self, item: Item | Done | Failed) -> bool:
+        """Whether somebody could still be told."""
+        if not self._unwanted.is_set():
+            try:
+                self._tell(item)
+            except RuntimeError:  # The listener's event loop is closed.
+                self._unwanted.set()
+        return not self._unwanted.is_set()
+
+    def _close(self) -> bool:
+        close = getattr(self._work, "close", None)
+        if close is not None:
+            try:
+                close()
+            except Exception as error:
+                log.error("a request could not be closed (%s: %s)", type(error).__name__, error)
+        return False
+
+
+class Desk:
+    """A decoding thread and its line; `close` it, or use it in a `with` block.
+
+    Args:
+        max_active: requests that are advanced in turns.
+        max_waiting: requests beyond these that may wait.
+    """
+
+    def __init__(self, max_active: int, max_waiting: int) -> None:
+        self._max_active, self._max_waiting = max_active, max_waiting
+        self._waiting: deque[Job[object]] = deque()
+        self._active: list[Job[object]] = []
+        self._changed = threading.Condition()
+        self._closed = False
+        self._thread = threading.Thread(target=self._turns, name="decode", daemon=True)
+        self._thread.start()
+
+    def submit(self, work: Iterator[Item], tell: Callable[[Item | Done | Failed], None]) -> Job[Item]:
+        """Put `work` into the line.
+
+        Args:
+            tell: is called in the decoding thread with each item and at last with Done or Failed; must not block.
+
+        Raises:
+            Full: there are `max_active` requests at work and `max_waiting` in front.
+        """
+        job = Job(work, tell)
+        with self._changed:
+            self._drop_unwanted()
+            if self._closed or len(self._active) + len(self._waiting) >= self._max_active + self._max_waiting:
+                raise Full
+            self._waiting.append(job)  # type: ignore[arg-type]
+            self._changed.notify()
+        return job
+
+    @property
+    def num_active(self) -> int:
+        """Requests that are being decoded."""
+        return len(self._active)
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests in the line."""
+        return len(self._waiting)
+
+    def close(self) -> None:
+        """End all requests with an error and wait for the thread."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
+        self._thread.join()
+
+    def __enter__(self) -> "Desk":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _turns(self) -> None:
+        while self._admit():
+            for job in list(self._active):
+                if self._closed:
+                    break
+                if not job.step():
+                    with self._changed:
+                        self._active.remove(job)
+        for job in [*self._active, *self._waiting]:
+            job.stop(ConnectionAbortedError("the server is shutting down"))
+
+    def _admit(self) -> bool:
+        """Let the first of the line in where there is room; wait where there is nothing to do. False once closed."""
+        with self._changed:
+            while not self._closed:
+                self._drop_unwanted()
+                while self._waiting and len(self._active) < self._max_active:
+                    self._active.append(self._waiting.popleft())
+                if self._active:
+                    return True
+                self._changed.wait()
+            return False
+
+    def _drop_unwanted(self) -> None:
+        """Those who left the line do not keep others out of it."""
+        for job in [job for job in self._waiting if job.is_unwanted]:
+            self._waiting.remove(job)
