@@ -14,7 +14,7 @@ import torch
 
 import kilofed
 from kilofed import evaluate, report
-from kilofed.errors import RecipeError, RunError
+from kilofed.errors import KilofedError, RecipeError, RunError
 from kilofed.ledger import Ledger
 from kilofed.payload import Payload
 from kilofed.recipe import Recipe, changed, from_table, load
@@ -307,3 +307,10 @@ def test_a_method_outside_the_package_runs_by_name(
     done = kilofed.run(changed(recipe, {**SMALL, "method": "fixtures.outside_method"}), out=tmp_path / "run")
     state = Payload.decode((done.folder / "state.safetensors").read_bytes())
     assert torch.equal(state.tensors["x"], torch.full((2, 3), 3.0))  # Two rounds of the mean of 0, 1, 2, 3.
+
+
+def test_a_run_that_never_began_does_not_block_its_folder(done: Run, recipe: Recipe, tmp_path: Path) -> None:
+    missing = replace(recipe, data=replace(recipe.data, source=str(tmp_path / "rows.jsonl")))
+    with pytest.raises(KilofedError, match=r"rows\.jsonl"):
+        kilofed.run(missing, out=tmp_path / "run")
+    assert kilofed.run(recipe, out=tmp_path / "run").results["state_sha256"] == done.results["state_sha256"]

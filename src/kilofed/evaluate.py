@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from kilofed import models
 from kilofed.data import IGNORED, Example
 from kilofed.recipe import EvaluateSpec
 from kilofed.train import class_logits, collate, token_losses
@@ -105,7 +106,7 @@ def answer(
         eos_token_id=tokenizer.eos_token_id,
         bos_token_id=tokenizer.bos_token_id,
     )
-    with torch.inference_mode():
+    with torch.inference_mode(), models.quiet():  # Of lengths that the model's own settings name.
         out = model.generate(input_ids=input_ids, attention_mask=mask, generation_config=config)  # type: ignore[operator]
     return [str(text) for text in tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)]
 

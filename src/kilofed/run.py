@@ -336,7 +336,7 @@ class _Rows:
 
 def _new_folder(recipe: Recipe, out: Path | None) -> Path:
     if out is not None:
-        if out.exists() and (not out.is_dir() or any(item.suffix != ".part" for item in out.iterdir())):
+        if out.exists() and not (out.is_dir() and _never_began(out)):
             hint = f"`kilofed resume {out}` goes on with it" if (out / "run.json").exists() else "it holds other files"
             raise RunError(f"{out} already exists and {hint}; choose another --out")
         with said(f"cannot make {out}"):
@@ -352,6 +352,11 @@ def _new_folder(recipe: Recipe, out: Path | None) -> Path:
                 return folder
             except FileExistsError:
                 number += 1
+
+
+def _never_began(folder: Path) -> bool:
+    """Whether nothing but a run's question lies there: its data or model could not be had."""
+    return {item.name for item in folder.iterdir() if item.suffix != ".part"} <= {"run.json", "recipe.toml"}
 
 
 def _clear(folder: Path) -> None:
