@@ -26,14 +26,24 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Directory of a random Llama: 2 layers, width 16, 259 tokens, tied embeddings."""
-    folder = tmp_path_factory.mktemp("tiny-model")
+    return random_llama(tmp_path_factory.mktemp("tiny-model"), seed=0, layers=2, width=16)
+
+
+@pytest.fixture(scope="session")
+def tiny_large(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Directory of a larger random Llama with the tokeniser of the tiny one: 3 layers, width 32."""
+    return random_llama(tmp_path_factory.mktemp("tiny-large"), seed=1, layers=3, width=32)
+
+
+def random_llama(folder: Path, *, seed: int, layers: int, width: int) -> Path:
+    """Write a random Llama over bytes."""
     with torch.random.fork_rng():
-        torch.manual_seed(0)
+        torch.manual_seed(seed)
         config = LlamaConfig(
             vocab_size=259,
-            hidden_size=16,
-            intermediate_size=24,
-            num_hidden_layers=2,
+            hidden_size=width,
+            intermediate_size=width * 3 // 2,
+            num_hidden_layers=layers,
             num_attention_heads=2,
             max_position_embeddings=128,
             pad_token_id=0,

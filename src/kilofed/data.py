@@ -34,7 +34,8 @@ IGNORED = -100
 """Label of a token that is not learnt."""
 
 TEMPLATES: dict[str, tuple[str, str]] = {
-    # name: (prompt with a context, prompt without one); the response follows at once
+    # name: (prompt with a context, prompt without one); the response follows at once, after a space where the prompt
+    # does not end in one: such tokenisers as have words with their space in front then see the words that they know
     "plain": ("{instruction}\n{context}\n", "{instruction}\n"),
     "alpaca": (
         "Below is an instruction that describes a task, paired with an input that provides further context. "
@@ -44,6 +45,7 @@ TEMPLATES: dict[str, tuple[str, str]] = {
         "Write a response that appropriately completes the request.\n\n"
         "### Instruction:\n{instruction}\n\n### Response:\n",
     ),
+    "qa": ("{context}\nQ: {instruction}\nA:", "Q: {instruction}\nA:"),
     "question": ("{context}\nQuestion: {instruction}\nAnswer: ", "Question: {instruction}\nAnswer: "),
 }
 
@@ -180,7 +182,8 @@ class Renderer:
             return (pieces if first else [(text, False) for text, _ in pieces]), references
         with_context, without = TEMPLATES[self.template]
         prompt = (with_context if context else without).format(instruction=instruction, context=context)
-        return [(prompt, False), (first, True)], references
+        space = " " if first and not prompt[-1:].isspace() else ""
+        return [(prompt, False), (space + first, True)], references
 
     def _context(self, row: Row) -> str:
         columns = self.spec.columns

@@ -44,7 +44,7 @@ def table(results: Mapping[str, object], width: int | None = None) -> str:
         width: characters per line, None takes the terminal's; columns that do not fit go below.
     """
     width = max(width or shutil.get_terminal_size((100, 24)).columns, 20)
-    rows = [(title, row) for key, title in ROWS.items() if (row := dig(results, "rows", key)) is not None]
+    rows = _rows(results)
     titles = ["", *(title for title, _ in rows)]
     columns = [[title, *(show(row) for _, row in rows)] for title, show in _columns(results).items()]
     blocks: list[list[list[str]]] = [[titles]]
@@ -79,6 +79,14 @@ _CLASS_COLUMNS: dict[str, Callable[[object], str]] = {
     "accuracy": lambda row: percent(dig(row, "accuracy")),
     "macro-F1": lambda row: fixed(dig(row, "macro_f1")),
 }
+
+
+def _rows(results: Mapping[str, object]) -> list[tuple[str, object]]:
+    """Titles and rows of the table: the usual ones, then what the method shows beside them."""
+    found = results.get("rows")
+    rows = found if isinstance(found, Mapping) else {}
+    names = [*ROWS, *(name for name in rows if name not in ROWS)]
+    return [(ROWS.get(name, name), rows[name]) for name in names if rows.get(name) is not None]
 
 
 def _columns(results: Mapping[str, object]) -> dict[str, Callable[[object], str]]:
@@ -146,11 +154,7 @@ def _words(reading: Reading) -> dict[str, object]:
         "reading": reading,
         "name": str(dig(run, "recipe", "name") or results.get("name") or reading.folder.name),
         "sentence": _sentence(reading),
-        "scores": [
-            [title, *(show(row) for show in _columns(results).values())]
-            for key, title in ROWS.items()
-            if (row := dig(results, "rows", key)) is not None
-        ],
+        "scores": [[title, *(show(row) for show in _columns(results).values())] for title, row in _rows(results)],
         "columns": list(_columns(results)),
         "classes": [str(name) for name in items(run.get("classes"))],
         "verdict": [str(line) for line in items(results.get("verdict"))],
@@ -235,7 +239,7 @@ def _loss_plot(reading: Reading, names: Mapping[str, str]) -> tuple[str, plots.P
         mean, label = _series(reading.rounds, lambda done: done.loss), "federated, mean over clients"
     if not mean:
         return None
-    levels = {title: number(dig(reading.results, "rows", key, "loss")) for key, title in ROWS.items()}
+    levels = {title: number(dig(row, "loss")) for title, row in _rows(reading.results)}
     shown = {title: loss for title, loss in levels.items() if loss is not None and title != "federated"}
     words = _course(mean) + "".join(f" {title.capitalize()}: {fixed(loss)}." for title, loss in shown.items())
     return words, plots.losses("loss", mean, parts=parts, levels=shown, label=label)

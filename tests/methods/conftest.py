@@ -20,6 +20,7 @@ Engine = Callable[..., InProcess]
 SMALL: dict[str, dict[str, Value]] = {
     "fedkseed": {"num_seeds": 64, "steps": 3, "lr": 1e-3},
     "fedmezo": {"steps": 3, "lr": 1e-2},
+    "fedpt": {"steps": 2, "batch_size": 4, "lr": 1e-2, "top_k": 8, "tolerance": 9.0},
 }
 """Fields with which a method whose defaults are for large models learns in a test."""
 
@@ -52,7 +53,8 @@ class Federation:
         self.sites = Sites(self.recipe, self.folder)
         spec = self.sites.method.server_model(self.recipe)
         model = self.sites.model(spec) if spec else torch.nn.Identity()
-        self.server = Server(self.recipe.seed, self.recipe.rounds, self.recipe.train, model, self.state)
+        plan, public = self.recipe, self.sites.public
+        self.server = Server(plan.seed, plan.rounds, plan.train, model, self.state, public, spec=spec)
         if not self.state:
             self.sites.method.setup(self.server)
 
@@ -89,7 +91,9 @@ def finished() -> dict[tuple[str, int], Federation]:
 
 
 @pytest.fixture
-def federate(tiny_recipe: Recipe, finished: dict[tuple[str, int], Federation]) -> Callable[..., Federation]:
+def federate(
+    tiny_recipe: Recipe, tiny_large: Path, finished: dict[tuple[str, int], Federation]
+) -> Callable[..., Federation]:
     """`federate("fedprox", rounds=2, mu=0.5)`: a federation after some rounds; other words as in `Federation`.
 
     Equal asks share one federation, unless `fresh=True` or one of Federation's own words is given.
@@ -105,6 +109,8 @@ def federate(tiny_recipe: Recipe, finished: dict[tuple[str, int], Federation]) -
     ) -> Federation:
         own = {item: words.pop(item) for item in ("folder", "forgetful", "engine", "done", "state") if item in words}
         fields = {f"method.{key}": value for key, value in {**SMALL.get(name, {}), **words}.items()}
+        if name == "fedpt":
+            fields = {"method.large": str(tiny_large), "data.public_share": 0.2, **fields}
         recipe = changed(tiny_recipe, {"method": name, **fields, **(overrides or {})})  # type: ignore[dict-item]
         key = to_toml(recipe), rounds
         if fresh or own:

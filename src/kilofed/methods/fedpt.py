@@ -1,0 +1,249 @@
+"""FedPT: devices tune a small model together, which steers a large one that nobody opens (Gao et al. 2024, arXiv:2410.00362).
+
+Each round is FedAvg of the small model; then the server distils from the large model, steered by what the small one
+learnt, back into the small one. What the paper leaves open is decided here: the teacher is large + alpha (tuned - base)
+with the average *before* distillation as `tuned` and the small model before any tuning as `base` in every round; it
+teaches on public rows of the server; a distillation after which the small model does worse on public rows that were
+held out is thrown away. What is delivered is the steered large model.
+"""
+
+import copy
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, cast
+
+import torch
+from torch import Tensor, nn
+
+from kilofed import evaluate, models, teaching, train, wire
+from kilofed.charts import Chart
+from kilofed.data import Example
+from kilofed.errors import NonFiniteLoss, RecipeError
+from kilofed.method import Cohort, Server, generator
+from kilofed.methods.fedavg import FedAvg
+from kilofed.payload import Scalar
+from kilofed.proxy import ProxyModel
+from kilofed.recipe import Dtype, ModelSpec, Recipe, TrainSpec
+from kilofed.steering import Offset, combine
+from kilofed.vocabulary import common_vocabulary
+
+ALPHAS = tuple(i / 4 for i in range(9))
+"""Strengths that the report draws."""
+PHASES = wire.SERVER + "phases"
+"""In the state: round, own loss before and after, whether it was kept; a row per server phase."""
+PROXY_LOSS = wire.SERVER + "proxy_loss"
+"""In the state, with a target: the steered model's loss on held-out public rows after the newest round."""
+
+
+@dataclass(frozen=True)
+class FedPT(FedAvg):
+    """Clients tune the small model; the server steers a large one with it, and teaches the small one in turn."""
+
+    large: str = "builtin:large"
+    """The model that is steered, at the server only: `builtin:large`, a local directory or a hub id."""
+    large_dtype: Dtype = "float32"
+    """Dtype of its weights."""
+    large_device: str = "cpu"
+    """Where it runs."""
+    alpha: float = 1.0
+    """Strength of the steering; 0 is the large model alone, above 1 exaggerates what the small one learnt."""
+    distil: Literal["none", "forward", "reverse"] = "forward"
+    """forward: KL(teacher || small); reverse: KL(small || teacher); none: no server phase, which is FedAvg of the small."""
+    every: int = 1
+    """Rounds between server phases."""
+    temperature: float = 1.0
+    """Softens teacher and small model alike; raising it teaches more of what is unlikely."""
+    steps: int = 10
+    """Optimiser steps per server phase; more follow the teacher further."""
+    batch_size: int = 8
+    """Public rows per step."""
+    lr: float = 5e-4
+    """Learning rate of AdamW in the server phase."""
+    own_answers: float = 0.0
+    """Weight of the public rows' own answers in the loss, 0 to 1; the teacher has the rest."""
+    tokens: Literal["answers", "all"] = "answers"
+    """Tokens of the public rows that are taught: their answers, or their prompts too."""
+    top_k: int = 64
+    """Teacher scores kept per token, in float16; the other words are one bucket. 0 keeps all."""
+    held_out: float = 0.25
+    """Share of the public rows on which a server phase is judged, never taught."""
+    tolerance: float = 0.0
+    """Nats per token by which the held-out loss may rise before a distillation is thrown away."""
+    target_loss: float = 0.0
+    """The run ends when the steered model's loss on held-out public rows is not above this; 0 runs all rounds."""
+
+    def server_model(self, recipe: Recipe) -> ModelSpec:
+        """The small model, as for clients; the large one is loaded beside it when the server first needs it."""
+        return recipe.model
+
+    def setup(self, server: Server) -> None:
+        super().setup(server)
+        self._check_ranges()
+        if self.distil != "none" or self.target_loss:
+            self._public(server)
+
+    def round(self, server: Server, clients: Cohort) -> Mapping[str, Scalar]:
+        metrics = dict(super().round(server, clients))
+        if self.distil != "none" and server.round % self.every == 0:
+            metrics |= self._distil(server)
+        if self.target_loss:
+            loss = self._loss(self.deliver(server), self._public(server)[1])
+            server.state[PROXY_LOSS] = torch.tensor(loss, dtype=torch.float64)
+            metrics["public_proxy_loss"] = loss
+        return metrics
+
+    def done(self, server: Server) -> bool:
+        return PROXY_LOSS in server.state and float(server.state[PROXY_LOSS]) <= self.target_loss
+
+    def deliver(self, server: Server) -> ProxyModel:
+        large, words = self._large(server)
+        return ProxyModel(large, self.trained(server), self._base(server), Offset(self.alpha), vocabulary=words)
+
+    def trained(self, server: Server) -> nn.Module:
+        """The small model with what the clients taught it."""
+        return super().deliver(server)
+
+    def beside(self, server: Server) -> Mapping[str, nn.Module]:
+        """The two parts on their own."""
+        return {"small tuned": self.trained(server), "large base": self._large(server)[0]}
+
+    def charts(self, server: Server, rows: Sequence[Example]) -> list[Chart]:
+        """The loss against the strength of steering; and what each server phase did to the small model."""
+        drawn = [self._sweep(server, rows)] if rows else []
+        if (phases := server.state.get(PHASES)) is not None:
+            before, after = ([(row[0], row[at]) for row in phases.tolist()] for at in (1, 2))
+            kept = f"{int(phases[:, 3].sum())} of {len(phases)} were kept"
+            words = f"Loss of the small model on held-out public rows, around each distillation; {kept}."
+            lines = {"before": before, "after": after}
+            drawn.append(Chart("Server phases", words, "round", "loss, nats per token", lines))
+        return drawn
+
+    def _distil(self, server: Server) -> dict[str, Scalar]:
+        """One server phase; the state changes if the small model does no worse."""
+        rows, held_out = self._public(server)
+        spec = TrainSpec(steps=self.steps, batch_size=self.batch_size, lr=self.lr)
+        phase = server.round // self.every
+        first = (phase - 1) * self.steps
+        batches = train.batches(rows, spec, first=first, count=self.steps, order=lambda name: _order(server, name))
+        stretch = list(batches)
+        teacher = self.deliver(server)
+        before, teacher_loss = (self._loss(model, held_out) for model in (server.model, teacher))
+        taught = [row for batch in stretch for row in batch]
+        # Asked before the first step: the teacher holds the student's weights, and must not learn with it.
+        lessons = teaching.ask(teacher, taught, k=self.top_k, temperature=self.temperature)
+        assert self.distil != "none"
+        objective = teaching.objective(lessons, direction=self.distil, own_answers=self.own_answers)
+        try:
+            total, dropout = first + self.steps, server.rng("distil dropout")
+            train.fit(
+                server.model, iter(stretch), spec, first=first, total=total, dropout=dropout, objective=objective
+            )
+            after = self._loss(server.model, held_out)
+        except NonFiniteLoss:
+            after = math.inf
+        kept = after <= before + self.tolerance
+        if kept:
+            server.state.update(models.read_trained(server.model))
+        row = torch.tensor([[server.round, before, after, kept]], dtype=torch.float64)
+        server.state[PHASES] = torch.cat([server.state.get(PHASES, row[:0]), row])
+        losses = {"small_loss_before": before, "small_loss_after": after, "teacher_loss": teacher_loss}
+        return {f"public_{name}": loss for name, loss in losses.items() if math.isfinite(loss)} | {"distilled": kept}
+
+    def _public(self, server: Server) -> tuple[list[Example], list[Example]]:
+        """Public rows that are taught and public rows that judge. Raises RecipeError: too few."""
+        order = torch.randperm(len(server.public), generator=_order(server, "held out")).tolist()
+        number = max(round(self.held_out * len(order)), 1)
+        if number >= len(order):
+            raise RecipeError(
+                f"there are {len(order)} public rows, of which {number} would be held out: method.distil and "
+                "method.target_loss need some at the server; set data.public or data.public_share, or method.distil=none"
+            )
+        taught, judging = ([server.public[at] for at in some] for some in (order[number:], order[:number]))
+        if self.tokens == "all":
+            taught = [row._replace(labels=list(row.input_ids)) for row in taught]
+        return taught, judging
+
+    def _large(self, server: Server) -> tuple[nn.Module, int | None]:
+        """The large model and how many words both models have. Raises ModelError: not to be had, another tokeniser."""
+        if "large" not in server.cache:
+            spec = ModelSpec(self.large, self.large_dtype, self.large_device)
+            words = None
+            if server.spec is not None:
+                words = common_vocabulary(models.load_tokenizer(spec), models.load_tokenizer(server.spec))
+            server.cache["large"] = models.load_base(spec).requires_grad_(False), words
+        return cast(tuple[nn.Module, int | None], server.cache["large"])
+
+    def _base(self, server: Server) -> nn.Module | None:
+        """The small model before any tuning; None where it lies under the adapter."""
+        if hasattr(server.model, "disable_adapter"):
+            return None
+        if "base" not in server.cache:
+            fresh = models.load_base(server.spec) if server.spec else copy.deepcopy(server.model)
+            server.cache["base"] = fresh.requires_grad_(False)
+        return cast(nn.Module, server.cache["base"])
+
+    def _loss(self, model: nn.Module, rows: Sequence[Example]) -> float:
+        return evaluate.score(model, rows, 2 * self.batch_size).loss
+
+    def _sweep(self, server: Server, rows: Sequence[Example]) -> Chart:
+        losses = self.sweep(server, rows, ALPHAS)
+        best = min(losses, key=lambda alpha: losses[alpha])
+        small = self._loss(self.trained(server), rows)
+        lines = {"steered large model": list(losses.items()), "small model alone": [(a, small) for a in ALPHAS]}
+        words = (
+            f"On {len(rows)} held-out rows; alpha 0 is the large model alone. "
+            f"Least at {best:g}; the run has {self.alpha:g}."
+        )
+        return Chart("Strength of the steering", words, "alpha", "loss, nats per token", lines)
+
+    @torch.inference_mode()
+    def sweep(self, server: Server, rows: Sequence[Example], alphas: Sequence[float]) -> dict[float, float]:
+        """Loss of the steered model on `rows` by alpha, for one forward of each model."""
+        large, words = self._large(server)
+        tuned, base = self.trained(server), self._base(server)
+        sums, count = dict.fromkeys(alphas, 0.0), 0
+        for start in range(0, len(rows), 2 * self.batch_size):
+            batch = train.collate(rows[start : start + 2 * self.batch_size])
+            scores = [_scores(model, batch, words) for model in (large, tuned)]
+            if base is None:
+                with models.without_adapter(tuned) as untouched:
+                    scores.append(_scores(untouched, batch, words))
+            else:
+                scores.append(_scores(base, batch, words))
+            targets = batch.labels[:, 1:][batch.labels[:, 1:] != train.IGNORED]
+            for alpha in alphas:
+                joint = combine(scores[0], scores[1], scores[2], alpha)
+                sums[alpha] += float(nn.functional.cross_entropy(joint, targets, reduction="sum"))
+            count += len(targets)
+        return {alpha: total / max(count, 1) for alpha, total in sums.items()}
+
+    def _check_ranges(self) -> None:
+        ranges = {
+            "every": self.every >= 1,
+            "steps": self.steps >= 1,
+            "batch_size": self.batch_size >= 1,
+            "temperature": self.temperature > 0,
+            "lr": self.lr > 0,
+            "own_answers": 0 <= self.own_answers <= 1,
+            "top_k": self.top_k >= 0,
+            "held_out": 0 < self.held_out < 1,
+            "tolerance": self.tolerance >= 0,
+        }
+        for name, good in ranges.items():
+            if not good:
+                raise RecipeError(
+                    f"method.{name} is {getattr(self, name)}, out of its range: see `kilofed show fedpt`"
+                )
+
+
+def _order(server: Server, name: str) -> torch.Generator:
+    """The random stream of one purpose in the whole run."""
+    return generator(server.seed, 0, -1, f"fedpt {name}")
+
+
+def _scores(model: nn.Module, batch: train.Batch, words: int | None) -> Tensor:
+    """Logits (N, V) of the learnt tokens on the CPU."""
+    device = next(model.parameters()).device
+    there = train.Batch(batch.input_ids.to(device), batch.attention_mask.to(device), batch.labels.to(device))
+    return train.token_logits(model, there)[0][:, :words].cpu()
