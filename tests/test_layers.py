@@ -24,6 +24,10 @@ LAYERS: list[set[str]] = [
     {"sources", "rows", "data", "privacy", "partition"},
     {
         "heads",
+        "halves",
+        "narrow",
+        "learner",
+        "tail",
         "models",
         "train",
         "zeroth",

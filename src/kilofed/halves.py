@@ -99,12 +99,18 @@ def held_by_client(model: nn.Module, name: str, *, cut: int, head: bool) -> bool
     return head or works_first(model, name)
 
 
-def is_tied(model: nn.Module) -> bool:
-    """Whether the output head is the embedding of the input."""
-    output, inner = _output_head(model), getattr(model, "get_input_embeddings", None)
-    if output is None or inner is None:
+def trains_tied_head(model: nn.Module) -> bool:
+    """Whether the output head is the embedding of the input, and is trained."""
+    output, base = _output_head(model), _base(model)
+    if output is None:
         return False
-    return getattr(output, "weight", None) is getattr(inner(), "weight", output)
+    weight, first = getattr(output, "weight", None), getattr(base, "get_input_embeddings", None)
+    return first is not None and isinstance(weight, nn.Parameter) and weight is first().weight and weight.requires_grad
+
+
+def width(model: nn.Module) -> int:
+    """Numbers per token at the cut."""
+    return int(model.config.hidden_size)  # type: ignore[union-attr,arg-type]
 
 
 class Halves:
@@ -298,8 +304,12 @@ def _caller(model: nn.Module) -> nn.Module:
     return takers[-1]
 
 
-def _output_head(model: nn.Module) -> nn.Module | None:
+def _base(model: nn.Module) -> nn.Module:
+    """The model below an adapter."""
     inner = getattr(model, "get_base_model", None)
-    base = inner() if inner else model
-    find = getattr(base, "get_output_embeddings", None)
+    return cast(nn.Module, inner() if inner else model)
+
+
+def _output_head(model: nn.Module) -> nn.Module | None:
+    find = getattr(_base(model), "get_output_embeddings", None)
     return cast(nn.Module | None, find() if find else None)

@@ -168,6 +168,11 @@ def trained(model: nn.Module) -> dict[str, nn.Parameter]:
     return {_short(name): p for name, p in sorted(model.named_parameters()) if p.requires_grad}
 
 
+def trained_names(model: nn.Module) -> dict[str, str]:
+    """Where the trained parameters stand in `model`, by the short name that travels."""
+    return {_short(name): name for name, p in sorted(model.named_parameters()) if p.requires_grad}
+
+
 def read_trained(model: nn.Module) -> dict[str, Tensor]:
     """Copies of the trained tensors, float32 on the CPU."""
     return {name: p.detach().to("cpu", torch.float32, copy=True) for name, p in trained(model).items()}
@@ -233,12 +238,13 @@ Numbered = dict[str, dict[int, str] | dict[str, int]]
 def _pretrained(kind: Auto, spec: ModelSpec, numbered: Numbered) -> PreTrainedModel:
     """The model of `spec`; of a Part only that part is read from a safetensors file."""
     place, options = locate(spec), {**numbered, **_revision(spec)}
-    loader: Auto | type[PreTrainedModel] = kind
-    if isinstance(spec, Part):
-        config = AutoConfig.from_pretrained(place, **options)
-        with torch.device("meta"):
-            loader = _trimmed(type(kind.from_config(config)), spec)  # type: ignore[no-untyped-call]
-    return cast(PreTrainedModel, loader.from_pretrained(place, dtype=getattr(torch, spec.dtype), **options))
+    dtype = getattr(torch, spec.dtype)
+    if not isinstance(spec, Part):
+        return cast(PreTrainedModel, kind.from_pretrained(place, dtype=dtype, **options))
+    config = AutoConfig.from_pretrained(place, **options)
+    with torch.device("meta"):
+        trimmed = _trimmed(type(kind.from_config(config)), spec)  # type: ignore[no-untyped-call]
+    return trimmed.from_pretrained(place, config=config, dtype=dtype, revision=spec.revision or "main")
 
 
 def _trimmed(whole: type[PreTrainedModel], part: Part) -> type[PreTrainedModel]:
