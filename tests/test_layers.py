@@ -21,7 +21,7 @@ LAYERS: list[set[str]] = [
     {"errors", "files", "units", "environment", "hub", "charts"},
     {"fields", "ledger", "payload"},
     {"recipe", "wire", "states", "sums", "server_opt", "codec", "distill", "steering", "seedlog", "directions"},
-    {"sources", "rows", "data", "privacy", "partition"},
+    {"sources", "rows", "data", "public", "privacy", "partition"},
     {
         "heads",
         "halves",
@@ -34,6 +34,7 @@ LAYERS: list[set[str]] = [
         "evaluate",
         "needs",
         "teaching",
+        "prospects",
         "decode",
         "spelling",
         "vocabulary",

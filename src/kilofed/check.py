@@ -31,6 +31,8 @@ Level = Literal["good", "warn", "bad"]
 
 SAMPLE = 512
 """Most rows that are tokenised to look at masks and lengths."""
+HELD_OUT = 128
+"""About how many held-out rows a method may look at."""
 LEAST_LEARNT = 0.02
 MOST_CUT = 0.05
 MOST_PASSES = 30.0
@@ -322,7 +324,8 @@ def _bytes(look: _Look) -> Iterator[Finding]:
     if look.needed > look.free:
         return  # Loading the weights would not go well.
     spec = sites.method.server_model(recipe)
-    server = Server(recipe.seed, recipe.rounds, recipe.train, sites.model(spec) if spec else nn.Identity())
+    model = sites.model(spec) if spec else nn.Identity()
+    server = Server(recipe.seed, recipe.rounds, recipe.train, model, public=sites.public, spec=spec)
     sites.method.setup(server)
     sent = forecast(sites.method, server, sites.policy)
     if not sent:
@@ -333,6 +336,21 @@ def _bytes(look: _Look) -> Iterator[Finding]:
     down, up = sum(one.down for one in sent), sum(one.up for one in sent)
     yield Finding("good", "bytes", f"{size(down)} down and {size(up)} up per client and round, "
                   f"{size((down + up) * recipe.rounds * (recipe.cohort or len(sites.shares)))} in the whole run")  # fmt: skip
+
+
+def _method(look: _Look) -> Iterator[Finding]:
+    """What the method itself finds on some rows of the clients."""
+    if look.needed > look.free:
+        return
+    sites, recipe = look.sites, look.recipe
+    spec = sites.method.server_model(recipe)
+    model = sites.model(spec) if spec else nn.Identity()
+    server = Server(recipe.seed, recipe.rounds, recipe.train, model, public=sites.public, spec=spec)
+    sites.method.setup(server)
+    rows = Renderer(sites.tokenizer, recipe.data, sites.renderer.kind, sites.classes)(look.sample)
+    held_out = [e for client in sites.client_ids()[:HELD_OUT] for e in sites.test_examples(client)]
+    for good, text in sites.method.look(server, rows, held_out[:: max(len(held_out) // HELD_OUT, 1)]):
+        yield Finding("good" if good else "warn", "method", text)
 
 
 PARTS: dict[str, Callable[[_Look], Iterator[Finding]]] = {
@@ -349,6 +367,7 @@ PARTS: dict[str, Callable[[_Look], Iterator[Finding]]] = {
     "memory": _memory,
     "disk": _disk,
     "bytes": _bytes,
+    "method": _method,
 }
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Literal, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from kilofed import evaluate, models, teaching, train, wire
 from kilofed.charts import Chart
@@ -23,9 +23,10 @@ from kilofed.errors import NonFiniteLoss, RecipeError
 from kilofed.method import Cohort, Server, generator
 from kilofed.methods.fedavg import FedAvg
 from kilofed.payload import Scalar
+from kilofed.prospects import Prospects, Trio, foresee, sweep
 from kilofed.proxy import ProxyModel
 from kilofed.recipe import Dtype, ModelSpec, Recipe, TrainSpec
-from kilofed.steering import Offset, combine
+from kilofed.steering import Offset
 from kilofed.vocabulary import common_vocabulary
 
 ALPHAS = tuple(i / 4 for i in range(9))
@@ -119,6 +120,17 @@ class FedPT(FedAvg):
             drawn.append(Chart("Server phases", words, "round", "loss, nats per token", lines))
         return drawn
 
+    def look(self, server: Server, rows: Sequence[Example], held_out: Sequence[Example]) -> list[tuple[bool, str]]:
+        found = self.prospects(server, rows, held_out)
+        return [(found.pays, found.sentence)]
+
+    def prospects(self, server: Server, rows: Sequence[Example], held_out: Sequence[Example]) -> Prospects:
+        """What a short trial of the small model says of steering; `server.model` ends as it began."""
+        trio = self._trio(server)
+        return foresee(
+            trio, rows, held_out, server.train, alpha=self.alpha, order=lambda name: _order(server, f"trial {name}")
+        )
+
     def _distil(self, server: Server) -> dict[str, Scalar]:
         """One server phase; the state changes if the small model does no worse."""
         rows, held_out = self._public(server)
@@ -187,36 +199,18 @@ class FedPT(FedAvg):
         return evaluate.score(model, rows, 2 * self.batch_size).loss
 
     def _sweep(self, server: Server, rows: Sequence[Example]) -> Chart:
-        losses = self.sweep(server, rows, ALPHAS)
+        losses = sweep(self._trio(server), rows, ALPHAS)
         best = min(losses, key=lambda alpha: losses[alpha])
-        small = self._loss(self.trained(server), rows)
-        lines = {"steered large model": list(losses.items()), "small model alone": [(a, small) for a in ALPHAS]}
+        lines = {"steered large model": list(losses.items()), "small model alone": [(a, losses.tuned) for a in ALPHAS]}
         words = (
             f"On {len(rows)} held-out rows; alpha 0 is the large model alone. "
             f"Least at {best:g}; the run has {self.alpha:g}."
         )
         return Chart("Strength of the steering", words, "alpha", "loss, nats per token", lines)
 
-    @torch.inference_mode()
-    def sweep(self, server: Server, rows: Sequence[Example], alphas: Sequence[float]) -> dict[float, float]:
-        """Loss of the steered model on `rows` by alpha, for one forward of each model."""
+    def _trio(self, server: Server) -> Trio:
         large, words = self._large(server)
-        tuned, base = self.trained(server), self._base(server)
-        sums, count = dict.fromkeys(alphas, 0.0), 0
-        for start in range(0, len(rows), 2 * self.batch_size):
-            batch = train.collate(rows[start : start + 2 * self.batch_size])
-            scores = [_scores(model, batch, words) for model in (large, tuned)]
-            if base is None:
-                with models.without_adapter(tuned) as untouched:
-                    scores.append(_scores(untouched, batch, words))
-            else:
-                scores.append(_scores(base, batch, words))
-            targets = batch.labels[:, 1:][batch.labels[:, 1:] != train.IGNORED]
-            for alpha in alphas:
-                joint = combine(scores[0], scores[1], scores[2], alpha)
-                sums[alpha] += float(nn.functional.cross_entropy(joint, targets, reduction="sum"))
-            count += len(targets)
-        return {alpha: total / max(count, 1) for alpha, total in sums.items()}
+        return Trio(large, self.trained(server), self._base(server), words)
 
     def _check_ranges(self) -> None:
         ranges = {
@@ -240,10 +234,3 @@ class FedPT(FedAvg):
 def _order(server: Server, name: str) -> torch.Generator:
     """The random stream of one purpose in the whole run."""
     return generator(server.seed, 0, -1, f"fedpt {name}")
-
-
-def _scores(model: nn.Module, batch: train.Batch, words: int | None) -> Tensor:
-    """Logits (N, V) of the learnt tokens on the CPU."""
-    device = next(model.parameters()).device
-    there = train.Batch(batch.input_ids.to(device), batch.attention_mask.to(device), batch.labels.to(device))
-    return train.token_logits(model, there)[0][:, :words].cpu()
