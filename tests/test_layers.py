@@ -19,7 +19,7 @@ MODULES = {
 # From the ground up; a layer imports from itself and from below.
 LAYERS: list[set[str]] = [
     {"errors", "files", "units", "environment", "hub", "charts"},
-    {"fields", "ledger", "payload"},
+    {"fields", "ledger", "payload", "answered", "remote"},
     {"recipe", "wire", "states", "sums", "server_opt", "codec", "distill", "steering", "seedlog", "directions"},
     {"sources", "rows", "data", "public", "privacy", "partition"},
     {
@@ -40,6 +40,7 @@ LAYERS: list[set[str]] = [
         "vocabulary",
         "voices",
         "speculate",
+        "blackbox",
         "proxy",
     },
     {"method", "listing", "reading", "plots"},
@@ -65,6 +66,8 @@ MATHS = {
 BOTTOM = {"errors", "files", "fields", "recipe", "payload"}
 OUTSIDERS = {
     "transformers": {"heads", "models", "voices", "vocabulary", "proxy", "evaluate", "site", "run", "needs", "check"},
+    "httpx": {"remote"},
+    "tenacity": {"remote"},
     "peft": {"models", "voices"},
     "flwr": {"engines.flower"},
     "flwr_datasets": {"partition"},

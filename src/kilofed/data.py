@@ -143,11 +143,7 @@ class Renderer:
         asked = [_text(row[columns.instruction]), self._context(row)]
         return json.dumps([asked, _references(row[columns.response]) if answer else []])
 
-    def unlabelled(self, texts: Iterable[str]) -> list[Example]:
-        """Texts to classify whose class nobody knows."""
-        return [self._classed(text, "") for text in texts]
-
-    def _classed(self, text: str, name: str) -> Example:
+    def classed(self, text: str, name: str) -> Example:
         """A text with the number of its class; IGNORED for no name. Raises DataError: not one of the classes."""
         if name and name not in self._classes:
             raise DataError(_unknown(name, self._classes))
@@ -160,7 +156,7 @@ class Renderer:
     def _example(self, row: Row) -> Example:
         if self.kind == "label":
             columns = self.spec.columns
-            return self._classed(_text(row[columns.text]), _text(row[columns.label]))
+            return self.classed(_text(row[columns.text]), _text(row[columns.label]))
         pieces, references = self._pieces(row)
         ids, labels, prompt_end = self._tokens(pieces)
         self.num_cut += len(ids) > self.spec.max_length

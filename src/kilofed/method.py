@@ -75,6 +75,10 @@ class Client:
     """Where `state` is kept; `handle` reads and writes it."""
     cache: dict[str, object] = field(default_factory=dict)
     """May vanish between two messages."""
+    public: Sequence[Example] = ()
+    """Rows that anyone may see, tokenised for this client's model; the same rows as the server's."""
+    start: Callable[[], Mapping[str, Tensor]] = dict
+    """Gives the trained tensors of `model` as they were before any training, which equal seeds make equal."""
     round: int = 0
     """Round of the message in hand, from 1."""
 

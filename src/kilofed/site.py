@@ -5,15 +5,15 @@ One base model is resident; a client is what is written into it. Engines hand ov
 
 import json
 from collections.abc import Callable, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from kilofed import data, models
+from kilofed import data, models, public
 from kilofed.data import Example, Renderer, Rows
-from kilofed.errors import DataError, RecipeError
+from kilofed.errors import DataError, ModelError, RecipeError
 from kilofed.method import Client, handle, load_method
 from kilofed.partition import Share, divide
 from kilofed.privacy import load_mechanism
@@ -39,7 +39,9 @@ class Sites:
         self._folder = folder
         self._models: dict[ModelSpec, nn.Module] = {}
         self._clients: dict[int, Client] = {}
-        self._train: dict[int, list[Example]] = {}
+        self._renderers: dict[tuple[str, str], Renderer] = {}
+        self._starts: dict[ModelSpec, dict[str, Tensor]] = {}
+        self._train: dict[tuple[int, int], list[Example]] = {}
         self._test: dict[int, list[Example]] = {}
 
     @cached_property
@@ -50,11 +52,7 @@ class Sites:
     @cached_property
     def public(self) -> list[Example]:
         """What the server may learn from; empty where the recipe names no public rows."""
-        rows = self._rows[1]
-        if not rows:
-            return []
-        spec = self.recipe.data
-        return Renderer(self.tokenizer, spec, data.layout(spec.columns, rows, spec.task), self.classes)(rows)
+        return self.public_examples(self.method.server_model(self.recipe))
 
     @cached_property
     def _rows(self) -> tuple[Rows, list[data.Row]]:
@@ -96,17 +94,56 @@ class Sites:
         """Numbers of the clients, from 0."""
         return list(range(len(self.shares)))
 
-    def train_examples(self, client: int) -> list[Example]:
-        """What client number `client` learns from. Raises DataError: nothing in its rows can be learnt."""
-        if client not in self._train:
-            examples = self.renderer(self.shares[client].train)
+    def renderer_of(self, spec: ModelSpec) -> Renderer:
+        """Rows to examples for the model of `spec`, which may have a tokeniser of its own where rows are classified.
+
+        Raises:
+            ModelError: tokens are learnt, and its vocabulary is not that of the recipe's model.
+        """
+        where = spec.path, spec.revision
+        if where == (self.recipe.model.path, self.recipe.model.revision):
+            return self.renderer
+        if where not in self._renderers:
+            tokenizer, kind = models.load_tokenizer(spec), self.renderer.kind
+            if tokenizer.get_vocab() == self.tokenizer.get_vocab():
+                self._renderers[where] = self.renderer
+            elif not self.classes:
+                raise ModelError(
+                    f"{spec.path} has another vocabulary than {self.recipe.model.path} ({len(tokenizer)} and "
+                    f"{len(self.tokenizer)} tokens): where tokens are learnt, all models need one tokeniser"
+                )
+            else:
+                self._renderers[where] = Renderer(tokenizer, self.recipe.data, kind, self.classes)
+        return self._renderers[where]
+
+    def public_examples(self, spec: ModelSpec | None) -> list[Example]:
+        """The public rows for the model of `spec`; empty where the recipe names none."""
+        renderer = self.renderer_of(spec) if spec else self.renderer
+        return public.examples(self._rows[1], self.recipe.data, renderer, self.classes)
+
+    def start(self, spec: ModelSpec) -> dict[str, Tensor]:
+        """The trained tensors of the model of `spec` before any training."""
+        if spec not in self._starts:
+            fresh = models.load_model(spec, self.recipe.adapter, self.recipe.seed, self.classes)
+            self._starts[spec] = models.read_trained(fresh)
+        return self._starts[spec]
+
+    def train_examples(self, client: int, spec: ModelSpec | None = None) -> list[Example]:
+        """What client number `client` learns from, for the model of `spec`, by default the recipe's.
+
+        Raises:
+            DataError: nothing in its rows can be learnt.
+        """
+        renderer = self.renderer_of(spec) if spec else self.renderer
+        if (client, id(renderer)) not in self._train:
+            examples = renderer(self.shares[client].train)
             if not examples:
                 raise DataError(
                     f"client {self.shares[client].name}: no row has an answer within data.max_length="
                     f"{self.recipe.data.max_length} tokens; raise it, or check data.columns"
                 )
-            self._train[client] = examples
-        return self._train[client]
+            self._train[client, id(renderer)] = examples
+        return self._train[client, id(renderer)]
 
     def test_examples(self, client: int) -> list[Example]:
         """What client number `client` is scored on."""
@@ -129,12 +166,14 @@ class Sites:
             spec = self.method.client_model(self.recipe, number)
             self._clients[number] = Client(
                 id=number,
-                data=_Lazy(self, number),
+                data=_Lazy(self, number, spec),
                 train=self.recipe.train,
                 num_rounds=self.recipe.rounds,
                 seed=self.recipe.seed,
                 model=self.model(spec) if spec else nn.Identity(),
                 states=States(self._folder and self._folder / str(number)),
+                public=_Public(self, spec),
+                start=partial(self.start, spec) if spec else dict,
             )
         return self._clients[number]
 
@@ -142,14 +181,31 @@ class Sites:
 class _Lazy(Sequence[Example]):
     """A client's examples, tokenised when first looked at: ten thousand clients cost nothing until asked."""
 
-    def __init__(self, sites: Sites, client: int) -> None:
-        self._sites, self._client = sites, client
+    def __init__(self, sites: Sites, client: int, spec: ModelSpec | None) -> None:
+        self._sites, self._client, self._spec = sites, client, spec
 
     def __len__(self) -> int:
-        return len(self._sites.train_examples(self._client))
+        return len(self._sites.train_examples(self._client, self._spec))
 
     def __getitem__(self, index: int) -> Example:  # type: ignore[override]
-        return self._sites.train_examples(self._client)[index]
+        return self._sites.train_examples(self._client, self._spec)[index]
+
+
+class _Public(Sequence[Example]):
+    """The public rows, read and tokenised when first looked at."""
+
+    def __init__(self, sites: Sites, spec: ModelSpec | None) -> None:
+        self._sites, self._spec = sites, spec
+
+    @cached_property
+    def _examples(self) -> list[Example]:
+        return self._sites.public_examples(self._spec)
+
+    def __len__(self) -> int:
+        return len(self._examples)
+
+    def __getitem__(self, index: int) -> Example:  # type: ignore[override]
+        return self._examples[index]
 
 
 def open_handler(recipe_json: str, folder: str) -> Callable[[int, bytes], bytes]:
