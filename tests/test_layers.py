@@ -24,6 +24,7 @@ LAYERS: list[set[str]] = [
     {"sources", "rows", "data", "public", "privacy", "partition"},
     {
         "heads",
+        "consensus",
         "halves",
         "narrow",
         "learner",
@@ -65,11 +66,24 @@ MATHS = {
 }
 BOTTOM = {"errors", "files", "fields", "recipe", "payload"}
 OUTSIDERS = {
-    "transformers": {"heads", "models", "voices", "vocabulary", "proxy", "evaluate", "site", "run", "needs", "check"},
+    "transformers": {
+        "heads",
+        "models",
+        "voices",
+        "vocabulary",
+        "proxy",
+        "blackbox",
+        "evaluate",
+        "site",
+        "run",
+        "needs",
+        "check",
+    },
     "httpx": {"remote"},
     "tenacity": {"remote"},
     "peft": {"models", "voices"},
     "flwr": {"engines.flower"},
+    "grpc": {"engines.stream"},
     "flwr_datasets": {"partition"},
     "dp_accounting": {"privacy"},
     "matplotlib": {"plots"},

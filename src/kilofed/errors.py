@@ -10,6 +10,8 @@ KilofedError                  every error that kilofed raises on purpose; a Valu
 │   ├── NonFiniteLoss         a loss was NaN or infinite
 │   └── WrongWeights          a site holds other weights than the server: the run stops whatever on_failure says
 ├── TooFewReplies             fewer clients answered than the quorum
+├── RemoteError               a model behind an API cannot be asked or answers wrongly
+│   └── BudgetSpent           the requests or tokens that may be sent to it are spent
 ├── RunError                  a run folder cannot be made, read, resumed or written
 └── ServeError                a server cannot be started as it was asked to
 
@@ -63,6 +65,14 @@ class WrongWeights(ClientError):
 
 class TooFewReplies(KilofedError):
     """Fewer clients answered than the quorum."""
+
+
+class RemoteError(KilofedError):
+    """A model behind an API cannot be asked or answers wrongly."""
+
+
+class BudgetSpent(RemoteError):
+    """The requests or tokens that may be sent to the API are spent."""
 
 
 class RunError(KilofedError):

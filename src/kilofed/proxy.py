@@ -13,10 +13,11 @@ from transformers import Cache, GenerationConfig, GenerationMixin, PreTrainedCon
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from kilofed.blackbox import RemoteModel
 from kilofed.decode import ROWS_AT_ONCE, UNBOUNDED, Sampling, Token, as_token, check_prompt, end_ids_of
 from kilofed.errors import ModelError
 from kilofed.speculate import Drafting, Speculation, plain_tokens
-from kilofed.steering import Offset, Rule
+from kilofed.steering import Offset, Rule, complete
 from kilofed.vocabulary import common_width
 from kilofed.voices import Ask, JointCache, Local, Pair, Twins, Voices, can_forget, small_voices
 
@@ -25,7 +26,7 @@ class ProxyModel(PreTrainedModel, GenerationMixin):  # type: ignore[no-untyped-c
     """Next-token scores = rule(large, tuned, base); with `Offset`, large + alpha (tuned - base).
 
     Args:
-        large: the model that is steered: a transformers causal model.
+        large: the model that is steered: a transformers causal model, or one behind an API.
         tuned: the small tuned model.
         base: the small model before tuning; None takes what lies under the adapter of `tuned`, and the two then share
             one batched forward. Not used by rules without a base.
@@ -44,7 +45,7 @@ class ProxyModel(PreTrainedModel, GenerationMixin):  # type: ignore[no-untyped-c
 
     def __init__(
         self,
-        large: nn.Module,
+        large: nn.Module | RemoteModel,
         tuned: nn.Module,
         base: nn.Module | None = None,
         rule: Rule | None = None,
@@ -53,9 +54,11 @@ class ProxyModel(PreTrainedModel, GenerationMixin):  # type: ignore[no-untyped-c
         vocabulary: int | None = None,
     ) -> None:
         rule = rule or Offset()
-        voices = Local(large), small_voices(tuned, base, needs_base=rule.needs_base)
+        first = large if isinstance(large, RemoteModel) else Local(large)
+        voices = first, small_voices(tuned, base, needs_base=rule.needs_base)
         width = common_width({"large": voices[0].width, "small": voices[1].width}, vocabulary)
-        super().__init__(_config(voices[0].config, width, min(v.context for v in voices)))
+        own = tuned if isinstance(large, RemoteModel) else large
+        super().__init__(_config(Local(own).config, width, min(v.context for v in voices)))
         self.rule = rule
         self.drafting = drafting or Drafting()
         self.width = width
@@ -64,9 +67,9 @@ class ProxyModel(PreTrainedModel, GenerationMixin):  # type: ignore[no-untyped-c
         self.base = base if base is not tuned else None
         self.large_voice: Voices = voices[0]
         self.small_voices: Voices = voices[1]
-        self.end_ids = end_ids_of(large, self.config.eos_token_id)
-        self.cost_ratio = _num_parameters(tuned) / _num_parameters(large)
-        """What one forward of the small model costs in forwards of the large one, by their sizes."""
+        self.end_ids = end_ids_of(own, self.config.eos_token_id)
+        self.cost_ratio = 0.05 if isinstance(large, RemoteModel) else _num_parameters(tuned) / _num_parameters(large)
+        """What one forward of the small model costs in forwards of the large one, by their sizes; a guess for an API."""
 
     def forward(
         self,
@@ -108,6 +111,9 @@ class ProxyModel(PreTrainedModel, GenerationMixin):  # type: ignore[no-untyped-c
 
     def joined(self, large: Tensor, tuned: Tensor, base: Tensor | None = None) -> Tensor:
         """The rule on logits of any widths and dtypes: (..., vocabulary), float32, where the large model's lie."""
+        if not self.large_voice.tells_all:
+            known, others = large[..., : self.width], tuned if base is None else base
+            large = complete(known, others[..., : self.width].to(large.device, torch.float32))
         parts = [
             part[..., : self.width].to(large.device, torch.float32)
             for part in (large, tuned, base)
@@ -132,7 +138,8 @@ class ProxyModel(PreTrainedModel, GenerationMixin):  # type: ignore[no-untyped-c
         the same values.
         """
         check_prompt(prompt_ids, self.context)
-        if self.drafting.longest and can_forget(self.new_cache()):
+        checks_several = not isinstance(self.large, RemoteModel) or self.large.checks_several
+        if self.drafting.longest and checks_several and can_forget(self.new_cache()):
             yield from Speculation(self, sampling, self.drafting).tokens(prompt_ids)
         else:
             yield from plain_tokens(self, prompt_ids, sampling)

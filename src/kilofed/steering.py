@@ -12,6 +12,9 @@ from torch import Tensor, nn
 
 from kilofed.errors import RecipeError
 
+LEAST_LEFT = 1e-9
+"""Least probability that is left for unseen tokens: rounding must not rule them out."""
+
 
 class Rule(Protocol):
     """How the scores of the models become one."""
@@ -55,6 +58,23 @@ def mix(large: Tensor, small: Tensor, weight: Tensor | float) -> Tensor:
     share = torch.as_tensor(weight, dtype=torch.float32, device=large.device).unsqueeze(-1)
     parts = torch.stack([share.log() + large.log_softmax(-1), (1 - share).log() + small.log_softmax(-1)])
     return parts.logsumexp(0)
+
+
+def complete(seen: Tensor, base: Tensor) -> Tensor:
+    """Log-probabilities of all tokens from those of the likeliest: what is left is shared as the small base shares it.
+
+    With p the probability that the seen tokens leave over, an unseen token gets p times the base's probability among
+    the unseen ones. Where all tokens are seen nothing is shared, and the result is `seen` itself.
+
+    Args:
+        seen: (..., V) the large model's log-probabilities, -inf where the API told none.
+        base: (..., V) the small base model's logits.
+    """
+    unseen = seen.isneginf()
+    told = seen.logsumexp(-1, keepdim=True).exp()
+    left = (1 - told).clamp(min=LEAST_LEFT).log()
+    shared = left + base.masked_fill(~unseen, -torch.inf).log_softmax(-1)
+    return torch.where(unseen, shared, seen)
 
 
 def nucleus(scores: Tensor, top_p: float) -> Tensor:

@@ -20,6 +20,8 @@ from kilofed.decode import UNBOUNDED
 from kilofed.errors import ModelError
 from kilofed.models import without_adapter
 
+Forward = Callable[[Tensor], Tensor]
+
 
 @dataclass(frozen=True)
 class Ask:
@@ -43,6 +45,8 @@ class Voices(Protocol):
     """Longest sequence in tokens."""
     width: int
     """Width of the logits."""
+    tells_all: bool
+    """False: logits are log-probabilities of the likeliest tokens, and -inf at all others."""
 
     def new_cache(self) -> Cache:
         """An empty cache."""
@@ -56,6 +60,7 @@ class Local:
 
     num_voices = 1
     copies = 1
+    tells_all = True
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
@@ -147,7 +152,7 @@ class _Routed(Local):
         self._twins = twins
 
     def speak(self, ask: Ask, cache: Cache | None) -> tuple[Tensor, ...]:
-        with self._twins._lock, _routed(self._twins._layers, lambda layer: layer.base_layer):
+        with self._twins._lock, _routed(self._twins._layers, lambda layer: cast(Forward, layer.base_layer)):
             return (self._logits(ask, cache),)
 
 
@@ -155,6 +160,7 @@ class Pair:
     """Two voices, (tuned, base), in two forwards."""
 
     num_voices = 2
+    tells_all = True
 
     def __init__(self, tuned: Local, base: Local) -> None:
         self.tuned, self.base = tuned, base
@@ -188,7 +194,8 @@ class JointCache(Cache):
         """Rows in another order, as beam search wants."""
         for part, copies in zip(self.parts, self.copies, strict=True):
             rows = _num_rows(part) // copies
-            part.reorder_cache(torch.cat([beam_idx + rows * copy for copy in range(copies)]))
+            chosen = torch.cat([beam_idx + rows * copy for copy in range(copies)])
+            part.reorder_cache(cast(torch.LongTensor, chosen))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep these rows only."""
@@ -257,7 +264,7 @@ def kept(logits_BTV: Tensor, keep: int | Tensor) -> Tensor:
 
 
 @contextmanager
-def _routed(layers: list[nn.Module], route: "Callable[[nn.Module], Callable[[Tensor], Tensor]]") -> Iterator[None]:
+def _routed(layers: list[nn.Module], route: Callable[[nn.Module], Forward]) -> Iterator[None]:
     """Let each layer answer with `route(layer)` for the length of the block."""
     for layer in layers:
         layer.__dict__["forward"] = route(layer)
@@ -268,20 +275,22 @@ def _routed(layers: list[nn.Module], route: "Callable[[nn.Module], Callable[[Ten
             layer.__dict__.pop("forward", None)
 
 
-def _on_first_half(layer: nn.Module, rows: int) -> Callable[[Tensor], Tensor]:
+def _on_first_half(layer: nn.Module, rows: int) -> Forward:
     """The LoRA layer's forward with the adapter on the first `rows` rows and the base alone on the others."""
-    name = layer.active_adapters[0]  # type: ignore[index]
+    name = str(layer.active_adapters[0])  # type: ignore[index]
     base, scale = cast(nn.Module, layer.base_layer), float(layer.scaling[name])  # type: ignore[index]
     if name not in layer.lora_A:  # type: ignore[operator]
-        return cast(Callable[[Tensor], Tensor], base)
-    down, up, drop = layer.lora_A[name], layer.lora_B[name], layer.lora_dropout[name]  # type: ignore[index]
+        return cast(Forward, base)
+    parts = (layer.lora_A, layer.lora_B, layer.lora_dropout)
+    down, up, drop = (cast(nn.ModuleDict, part)[name] for part in parts)
+    kind = next(down.parameters()).dtype
 
     def forward(x: Tensor) -> Tensor:
         if x.shape[0] % (2 * rows):
             raise ModelError("a layer of this model mixes rows: its adapter and its base cannot share a forward")
         half = x.shape[0] // 2
         out = cast(Tensor, base(x))
-        out[:half] += (up(down(drop(x[:half].to(down.weight.dtype)))) * scale).to(out.dtype)
+        out[:half] += (up(down(drop(x[:half].to(kind)))) * scale).to(out.dtype)
         return out
 
     return forward
@@ -293,5 +302,5 @@ def _twice(tensor: Tensor, rows: int) -> Tensor:
 
 
 def _num_rows(cache: Cache) -> int:
-    keys = [layer.keys for layer in cache.layers if getattr(layer, "keys", None) is not None]
-    return int(keys[0].shape[0])
+    keys = [keys for layer in cache.layers if isinstance(keys := getattr(layer, "keys", None), Tensor)]
+    return len(keys[0])

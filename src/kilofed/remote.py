@@ -1,0 +1,268 @@
+"""Ask a model behind an OpenAI-compatible completions API: bounded retries, a budget, a ledger, no key anywhere.
+
+The key is read from the environment when a request is made and stands in its header only: not in a field, a message, a
+log, the ledger or the cache.
+"""
+
+import json
+import logging
+import os
+import random
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NoReturn
+from urllib.parse import urlsplit
+
+import httpx
+import tenacity
+
+from kilofed.errors import BudgetSpent, RecipeError, RemoteError
+from kilofed.files import append_line, said
+
+log = logging.getLogger("kilofed")
+
+Json = dict[str, object]
+LONGEST_WAIT = 60.0
+"""Most seconds between two tries, also where the API asks for more."""
+
+
+@dataclass(frozen=True)
+class RemoteSpec:
+    """A large model behind an API, and what may be asked of it."""
+
+    url: str
+    """Address up to and with /v1, as in http://127.0.0.1:8000/v1."""
+    model: str
+    """The model's name at the API."""
+    top_k: int = 20
+    """Likeliest tokens told per position; more tell more of the large model and cost more bytes."""
+    key_variable: str = "KILOFED_API_KEY"
+    """Environment variable with the key; unset or empty sends none."""
+    scoring: Literal["echo", "steps"] = "echo"
+    """echo: one prompt scores all its positions; steps: one prompt per position, for an API that cannot echo."""
+    prompts: Literal["ids", "text"] = "ids"
+    """How prompts are sent; text costs nothing but is refused where it does not come back as the same tokens."""
+    names: Literal["ids", "text"] = "ids"
+    """ids asks for tokens as `token_id:17` (kilofed, vLLM); text takes their text, which several tokens may share."""
+    batch_size: int = 16
+    """Prompts per request."""
+    timeout: float = 60.0
+    """Seconds without a byte after which a try is given up."""
+    max_tries: int = 5
+    """Tries per request, at 429, 5xx, time-outs, and cut or malformed answers; waits double from `first_wait`."""
+    first_wait: float = 0.5
+    """Seconds before the second try."""
+    max_requests: int = 10_000
+    """Requests that may be sent in all, tries counted; what a resumed run sent before counts too."""
+    max_tokens: int = 20_000_000
+    """Tokens that may be sent and asked for in all."""
+
+    def __post_init__(self) -> None:
+        parts = urlsplit(self.url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise RecipeError("the large model's address must begin with http:// or https:// and name a host")
+        if parts.username or parts.password:
+            raise RecipeError(f"the large model's address holds a password: put the key into ${self.key_variable}")
+        for name in ("top_k", "batch_size", "max_tries"):
+            if getattr(self, name) < 1:
+                raise RecipeError(f"{name} of the large model is {getattr(self, name)}; it must be at least 1")
+
+
+class Api:
+    """One API and the meter of what was sent to it.
+
+    Args:
+        spec: where it is and what may be asked.
+        ledger: JSON-lines file that gets one row per request: prompts, tokens, bytes up and down, status, seconds. It
+            is continued where it exists, and what it holds counts against the budget. None keeps none.
+    """
+
+    def __init__(self, spec: RemoteSpec, ledger: Path | None = None) -> None:
+        self.spec = spec
+        self._ledger = ledger
+        self.num_requests, self.num_tokens = _spent(ledger)
+        self._http = httpx.Client(timeout=spec.timeout)
+
+    def complete(self, prompts: Sequence[Sequence[int]] | Sequence[str], num_tokens: int, *, echo: bool) -> list[Json]:
+        """One more token for each prompt, with log-probabilities; with `echo`, those of the prompt's tokens too.
+
+        Args:
+            num_tokens: tokens in the prompts, for the budget.
+
+        Returns:
+            The `logprobs` of each choice, in the order of the prompts.
+
+        Raises:
+            BudgetSpent: before sending what is above the budget.
+            RemoteError: refused, or no whole answer after all tries.
+        """
+        body: Json = {
+            "model": self.spec.model,
+            "prompt": list(prompts),
+            "max_tokens": 1,
+            "temperature": 0,
+            "logprobs": self.spec.top_k,
+            "echo": echo,
+        }
+        if self.spec.names == "ids":
+            body["return_tokens_as_token_ids"] = True
+        content = json.dumps(body, separators=(",", ":")).encode()
+        retrying = tenacity.Retrying(
+            stop=tenacity.stop_after_attempt(self.spec.max_tries),
+            wait=self._wait,
+            retry=tenacity.retry_if_exception_type(_Again),
+            reraise=True,
+        )
+        try:
+            return retrying(self._try, content, len(prompts), num_tokens + len(prompts))
+        except _Again as error:
+            raise RemoteError(
+                f"{self.spec.url} gave no answer (tries: {self.spec.max_tries}, last: {error}): "
+                "try later, or raise max_tries or timeout"
+            ) from None
+
+    def served(self) -> list[str]:
+        """Names of the models that the API serves; empty where it does not tell."""
+        try:
+            answer = self._http.get(f"{self._base}/models", headers=self._headers())
+            return [str(row["id"]) for row in answer.json()["data"]]
+        except (httpx.HTTPError, ValueError, KeyError, TypeError):
+            return []
+
+    def close(self) -> None:
+        """End the connections."""
+        self._http.close()
+
+    @property
+    def _base(self) -> str:
+        return self.spec.url.rstrip("/")
+
+    def _headers(self) -> dict[str, str]:
+        key = os.environ.get(self.spec.key_variable, "")
+        if not (key.isascii() and key.isprintable()) and key:
+            raise RemoteError(f"${self.spec.key_variable} holds characters that no key has: set it again")
+        return {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
+
+    def _wait(self, state: tenacity.RetryCallState) -> float:
+        failed = state.outcome.exception() if state.outcome else None
+        asked = failed.wait if isinstance(failed, _Again) else None
+        # Half of it is chance, so that many who were refused together do not come back together.
+        seconds: float = random.uniform(0.5, 1) * self.spec.first_wait * 2.0 ** (state.attempt_number - 1)
+        seconds = min(max(seconds, asked or 0.0), LONGEST_WAIT)
+        log.info("the API did not answer; next try in %.1f s", seconds)
+        return seconds
+
+    def _try(self, content: bytes, num_prompts: int, num_tokens: int) -> list[Json]:
+        self._spend(num_tokens)
+        began = time.monotonic()
+        status, received, trouble = 0, b"", ""
+        try:
+            answer = self._http.post(f"{self._base}/completions", content=content, headers=self._headers())
+            status, received = answer.status_code, answer.content
+        except httpx.TimeoutException:
+            trouble = f"nothing came for {self.spec.timeout:g} s"
+        except httpx.TransportError as error:
+            trouble = f"the connection failed ({type(error).__name__})"
+        self._note(num_prompts, num_tokens, len(content), len(received), status, time.monotonic() - began)
+        if trouble:
+            raise _Again(trouble)
+        if status == 429 or status >= 500:
+            raise _Again(f"status {status}", _seconds(answer.headers.get("retry-after")))
+        if status != 200:
+            self._refused(status, received)
+        return self._logprobs(received, num_prompts)
+
+    def _spend(self, num_tokens: int) -> None:
+        for name, spent, most in (
+            ("max_requests", self.num_requests + 1, self.spec.max_requests),
+            ("max_tokens", self.num_tokens + num_tokens, self.spec.max_tokens),
+        ):
+            if spent > most:
+                raise BudgetSpent(
+                    f"the budget for {self.spec.model} is spent: {self.num_requests:,} requests and "
+                    f"{self.num_tokens:,} tokens were sent, and the next would pass {name}={most:,}. What was answered "
+                    f"is kept: raise {name} and resume"
+                )
+        self.num_requests += 1
+        self.num_tokens += num_tokens
+
+    def _note(self, prompts: int, tokens: int, up: int, down: int, status: int, seconds: float) -> None:
+        if self._ledger:
+            row: dict[str, object] = {"model": self.spec.model, "prompts": prompts, "tokens": tokens, "up": up}
+            append_line(self._ledger, {**row, "down": down, "status": status, "seconds": round(seconds, 4)})
+
+    def _refused(self, status: int, received: bytes) -> NoReturn:
+        if status in (401, 403):
+            raise RemoteError(f"{self.spec.url} refused the key (status {status}): check ${self.spec.key_variable}")
+        message = self._without_key(_message(received))
+        names = self.served()
+        if names and self.spec.model not in names:
+            raise RemoteError(f"{self.spec.url} does not serve {self.spec.model}; it serves {', '.join(names)}")
+        if status == 404:
+            raise RemoteError(f"{self.spec.url}/completions does not exist ({message}): the address must end with /v1")
+        raise RemoteError(f"{self.spec.url} refused the request with status {status} ({message})")
+
+    def _without_key(self, text: str) -> str:
+        key = os.environ.get(self.spec.key_variable, "")
+        return text.replace(key, "[key]") if key else text
+
+    def _logprobs(self, received: bytes, num_prompts: int) -> list[Json]:
+        try:
+            choices = sorted(json.loads(received)["choices"], key=lambda choice: int(choice["index"]))
+            found = [choice.get("logprobs") for choice in choices]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise _Again("the answer is not a completion") from error
+        if len(found) != num_prompts:
+            raise _Again(f"{len(found)} answers came to {num_prompts} prompts")
+        if any(not isinstance(one, dict) or not one.get("top_logprobs") for one in found):
+            raise RemoteError(
+                f"{self.spec.url} answers without log-probabilities: proxy-tuning needs the `logprobs` of the "
+                "completions API, so take a server that gives them"
+            )
+        return found
+
+
+class _Again(Exception):
+    """A try failed in a way that another may not."""
+
+    def __init__(self, what: str, wait: float | None = None) -> None:
+        super().__init__(what)
+        self.wait = wait
+
+
+def _spent(ledger: Path | None) -> tuple[int, int]:
+    """Requests and tokens that an earlier process sent; a half-written last line is counted as one request."""
+    if ledger is None or not ledger.exists():
+        return 0, 0
+    requests, tokens = 0, 0
+    text = ledger.read_text("utf-8", errors="replace")
+    if text and not text.endswith("\n"):
+        with said(f"cannot write {ledger}"), ledger.open("a", encoding="utf-8") as file:
+            file.write("\n")  # A killed process left half a line; the next row must not be glued to it.
+    for line in text.splitlines():
+        requests += 1
+        try:
+            tokens += int(json.loads(line)["tokens"])
+        except (ValueError, KeyError, TypeError):
+            continue
+    return requests, tokens
+
+
+def _seconds(header: str | None) -> float | None:
+    try:
+        return float(header) if header else None
+    except ValueError:
+        return None  # A date; the usual wait will do.
+
+
+def _message(received: bytes) -> str:
+    """What an error body says, in OpenAI's form or any other, on one line."""
+    try:
+        body = json.loads(received)
+        error = body.get("error", body) if isinstance(body, dict) else body
+        text = str(error.get("message", error) if isinstance(error, dict) else error)
+    except ValueError:
+        text = received.decode("utf-8", errors="replace")
+    return " ".join(text.split())[:300]
