@@ -176,8 +176,9 @@ class PrivacySpec:
 class EngineSpec:
     """What moves bytes between the server and the clients."""
 
-    name: Literal["inprocess", "pool", "flower"] = "inprocess"
-    """inprocess: one after the other; pool: worker processes; flower: Flower's simulation (extra `flower`)."""
+    name: Literal["inprocess", "pool", "stream", "flower"] = "inprocess"
+    """inprocess: one after the other; pool: worker processes; stream: a process per client on an open connection (extra
+    `stream`); flower: Flower's simulation (extra `flower`)."""
     workers: int = 2
     """Worker processes of pool and flower."""
     threads: int = 0

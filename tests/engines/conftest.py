@@ -84,11 +84,21 @@ def start(name: str, opener: Open) -> Engine:
         from kilofed.engines.flower import Flower
 
         return Flower(IDS, opener("obey"), workers=2, timeout=300)
+    if name == "stream":
+        if not importlib.util.find_spec("grpc"):
+            pytest.skip("gRPC is not installed: pip install 'kilofed[stream]'")
+        from kilofed.engines.stream import Stream
+
+        return Stream(IDS, opener("obey"), timeout=300)
     plain = InProcess(IDS, opener("obey").open())
     return Faulty(plain, Faults()) if name == "faulty" else plain
 
 
-SEPARATE = ["pool", pytest.param("flower", marks=[pytest.mark.slow, pytest.mark.filterwarnings("ignore")])]
+SEPARATE = [
+    "pool",
+    pytest.param("stream", marks=pytest.mark.slow),
+    pytest.param("flower", marks=[pytest.mark.slow, pytest.mark.filterwarnings("ignore")]),
+]
 
 
 @pytest.fixture(scope="module")

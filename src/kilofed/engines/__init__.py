@@ -33,6 +33,10 @@ def open_engine(spec: EngineSpec, ids: Sequence[int], recipe_json: str, folder: 
         from kilofed.engines.pool import Pool
 
         return Pool(ids, opener, workers=spec.workers, timeout=spec.timeout)
+    if spec.name == "stream":
+        from kilofed.engines.stream import Stream
+
+        return Stream(ids, opener, timeout=spec.timeout)
     if spec.name == "flower":
         from kilofed.engines.flower import Flower
 
