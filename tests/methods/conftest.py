@@ -20,6 +20,7 @@ Engine = Callable[..., InProcess]
 SMALL: dict[str, dict[str, Value]] = {
     "fedkseed": {"num_seeds": 64, "steps": 3, "lr": 1e-3},
     "fedmezo": {"steps": 3, "lr": 1e-2},
+    "kd": {"steps": 2, "guide_steps": 1, "batch_size": 4, "lr": 1e-2, "top_k": 8, "public_rows": 3},
     "fedpt": {"steps": 2, "batch_size": 4, "lr": 1e-2, "top_k": 8, "tolerance": 9.0},
 }
 """Fields with which a method whose defaults are for large models learns in a test."""
@@ -111,6 +112,8 @@ def federate(
         fields = {f"method.{key}": value for key, value in {**SMALL.get(name, {}), **words}.items()}
         if name == "fedpt":
             fields = {"method.large": str(tiny_large), "data.public_share": 0.2, **fields}
+        if name == "kd":
+            fields = {"data.public_share": 0.2, **fields}
         recipe = changed(tiny_recipe, {"method": name, **fields, **(overrides or {})})  # type: ignore[dict-item]
         key = to_toml(recipe), rounds
         if fresh or own:
