@@ -29,7 +29,7 @@ def talk(
     talked: list[dict[str, str]] = []
     while line := _ask(source, keyboard):
         talked.append({"role": "user", "content": line})
-        talked, ids = _fitted(served, talked)
+        talked, ids = fitted(served, talked)
         tokens = served.speaker.speak(ids, Sampling(max_new_tokens))
         said = _say(spell(tokens, served.spelling, end_ids=served.speaker.end_ids), to)
         talked.append({"role": "assistant", "content": said})
@@ -41,7 +41,7 @@ def _ask(source: TextIO, keyboard: bool) -> str:
     return source.readline().strip()
 
 
-def _fitted(served: Served, talked: list[dict[str, str]]) -> tuple[list[dict[str, str]], list[int]]:
+def fitted(served: Served, talked: list[dict[str, str]]) -> tuple[list[dict[str, str]], list[int]]:
     """The newest turns that leave room for an answer, and their tokens."""
     ids = served.talk_ids(talked)
     whole = len(talked)

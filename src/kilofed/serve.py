@@ -45,6 +45,7 @@ def serve(served: Served, place: Place, limits: Limits, *, to: TextIO | None = N
     Raises:
         ServeError: the address is taken or not this machine's, the token is not usable, or there must be one.
     """
+    _check(limits)
     if not place.needs_token and not is_loopback(place.host):
         raise ServeError(f"{place.host} is open to other machines, so that a token is needed: leave out --no-token")
     token, is_new = find_token(place.token_file) if place.needs_token else (None, False)
@@ -124,3 +125,18 @@ def server_of(served: Served, desk: Desk, doors: Doors, limits: Limits) -> uvico
         timeout_graceful_shutdown=GRACE,
     )
     return uvicorn.Server(config)
+
+
+def _check(limits: Limits) -> None:
+    """Raise ServeError for limits under which nobody is ever answered."""
+    least: dict[str, tuple[float, float]] = {
+        "--max-active": (limits.max_active, 1),
+        "--max-waiting": (limits.max_waiting, 0),
+        "--max-body": (limits.max_body, 1),
+        "--max-choices": (limits.max_choices, 1),
+        "--max-logprobs": (limits.max_logprobs, 0),
+        "--timeout": (limits.timeout, 0.001),
+    }
+    for name, (value, lowest) in least.items():
+        if not value >= lowest:
+            raise ServeError(f"{name} is {value:g}; expected at least {lowest:g}")

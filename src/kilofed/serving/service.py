@@ -49,7 +49,7 @@ class Service:
         arrived = asyncio.get_running_loop().time()
         body = await read_body(request, self.limits.max_body)
         ask = await asyncio.to_thread(read, body, self.served, self.limits, secrets.randbelow(SEEDS))
-        self._refuse_crowd()
+        self.refuse_crowd()
         try:
             ticket = Ticket(self.desk, steps(self.served, ask), arrived + self.limits.timeout)
         except Full as full:
@@ -71,7 +71,8 @@ class Service:
             "talks": self.served.manner,
         }
 
-    def _refuse_crowd(self) -> None:
+    def refuse_crowd(self) -> None:
+        """Raise Refusal where too many answers are being made or read."""
         # Answers that are ready and read slowly hold no place at the desk, but memory.
         if self.num_open >= 4 * (self.limits.max_active + self.limits.max_waiting):
             raise self._busy()

@@ -1,0 +1,122 @@
+"""What is served, and what becomes of a talk's messages."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+import kilofed
+from kilofed import export
+from kilofed.data import TEMPLATES
+from kilofed.decode import Sampling, Solo
+from kilofed.errors import DataError, ModelError, RunError
+from kilofed.recipe import Recipe
+from kilofed.serving.model import open_served
+
+CHAT = (
+    "{{ bos_token }}{% for m in messages %}<|{{ m.role }}|>{{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+TALK = [
+    {"role": "system", "content": "be brief"},
+    {"role": "user", "content": "one?"},
+    {"role": "assistant", "content": "1"},
+    {"role": "user", "content": "two?"},
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, tiny_rows: Path) -> Path:
+    """A finished run with the template alpaca."""
+    overrides = {
+        "rounds": 1, "model.path": str(tiny_model), "adapter.rank": 2, "data.source": str(tiny_rows),
+        "data.max_length": 200, "data.options": {}, "train.steps": 2, "train.lr": 0.1, "evaluate.generate": 0,
+        "evaluate.controls": [], "data.template": "alpaca",
+    }  # fmt: skip
+    return kilofed.run("tiny", overrides, out=tmp_path_factory.mktemp("run") / "tuned").folder
+
+
+@pytest.fixture
+def chatty(tmp_path: Path, tiny_model: Path) -> Path:
+    """The tiny model with a chat template."""
+    for path in tiny_model.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": CHAT}))
+    return tmp_path
+
+
+def test_a_run_speaks_as_its_delivered_model_with_its_training_template(folder: Path) -> None:
+    served = open_served(str(folder))
+    assert served.name == "tuned"
+    assert "'alpaca'" in served.manner
+    model, tokenizer = kilofed.resume(folder).model()
+    wanted = TEMPLATES["alpaca"][1].format(instruction="two?")
+    ids = [1, *tokenizer.encode(wanted, add_special_tokens=False)]
+    assert served.talk_ids(TALK[-1:]) == ids
+    said = [token.id for token in served.speaker.speak(ids[-40:], Sampling(10))]
+    assert said == [token.id for token in Solo(model, served.speaker.end_ids).speak(ids[-40:], Sampling(10))]
+
+
+def test_a_system_text_is_the_templates_context_and_earlier_turns_are_not_seen(folder: Path) -> None:
+    served = open_served(str(folder))
+    wanted = TEMPLATES["alpaca"][0].format(instruction="two?", context="be brief")
+    assert served.talk_ids(TALK) == [1, *served.spelling.tokenizer.encode(wanted, add_special_tokens=False)]
+    assert not served.takes_talks
+
+
+def test_a_merged_model_is_the_run_it_came_from(folder: Path, tmp_path: Path) -> None:
+    merged = open_served(str(export.merged(folder, tmp_path / "merged")), template="alpaca")
+    tuned = open_served(str(folder))
+    ids = merged.talk_ids(TALK[-1:])[-60:]
+    assert merged.talk_ids(TALK) == tuned.talk_ids(TALK)
+    for one, other in zip(merged.speaker.score(ids)[1:], tuned.speaker.score(ids)[1:], strict=True):
+        assert one is not None
+        assert other is not None
+        assert one.logprob == pytest.approx(other.logprob, abs=1e-4)
+
+
+def test_a_chat_template_sees_the_whole_talk(chatty: Path) -> None:
+    served = open_served(str(chatty))
+    assert served.takes_talks
+    text = "<|system|>be brief\n<|user|>one?\n<|assistant|>1\n<|user|>two?\n<|assistant|>"
+    assert served.spelling.tokenizer.decode(served.talk_ids(TALK)) == f"<bos>{text}"
+    assert not open_served(str(chatty), template="question").takes_talks
+
+
+def test_a_long_talk_is_not_cut(folder: Path) -> None:
+    assert len(open_served(str(folder)).talk_ids([{"role": "user", "content": "a" * 5000}])) > 5000
+
+
+def test_a_model_trained_on_running_text_goes_on_with_the_message(folder: Path) -> None:
+    served = open_served(str(folder))
+    spec = replace(served.renderer.spec, template="")
+    text = replace(served, renderer=type(served.renderer)(served.spelling.tokenizer, spec, "text"))
+    assert text.talk_ids(TALK[-1:]) == text.spelling.ids("two?")
+    with pytest.raises(DataError, match="no place for a system text"):
+        text.talk_ids(TALK)
+
+
+def test_the_layout_of_the_rows_is_kept_in_the_run_folder(folder: Path) -> None:
+    assert json.loads((folder / "run.json").read_text())["layout"] == "response"
+
+
+def test_what_cannot_be_served_is_refused(tmp_path: Path, folder: Path, tiny_recipe: Recipe) -> None:
+    with pytest.raises(RunError, match="neither a run folder"):
+        open_served(str(tmp_path))
+    with pytest.raises(RunError, match="neither a run folder"):
+        open_served(str(tmp_path / "none"))
+    with pytest.raises(RunError, match="adapter without its base model"):
+        open_served(str(folder / "adapter"))
+    with pytest.raises(ModelError, match="builtin:huge is not shipped"):
+        open_served("builtin:huge")
+    with pytest.raises(DataError, match="alpacca"):
+        open_served(str(folder), template="alpacca")
+    with pytest.raises(ModelError, match="device"):
+        open_served(str(folder), device="abacus")
+    classify = {"data": {"task": "classify"}}
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.json").write_text(json.dumps({"recipe": classify}))
+    with pytest.raises(RunError, match="classifies rows and writes no answers"):
+        open_served(str(tmp_path / "run"))
