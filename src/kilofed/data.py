@@ -45,6 +45,7 @@ TEMPLATES: dict[str, tuple[str, str]] = {
         "Write a response that appropriately completes the request.\n\n"
         "### Instruction:\n{instruction}\n\n### Response:\n",
     ),
+    "bare": ("{instruction}\n{context}", "{instruction}"),
     "qa": ("{context}\nQ: {instruction}\nA:", "Q: {instruction}\nA:"),
     "question": ("{context}\nQuestion: {instruction}\nAnswer: ", "Question: {instruction}\nAnswer: "),
 }

@@ -1,0 +1,325 @@
+"""Quality on natural text: does a large model, steered by a small one that clients tuned, beat its parts?
+
+For each data set and seed, held-out loss and accuracy of: large and small base; small tuned on all rows in one place and
+by FedAvg; FedPT without and with distillation (the steered model and the small one); the large model tuned directly,
+federated and in one place. Beside them the verdict that `kilofed check` gives before the run, and the bytes.
+
+Each finished data set and seed is a line of --out, and is not measured again.
+
+    python benchmarks/proxy_text.py [--quick] [--json] [--datasets dolly,banking77] [--seeds 3] [--out FILE]
+"""
+
+import argparse
+import gzip
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import cast
+
+import torch
+from torch import nn
+
+from kilofed import evaluate, models, train
+from kilofed.data import Example, Row
+from kilofed.engines.inprocess import InProcess
+from kilofed.ledger import Ledger
+from kilofed.method import Cohort, Server, generator
+from kilofed.methods.fedpt import FedPT
+from kilofed.prospects import Trio, sweep
+from kilofed.recipe import Recipe, from_table
+from kilofed.site import Sites
+
+ROUNDS, CLIENTS = 4, 6
+TRAIN_ROWS, TEST_ROWS = 480, 120
+ALPHAS = (0.5, 0.75, 1.0, 1.5)
+ROWS = (
+    "large base",
+    "small base",
+    "small central",
+    "small FedAvg",
+    "FedPT",
+    "FedPT, distilled",
+    "small, distilled",
+    "large FedAvg",
+    "large central",
+)
+
+
+@dataclass(frozen=True)
+class Text:
+    """A data set as rows of instruction, context, response and the label that clients differ in."""
+
+    folder: str
+    test: str = "test"
+    template: str = "plain"
+    pair: str = "shared"
+    """shared: small and large of --models; builtin: the embedded pair."""
+
+
+TEXTS = {
+    "dolly": Text("dolly"),
+    "sgd_plain": Text("sgd_response", template="bare"),
+    "sgd_instruction": Text("sgd_response", template="alpaca"),
+    "natural_instructions": Text("natural_instructions", test="test_seen_tasks"),
+    "banking77": Text("banking77", template="question"),
+    "pydocs": Text("", template="", pair="builtin"),
+}
+
+
+def main() -> None:
+    """Measure what is missing, then print the table or the lines as JSON."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="one data set, one seed, few rows; under a minute")
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--datasets", default="", help="comma-separated; default all that are there")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--shared", type=Path, default=Path(__file__).resolve().parents[2] / "shared")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "proxy_text.jsonl")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    there = [
+        name for name, text in TEXTS.items() if not text.folder or (options.shared / "data" / text.folder).exists()
+    ]
+    names = options.datasets.split(",") if options.datasets else there
+    if options.quick:
+        lines = [measure("pydocs", 0, options.shared, quick=True)]
+    else:
+        kept = [json.loads(line) for line in options.out.read_text().splitlines()] if options.out.exists() else []
+        done = {(line["dataset"], line["seed"]) for line in kept}
+        for seed in range(options.seeds):
+            for name in names:
+                if (name, seed) not in done:
+                    kept.append(measure(name, seed, options.shared))
+                    with options.out.open("a") as out:
+                        out.write(json.dumps(kept[-1]) + "\n")
+        lines = [line for line in kept if line["dataset"] in names and line["seed"] < options.seeds]
+    print(json.dumps(lines) if options.json else table(lines))
+
+
+def measure(name: str, seed: int, shared: Path, *, quick: bool = False) -> dict[str, object]:
+    """All rows of one data set and seed."""
+    began = time.process_time()
+    with tempfile.TemporaryDirectory() as folder:
+        recipe = make_recipe(name, seed, shared, Path(folder))
+        if quick:
+            recipe = replace(recipe, rounds=1, data=replace(recipe.data, max_length=48))
+        plain, distilled = (Job(changed(recipe, distil=kind)) for kind in ("none", "forward"))
+        large_recipe = replace(recipe, model=replace(recipe.model, path=str(recipe.method.fields["large"])))
+        large = Job(replace(large_recipe, method=replace(recipe.method, name="fedavg", fields={})))
+        held_out = plain.held_out(24 if quick else TEST_ROWS)
+        found = scores_of(plain, distilled, large, held_out)
+    return {"dataset": name, "seed": seed, **found, "cpu_seconds": round(time.process_time() - began, 1)}
+
+
+def scores_of(plain: "Job", distilled: "Job", large: "Job", held_out: list[Example]) -> dict[str, object]:
+    """Rows, forecast, strengths and bytes, given the three federations before their first round."""
+    fedpt = cast(FedPT, plain.sites.method)
+    rows: dict[str, evaluate.Scores] = {}
+
+    def score(row: str, model: nn.Module) -> None:
+        rows[row] = evaluate.score(model, held_out, 16)
+
+    score("large base", large.server.model)
+    score("small base", plain.server.model)
+    trial = [e for client in plain.sites.client_ids() for e in plain.sites.train_examples(client)[:40]]
+    prospects = fedpt.prospects(plain.server, trial, held_out[::2])
+    score("small central", plain.central())
+    score("large central", large.central())
+    for job in (plain, distilled, large):
+        job.rounds()
+    score("FedPT", fedpt.deliver(plain.server))
+    score("small FedAvg", fedpt.trained(plain.server))
+    by_alpha = sweep(Trio(large_base(plain), fedpt.trained(plain.server)), held_out, ALPHAS)
+    score("FedPT, distilled", distilled.sites.method.deliver(distilled.server))
+    score("small, distilled", cast(FedPT, distilled.sites.method).trained(distilled.server))
+    score("large FedAvg", large.sites.method.deliver(large.server))
+    return {
+        "loss": {row: rows[row].loss for row in ROWS},
+        "accuracy": {row: rows[row].accuracy for row in ROWS},
+        "by_alpha": {str(alpha): loss for alpha, loss in by_alpha.items()},
+        "forecast": {**vars(prospects), "pays": prospects.pays},
+        "pays": rows["FedPT"].loss < min(rows["small FedAvg"].loss, rows["large base"].loss),
+        "kept": [bool(row[3]) for row in distilled.server.state["server.phases"].tolist()],
+        "bytes_per_client": {"FedPT": plain.bytes, "large FedAvg": large.bytes},
+    }
+
+
+class Job:
+    """A federation in this process, without files."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe, self.sites, self.ledger = recipe, Sites(recipe), Ledger()
+        spec = recipe.model
+        self.server = Server(
+            recipe.seed, recipe.rounds, recipe.train, self.sites.model(spec), public=self.sites.public, spec=spec
+        )
+        self.sites.method.setup(self.server)
+
+    def rounds(self) -> None:
+        """All rounds."""
+        for number in range(1, self.recipe.rounds + 1):
+            self.round(number)
+
+    def round(self, number: int) -> None:
+        """One round."""
+        ids = self.sites.client_ids()
+        self.server.round = number
+        cohort = Cohort(ids, InProcess(ids, self.sites.handle), self.ledger, self.sites.policy, round=number)
+        self.sites.method.round(self.server, cohort)
+
+    def central(self) -> nn.Module:
+        """The model tuned on all rows in one place, as many of them as the federation sees."""
+        model, recipe = self.server.model, self.recipe
+        models.write_trained(model, models.read_trained(self.fresh()))
+        rows = [e for client in self.sites.client_ids() for e in self.sites.train_examples(client)]
+        steps = recipe.rounds * recipe.train.steps
+        spec = replace(recipe.train, steps=steps, batch_size=recipe.train.batch_size * CLIENTS, accumulation=CLIENTS)
+
+        def order(name: str) -> torch.Generator:
+            return generator(recipe.seed, 0, 0, name)
+
+        train.fit_round(model, rows, spec, round=1, num_rounds=1, order=order, dropout=order("dropout"))
+        return model
+
+    def fresh(self) -> nn.Module:
+        """The model before any training."""
+        return models.load_model(self.recipe.model, self.recipe.adapter, self.recipe.seed)
+
+    def held_out(self, number: int) -> list[Example]:
+        """The same rows for every seed."""
+        rows = [row for share in self.sites.shares for row in share.test]
+        rows.sort(key=lambda row: json.dumps(dict(row), sort_keys=True))
+        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0)).tolist()
+        return self.sites.renderer([rows[at] for at in order[:number]])
+
+    @property
+    def bytes(self) -> float:
+        """Bytes that a client sent and received in the whole run, mean over clients."""
+        ways = (self.ledger.per_client(way) for way in ("up", "down"))
+        return sum(statistics.fmean(by_client.values()) for by_client in ways)
+
+
+def large_base(job: Job) -> nn.Module:
+    """The large model that the job steers."""
+    return cast(FedPT, job.sites.method).beside(job.server)["large base"]
+
+
+def changed(recipe: Recipe, *, distil: str) -> Recipe:
+    """The recipe with another server phase."""
+    return replace(recipe, method=replace(recipe.method, fields={**recipe.method.fields, "distil": distil}))
+
+
+def make_recipe(name: str, seed: int, shared: Path, folder: Path) -> Recipe:
+    """FedPT on the data set: six clients skewed by its label, 15 % of the rows at the server."""
+    text = TEXTS[name]
+    pair = {
+        "shared": (str(shared / "models" / "small"), str(shared / "models" / "large")),
+        "builtin": ("builtin:small", "builtin:large"),
+    }[text.pair]
+    data: dict[str, object] = {"max_length": 160, "public_share": 0.15, "template": text.template}
+    if text.folder:
+        for split, file, number in (("train", "train", TRAIN_ROWS), ("test", text.test, 2 * TEST_ROWS)):
+            rows = read(shared / "data" / text.folder / f"{file}.jsonl.gz")
+            order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed if split == "train" else 0))
+            chosen = [usual(rows[at], text.template) for at in order[:number].tolist()]
+            (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in chosen))
+        part = {"kind": "dirichlet", "column": "label", "num_clients": CLIENTS, "alpha": 1.0, "min_rows": 16}
+        data |= {"source": str(folder / "train.jsonl"), "test": str(folder / "test.jsonl"), "partition": part}
+    else:
+        part = {"kind": "dirichlet", "column": "client", "num_clients": CLIENTS, "alpha": 1.0, "min_rows": 16}
+        data |= {"source": "pydocs", "options": {"train_rows": 96, "test_rows": 48}, "partition": part}
+    table = {
+        "name": name,
+        "seed": seed,
+        "rounds": ROUNDS,
+        "model": {"path": pair[0]},
+        "data": data,
+        "method": {"name": "fedpt", "large": pair[1], "steps": 8},
+        "train": {"steps": 4, "batch_size": 6, "lr": 2e-3},
+    }
+    return from_table(table)  # type: ignore[arg-type]
+
+
+def read(path: Path) -> list[Row]:
+    """The rows of a packed JSON-lines file."""
+    with gzip.open(path, "rt", encoding="utf-8") as lines:
+        return [json.loads(line) for line in lines]
+
+
+def usual(row: Row, template: str) -> dict[str, str]:
+    """A row of any of the data sets in the usual columns; talks are continued where the template is bare, else asked for."""
+    if "label_name" in row:
+        words = str(row["label_name"]).replace("_", " ")
+        return {"instruction": str(row["text"]), "response": words, "label": str(row["label_name"])}
+    if "definition" in row:
+        answers = cast(list[str], row["output"])
+        return {
+            "instruction": str(row["definition"]),
+            "context": str(row["input"]),
+            "response": answers[0],
+            "label": str(row["task"]),
+        }
+    if "services" in row:
+        said, label = str(row["context"]), str(cast(list[str], row["services"])[0])
+        asked = {"instruction": "Write the assistant's next reply in this talk.", "context": said}
+        if template == "bare":
+            asked = {"instruction": f"{said}\nAssistant:"}
+        return {**asked, "response": str(row["response"]), "label": label}
+    return {**{key: str(row[key]) for key in ("instruction", "context", "response")}, "label": str(row["category"])}
+
+
+def table(lines: list[dict[str, object]]) -> str:
+    """Means over seeds with 95 % intervals, the share of the gap, and forecast beside truth."""
+    names = [name for name in TEXTS if any(line["dataset"] == name for line in lines)]
+    out, right = [], 0
+    for name in names:
+        some = [line for line in lines if line["dataset"] == name]
+        out.append(f"{name}, {len(some)} seeds: loss (nats per token), accuracy")
+        losses = {row: [number(line, "loss", row) for line in some] for row in ROWS}
+        for row in ROWS:
+            right_share = statistics.fmean(number(line, "accuracy", row) for line in some)
+            out.append(f"  {row:<18}{spread(losses[row])}  {100 * right_share:5.1f} %")
+        pairs = zip(losses["small FedAvg"], losses["FedPT"], strict=True)
+        out.append(f"  FedPT below its small model by {spread([a - b for a, b in pairs])}")
+        pairs = zip(losses["small FedAvg"], losses["small, distilled"], strict=True)
+        out.append(f"  distillation lowers the small model by {spread([a - b for a, b in pairs])}")
+        gap = [
+            (base - ours) / (base - best)
+            for base, ours, best in zip(losses["large base"], losses["FedPT"], losses["large FedAvg"], strict=True)
+        ]
+        out.append(f"  share of the gap from large base to large FedAvg: {spread(gap)}")
+        sent = [cast(Mapping[str, float], line["bytes_per_client"]) for line in some]
+        out.append(f"  bytes per client: FedPT {sent[0]['FedPT']:,.0f}, large FedAvg {sent[0]['large FedAvg']:,.0f}")
+        said = [bool(cast(Mapping[str, object], line["forecast"])["pays"]) for line in some]
+        held = [bool(line["pays"]) for line in some]
+        hit = statistics.fmean(said) >= 0.5, statistics.fmean(held) >= 0.5
+        right += hit[0] == hit[1]
+        out.append(f"  forecast by seed: {words(said)}; truth: {words(held)}")
+    out.append(f"forecast right on {right} of {len(names)} data sets (majority of seeds)")
+    out.append(f"{sum(cast(float, line['cpu_seconds']) for line in lines):.0f} CPU-seconds")
+    return "\n".join(out)
+
+
+def number(line: Mapping[str, object], table: str, row: str) -> float:
+    """One figure."""
+    return cast(Mapping[str, float], line[table])[row]
+
+
+def spread(values: list[float]) -> str:
+    """Mean and 95 % interval over seeds."""
+    ends = evaluate.interval(values)
+    range_ = f" [{ends[0]:.3f}, {ends[1]:.3f}]" if ends else ""
+    return f"{statistics.fmean(values):.3f}{range_}"
+
+
+def words(verdicts: list[bool]) -> str:
+    """Verdicts in words."""
+    return ", ".join("pays" if one else "does not pay" for one in verdicts)
+
+
+if __name__ == "__main__":
+    main()
