@@ -1,5 +1,7 @@
 """A proxy of tiny random models: closed forms, the shared forward, generation, refusals."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from tests.conftest import byte_tokenizer
@@ -7,9 +9,10 @@ from tests.models import adapted, model, padded
 
 from kilofed import evaluate
 from kilofed.data import Example
+from kilofed.decode import Sampling
 from kilofed.errors import ModelError
 from kilofed.models import without_adapter
-from kilofed.proxy import ProxyModel
+from kilofed.proxy import ProxyLogits, ProxyModel
 from kilofed.steering import Mix, Offset, Realign
 from kilofed.train import collate, token_losses
 
@@ -197,3 +200,54 @@ def test_it_scores_as_its_forward_does() -> None:
         assert [t for t, _ in token.top] == log_p[place - 1].topk(3).indices.tolist()
     with pytest.raises(ModelError, match="the prompt has 66 tokens"):
         proxy.score([1] * 66)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("beams", [1, 3])
+def test_a_logits_processor_on_any_generate_is_the_proxy(beams: int) -> None:
+    large, small = model(0, width=24), adapted(1)
+    ways = {"max_new_tokens": 10, "num_beams": beams, "do_sample": False}
+    expected = ProxyModel(large, small).generate(input_ids=IDS, attention_mask=MASK, **ways)
+    processor = ProxyLogits(small, pad_token_id=0)
+    for _ in range(2):  # A second text is not taken for the first going on.
+        found = large.generate(input_ids=IDS, attention_mask=MASK, logits_processor=[processor], **ways)
+        assert torch.equal(found, expected)
+
+
+@torch.no_grad()
+def test_a_logits_processor_draws_as_the_proxy_draws() -> None:
+    large, small, base = model(0, width=24), adapted(1), model(1)
+    ways = {"max_new_tokens": 10, "do_sample": True, "temperature": 0.7, "top_p": 0.9, "top_k": 0}
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        expected = ProxyModel(large, small).generate(input_ids=IDS, attention_mask=MASK, **ways)
+        torch.manual_seed(3)
+        processor = ProxyLogits(small, base, pad_token_id=0)
+        found = large.generate(input_ids=IDS, attention_mask=MASK, logits_processor=[processor], **ways)
+    assert torch.equal(found, expected)
+
+
+@torch.no_grad()
+def test_a_logits_processor_rules_padding_rows_out() -> None:
+    large, small = model(0, vocabulary=64), adapted(1)
+    found = ProxyLogits(small, vocabulary=38)(IDS, large(IDS).logits[:, -1])
+    assert found.shape == (3, 64)
+    assert found[:, 38:].isneginf().all()
+    assert found[:, :38].isfinite().all()
+    with pytest.raises(ModelError, match="the tokeniser has 40 tokens, but the large model knows 30"):
+        ProxyLogits(small)(IDS, torch.zeros(3, 30))
+    with pytest.raises(ModelError, match="65 tokens are more than the small model's 64"):
+        ProxyLogits(small)(torch.ones(1, 65, dtype=torch.long), torch.zeros(1, 40))
+
+
+@torch.no_grad()
+def test_threads_do_not_meet_in_the_small_model() -> None:
+    proxy = ProxyModel(model(0, width=24), adapted(1), rule=Offset(0.5))
+    asks = [Sampling(max_new_tokens=15, temperature=0.9, seed=seed) for seed in range(6)]
+
+    def spoken(sampling: Sampling) -> list[int]:
+        return [token.id for token in proxy.speak([1, 5, 9], sampling)]
+
+    with ThreadPoolExecutor(6) as pool:
+        together = list(pool.map(spoken, asks))
+    assert together == [spoken(sampling) for sampling in asks]

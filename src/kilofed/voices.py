@@ -21,6 +21,7 @@ from kilofed.errors import ModelError
 from kilofed.models import without_adapter
 
 Forward = Callable[[Tensor], Tensor]
+Route = Callable[[nn.Module], Forward | None]
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,8 @@ class Voices(Protocol):
     """Longest sequence in tokens."""
     width: int
     """Width of the logits."""
+    copies: int
+    """How often its cache holds the batch."""
     tells_all: bool
     """False: logits are log-probabilities of the likeliest tokens, and -inf at all others."""
 
@@ -131,8 +134,8 @@ class Twins(Local):
         self._layers = layers
         # The layers are routed for the length of a forward; two threads must not meet in there.
         self._lock = threading.Lock()
-        self.tuned = Local(module)
-        self.base = _Routed(self)
+        self.tuned = _Alone(self, lambda layer: None)
+        self.base = _Alone(self, lambda layer: cast(Forward, layer.base_layer))
 
     def speak(self, ask: Ask, cache: Cache | None) -> tuple[Tensor, ...]:
         """See Voices."""
@@ -144,15 +147,15 @@ class Twins(Local):
         return logits[:rows], logits[rows:]
 
 
-class _Routed(Local):
-    """One voice: the base inside `twins`, without PEFT's walk over every module."""
+class _Alone(Local):
+    """One of two twins, without PEFT's walk over every module."""
 
-    def __init__(self, twins: Twins) -> None:
+    def __init__(self, twins: Twins, route: Route) -> None:
         super().__init__(twins.module)
-        self._twins = twins
+        self._twins, self._route = twins, route
 
     def speak(self, ask: Ask, cache: Cache | None) -> tuple[Tensor, ...]:
-        with self._twins._lock, _routed(self._twins._layers, lambda layer: cast(Forward, layer.base_layer)):
+        with self._twins._lock, _routed(self._twins._layers, self._route):
             return (self._logits(ask, cache),)
 
 
@@ -160,6 +163,7 @@ class Pair:
     """Two voices, (tuned, base), in two forwards."""
 
     num_voices = 2
+    copies = 1
     tells_all = True
 
     def __init__(self, tuned: Local, base: Local) -> None:
@@ -264,10 +268,11 @@ def kept(logits_BTV: Tensor, keep: int | Tensor) -> Tensor:
 
 
 @contextmanager
-def _routed(layers: list[nn.Module], route: Callable[[nn.Module], Forward]) -> Iterator[None]:
-    """Let each layer answer with `route(layer)` for the length of the block."""
+def _routed(layers: list[nn.Module], route: Route) -> Iterator[None]:
+    """Let each layer answer with `route(layer)` for the length of the block; None leaves it its own way."""
     for layer in layers:
-        layer.__dict__["forward"] = route(layer)
+        if (forward := route(layer)) is not None:
+            layer.__dict__["forward"] = forward
     try:
         yield
     finally:
