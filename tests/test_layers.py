@@ -36,6 +36,7 @@ LAYERS: list[set[str]] = [
         "needs",
         "teaching",
         "prospects",
+        "steered",
         "decode",
         "spelling",
         "vocabulary",

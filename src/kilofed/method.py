@@ -23,6 +23,7 @@ import pkgutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Protocol, TypeVar, cast, overload
 
 import torch
@@ -106,6 +107,8 @@ class Server:
     """Rows that anyone may see: the recipe's data.public."""
     spec: ModelSpec | None = None
     """What `model` was loaded from; None where it was not."""
+    folder: Path | None = None
+    """The run folder, for what is kept beside the state, such as an API's answers; None where there is none."""
     cache: dict[str, object] = field(default_factory=dict)
     """May vanish between two rounds."""
     round: int = 0
@@ -125,6 +128,10 @@ class Engine(Protocol):
 
     def exchange(self, asks: Mapping[int, bytes]) -> Iterator[tuple[int, bytes]]:
         """Hand each client its bytes and yield (id, reply) in ascending id order; who did not answer is left out."""
+        ...
+
+    def overhead(self) -> int:
+        """Bytes that it sent so far beside the messages, such as their framing; 0 where it cannot tell."""
         ...
 
     def close(self) -> None:

@@ -151,7 +151,7 @@ def delivered(folder: Path) -> tuple[nn.Module, PreTrainedTokenizerBase]:
 def restored(folder: Path) -> tuple[Server, Sites]:
     """The server of a run folder after its newest round, and the run's sites. Raises RunError."""
     sites = Sites(recipe_of(folder))
-    server = _server(sites)
+    server = _server(sites, folder)
     if not _load_state(folder, server):
         raise RunError(f"{folder} has no state yet: resume it first")
     return server, sites
@@ -203,7 +203,7 @@ def _run_one(recipe: Recipe, folder: Path, watch: Watch) -> Results:
     watch.stage("reading data and model")
     sites = Sites(recipe, folder / "clients")
     policy = load_mechanism(replace(recipe.privacy, noise_key=_noise_key(recipe, folder)))
-    server = _server(sites)
+    server = _server(sites, folder)
     path = folder / "run.json"
     known = json.loads(path.read_text("utf-8"))
     if "clients" not in known:
@@ -248,6 +248,7 @@ def _rounds(sites: Sites, server: Server, policy: Mechanism, folder: Path, watch
         closing(Ledger(folder / "ledger.jsonl")) as ledger,
         closing(open_engine(recipe.engine, sites.client_ids(), text, folder / "clients", sites.handle)) as engine,
     ):
+        framing = 0
         for number in range(server.round + 1, recipe.rounds + 1):
             if method.done(server):
                 break
@@ -265,6 +266,8 @@ def _rounds(sites: Sites, server: Server, policy: Mechanism, folder: Path, watch
             metrics: dict[str, object] = {"round": number, **method.round(server, cohort)}
             metrics["failures"] = {str(client): text for client, text in cohort.failures.items()}
             metrics["seconds"] = round(time.perf_counter() - began, 3)
+            if extra := engine.overhead() - framing:
+                metrics["framing_bytes"], framing = extra, engine.overhead()
             if number % recipe.evaluate.every == 0 or number == recipe.rounds or method.done(server):
                 metrics |= _measure(sites, method.deliver(server))
             ledger.sync()
@@ -273,11 +276,11 @@ def _rounds(sites: Sites, server: Server, policy: Mechanism, folder: Path, watch
             watch.round(number, recipe.rounds, metrics)
 
 
-def _server(sites: Sites) -> Server:
+def _server(sites: Sites, folder: Path) -> Server:
     recipe = sites.recipe
     spec = sites.method.server_model(recipe)
     model = sites.model(spec) if spec else nn.Identity()
-    return Server(recipe.seed, recipe.rounds, recipe.train, model, public=sites.public, spec=spec)
+    return Server(recipe.seed, recipe.rounds, recipe.train, model, public=sites.public, spec=spec, folder=folder)
 
 
 def _load_state(folder: Path, server: Server) -> bool:

@@ -10,13 +10,14 @@ held out is thrown away. What is delivered is the steered large model.
 import copy
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, cast
 
 import torch
 from torch import nn
 
 from kilofed import evaluate, models, teaching, train, wire
+from kilofed.blackbox import RemoteModel
 from kilofed.charts import Chart
 from kilofed.data import Example
 from kilofed.errors import NonFiniteLoss, RecipeError
@@ -25,9 +26,8 @@ from kilofed.methods.fedavg import FedAvg
 from kilofed.payload import Scalar
 from kilofed.prospects import Prospects, Trio, foresee, sweep
 from kilofed.proxy import ProxyModel
-from kilofed.recipe import Dtype, ModelSpec, Recipe, TrainSpec
-from kilofed.steering import Offset
-from kilofed.vocabulary import common_vocabulary
+from kilofed.recipe import ModelSpec, Recipe, TrainSpec
+from kilofed.steered import Large, LargeSpec, open_large
 
 ALPHAS = tuple(i / 4 for i in range(9))
 """Strengths that the report draws."""
@@ -41,12 +41,9 @@ PROXY_LOSS = wire.SERVER + "proxy_loss"
 class FedPT(FedAvg):
     """Clients tune the small model; the server steers a large one with it, and teaches the small one in turn."""
 
-    large: str = "builtin:large"
-    """The model that is steered, at the server only: `builtin:large`, a local directory or a hub id."""
-    large_dtype: Dtype = "float32"
-    """Dtype of its weights."""
-    large_device: str = "cpu"
-    """Where it runs."""
+    large: LargeSpec = field(default_factory=LargeSpec)
+    """The model that is steered, at the server only: `builtin:large`, a directory, a hub id or an API's address; its
+    own fields are those of kilofed.steered.LargeSpec, such as large.name and large.top_k for an API."""
     alpha: float = 1.0
     """Strength of the steering; 0 is the large model alone, above 1 exaggerates what the small one learnt."""
     distil: Literal["none", "forward", "reverse"] = "forward"
@@ -92,14 +89,13 @@ class FedPT(FedAvg):
             loss = self._loss(self.deliver(server), self._public(server)[1])
             server.state[PROXY_LOSS] = torch.tensor(loss, dtype=torch.float64)
             metrics["public_proxy_loss"] = loss
-        return metrics
+        return metrics | self._asked(server)
 
     def done(self, server: Server) -> bool:
         return PROXY_LOSS in server.state and float(server.state[PROXY_LOSS]) <= self.target_loss
 
     def deliver(self, server: Server) -> ProxyModel:
-        large, words = self._large(server)
-        return ProxyModel(large, self.trained(server), self._base(server), Offset(self.alpha), vocabulary=words)
+        return self._large(server).steer(self.trained(server), self._base(server), self.alpha)
 
     def trained(self, server: Server) -> nn.Module:
         """The small model with what the clients taught it."""
@@ -107,7 +103,8 @@ class FedPT(FedAvg):
 
     def beside(self, server: Server) -> Mapping[str, nn.Module]:
         """The two parts on their own."""
-        return {"small tuned": self.trained(server), "large base": self._large(server)[0]}
+        trio = self._trio(server)
+        return {"small tuned": trio.tuned, "large base": trio.large}
 
     def charts(self, server: Server, rows: Sequence[Example]) -> list[Chart]:
         """The loss against the strength of steering; and what each server phase did to the small model."""
@@ -130,6 +127,13 @@ class FedPT(FedAvg):
         return foresee(
             trio, rows, held_out, server.train, alpha=self.alpha, order=lambda name: _order(server, f"trial {name}")
         )
+
+    def _asked(self, server: Server) -> dict[str, Scalar]:
+        """What an API was asked for in the whole run; nothing for a local model."""
+        large = server.cache.get("large")
+        if not isinstance(large, Large) or not isinstance(large.model, RemoteModel):
+            return {}
+        return {"api_requests": large.model.api.num_requests, "api_tokens": large.model.api.num_tokens}
 
     def _distil(self, server: Server) -> dict[str, Scalar]:
         """One server phase; the state changes if the small model does no worse."""
@@ -176,15 +180,11 @@ class FedPT(FedAvg):
             taught = [row._replace(labels=list(row.input_ids)) for row in taught]
         return taught, judging
 
-    def _large(self, server: Server) -> tuple[nn.Module, int | None]:
-        """The large model and how many words both models have. Raises ModelError: not to be had, another tokeniser."""
+    def _large(self, server: Server) -> Large:
+        """The large model, opened once per process. Raises ModelError: not to be had, another tokeniser."""
         if "large" not in server.cache:
-            spec = ModelSpec(self.large, self.large_dtype, self.large_device)
-            words = None
-            if server.spec is not None:
-                words = common_vocabulary(models.load_tokenizer(spec), models.load_tokenizer(server.spec))
-            server.cache["large"] = models.load_base(spec).requires_grad_(False), words
-        return cast(tuple[nn.Module, int | None], server.cache["large"])
+            server.cache["large"] = open_large(self.large, server.spec, server.folder)
+        return cast(Large, server.cache["large"])
 
     def _base(self, server: Server) -> nn.Module | None:
         """The small model before any tuning; None where it lies under the adapter."""
@@ -209,8 +209,8 @@ class FedPT(FedAvg):
         return Chart("Strength of the steering", words, "alpha", "loss, nats per token", lines)
 
     def _trio(self, server: Server) -> Trio:
-        large, words = self._large(server)
-        return Trio(large, self.trained(server), self._base(server), words)
+        large, tuned, base = self._large(server), self.trained(server), self._base(server)
+        return Trio(large.alone(tuned, base), tuned, base, large.words)
 
     def _check_ranges(self) -> None:
         ranges = {
