@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from kilofed.recipe import Recipe, Value, from_table
 
@@ -52,6 +52,26 @@ def random_llama(folder: Path, *, seed: int, layers: int, width: int) -> Path:
             tie_word_embeddings=True,
         )
         LlamaForCausalLM(config).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Directory of a random BERT: 2 layers, width 16, 259 tokens, with a pooling layer and no head."""
+    folder = tmp_path_factory.mktemp("tiny-encoder")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = BertConfig(
+            vocab_size=259,
+            hidden_size=16,
+            intermediate_size=24,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            max_position_embeddings=128,
+            pad_token_id=0,
+        )
+        BertModel(config).save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
     return folder
 

@@ -152,6 +152,7 @@ class Renderer:
         if len(ids) > self.spec.max_length:
             self.num_cut += 1
             ids = self.tokenizer.encode(text, truncation=True, max_length=self.spec.max_length)
+        ids = ids or [self.tokenizer.pad_token_id]  # No text at all is still a row.
         return Example(list(ids), [], [], [name] if name else [], self._classes.get(name, IGNORED))
 
     def _example(self, row: Row) -> Example:
