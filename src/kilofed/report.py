@@ -118,6 +118,7 @@ def _cost_line(results: Mapping[str, object]) -> str:
         f"in all {size(dig(total, 'up'))} up, {size(dig(total, 'down'))} down; "
         f"{count(results.get('exchanges'))} exchanges, {fixed(results.get('seconds'), 1)} s, "
         f"{size(results.get('peak_memory_bytes'))} peak memory"
+        + (f"; and {size(extra)} of framing by the engine" if (extra := results.get("framing_bytes")) else "")
     )
 
 

@@ -41,6 +41,7 @@ def of_run(recipe: Recipe, folder: Path, rows: Mapping[str, object], policy: Mec
         "rows": dict(rows),
         "bytes": {"up": _mean(up), "down": _mean(down)},
         "bytes_total": {"up": sum(up.values()), "down": sum(down.values())},
+        "framing_bytes": sum(line.get("framing_bytes", 0) for line in lines),
         "exchanges": exchanges,
         "seconds": round(sum(line.get("seconds", 0.0) for line in lines), 3),
         "peak_memory_bytes": environment.peak_memory(),

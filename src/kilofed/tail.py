@@ -110,9 +110,8 @@ class Tail:
         Raises:
             NonFiniteLoss: a loss is no finite number. ModelError: both sides would train the same tensor.
         """
-        groups = [list(sent)] if self._sharing == "joint" else [[client] for client in sent]
         answers: dict[int, Answer] = {}
-        for group in filter(None, groups):
+        for group in self._groups(sent):
             learner = self._learner(group[0])
             if sent[group[0]].labels is None:
                 answers |= self._descend(group, sent)
@@ -144,10 +143,11 @@ class Tail:
         for sweep in again:
             self._sweeps.append(_Sweep(sweep.number, sweep.rate, learner.save()))
             kept = {one: batch for one, batch in sweep.done.items() if one != client or one not in sweep.open}
-            for one, batch in kept.items():
-                if batch.labels is None:
-                    self.ascend(one, batch)
-            self.learn(kept)
+            for group in self._groups(kept):
+                for one in group:
+                    if kept[one].labels is None:
+                        self.ascend(one, kept[one])
+                self.learn({one: kept[one] for one in group})
             self._sweeps[-1].open = sweep.open - {client}
         self._graphs = waiting
 
@@ -170,6 +170,12 @@ class Tail:
     @property
     def _device(self) -> torch.device:
         return next(self._halves.model.parameters()).device
+
+    def _groups(self, sent: Mapping[int, Sent]) -> list[list[int]]:
+        """Clients whose batches share a step."""
+        if self._sharing == "joint":
+            return [list(sent)] if sent else []
+        return [[client] for client in sent]
 
     def _learner(self, client: int) -> Learner:
         key = client if self._sharing == "averaged" else SHARED

@@ -71,6 +71,9 @@ class Faulty:
                 reply = draw.randbytes(min(64, len(reply))) + reply[64:]
             yield client, reply
 
+    def overhead(self) -> int:
+        return self._engine.overhead()
+
     def close(self) -> None:
         self._engine.close()
 

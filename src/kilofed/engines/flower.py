@@ -99,6 +99,10 @@ class Flower:
             log.warning("%d clients did not answer in time; the simulation starts afresh", len(late))
             self._end(grace=1.0)
 
+    def overhead(self) -> int:
+        """Not known: Flower does not say."""
+        return 0
+
     def close(self) -> None:
         """End the simulation and Ray."""
         self._end(grace=10.0)

@@ -24,5 +24,9 @@ class InProcess:
         for client in sorted(asks):
             yield client, self._handler(client, asks[client])
 
+    def overhead(self) -> int:
+        """None: nothing is framed."""
+        return 0
+
     def close(self) -> None:
         """Nothing to let go of."""

@@ -68,6 +68,10 @@ class Pool:
         finally:
             self._let_go()
 
+    def overhead(self) -> int:
+        """Not known: pipes do not say."""
+        return 0
+
     def close(self) -> None:
         """End all workers."""
         for worker in self._workers:
