@@ -1,0 +1,194 @@
+"""KD-FedLLM: what collapses to what, clients with other models, and what it refuses."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from kilofed import consensus, models
+from kilofed.engines.inprocess import InProcess
+from kilofed.errors import ClientError, ModelError, RecipeError
+from kilofed.ledger import Ledger
+from kilofed.method import Cohort, Message
+from kilofed.payload import Payload
+from kilofed.recipe import Recipe, Value, changed
+from kilofed.site import Sites
+
+CLASSIFY: dict[str, Value] = {
+    "data.task": "classify",
+    "data.columns.text": "instruction",
+    "data.columns.label": "client",
+    "data.partition.kind": "iid",
+    "data.partition.num_clients": 4,
+}
+
+
+def replies(found, round: int = 1) -> tuple[Payload, dict[int, Payload]]:
+    """What the server asks in a round, and what each client answers."""
+    method, server = found.sites.method, found.server
+    rows = method.rows(server.public, server.seed, round)
+    models.write_trained(server.model, server.state)
+    ask = method._ask(server.model, rows)
+    cohort = Cohort(found.sites.client_ids(), InProcess(found.sites.client_ids(), found.sites.handle), Ledger(),
+                    found.sites.policy, round=round)  # fmt: skip
+    return ask, cohort.call("tune", ask)
+
+
+@pytest.mark.parametrize("overrides", [{}, CLASSIFY], ids=["tokens", "classes"])
+def test_the_ensemble_of_one_client_is_what_it_says(federate, overrides: dict[str, Value]) -> None:
+    found = federate("kd", rounds=0, overrides=overrides, wire="float32", fresh=True)
+    ask, answers = replies(found)
+    teacher = found.sites.method.teacher(ask, answers[2])
+    torch.testing.assert_close(teacher.log_probs_NB.float(), answers[2].tensors["log_probs"], rtol=1e-5, atol=1e-5)
+
+
+def test_sending_all_words_is_sending_the_best_of_all(federate) -> None:
+    """With k one below V a single word is in the bucket of all others, so nothing is hidden."""
+    full = federate("kd", wire="float32", top_k=0, public_rows=2)
+    most = federate("kd", wire="float32", top_k=258, public_rows=2)
+    beyond = federate("kd", wire="float32", top_k=9999, public_rows=2)
+    assert beyond.content == full.content
+    for name, tensor in full.server.state.items():
+        torch.testing.assert_close(most.server.state[name], tensor, rtol=1e-2, atol=1e-4)
+
+
+def test_a_client_that_learns_nothing_teaches_nothing(federate) -> None:
+    # By plain gradient steps, as Adam makes steps of rounding errors too.
+    still = federate("kd", overrides={"train.lr": 0.0, "train.optimizer": "sgd"}, guide_steps=0, wire="float32")
+    start = federate("kd", rounds=0).server.state
+    for name, tensor in start.items():
+        torch.testing.assert_close(still.server.state[name], tensor, rtol=0, atol=1e-5)
+
+
+def test_a_client_keeps_its_own_adapter(federate, tmp_path: Path) -> None:
+    found = federate("kd", folder=tmp_path)
+    own = [Payload.decode(sorted((tmp_path / str(i)).rglob("*.safetensors"))[-1].read_bytes()) for i in (0, 1)]
+    assert own[0].tensors.keys() == found.server.state.keys()
+    assert any(not torch.equal(own[0].tensors[name], own[1].tensors[name]) for name in own[0].tensors)
+
+
+def test_only_what_is_said_of_public_rows_travels(federate) -> None:
+    found = federate("kd", rounds=1, public_rows=2)
+    (message,) = found.sites.method.rehearse(found.server)
+    assert isinstance(message, Message)
+    assert sorted(message.reply.tensors) == ["log_probs"]
+    assert sorted(message.ask.tensors) == ["log_probs", "words"]
+    num = sum(consensus.num_positions(found.sites.method.rows(found.server.public, 0, 2)))
+    assert message.reply.tensors["log_probs"].shape == (num, 9)
+
+
+@pytest.mark.parametrize(("wire", "most"), [("float16", 0.01), ("int8", consensus.STEP)])
+def test_the_wire_moves_what_is_said_by_less_than_a_step(federate, wire: str, most: float) -> None:
+    said = []
+    for sent in ("float32", wire):
+        found = federate("kd", rounds=0, wire=sent, fresh=True)
+        ask, answers = replies(found)
+        said.append(found.sites.method.teacher(ask, answers[0]).log_probs_NB)
+    sure = said[0] > -consensus.RANGE
+    assert 0 < float((said[0] - said[1])[sure].abs().max()) <= most
+
+
+@pytest.mark.parametrize("words", [{"weighting": "entropy"}, {"weighting": "confidence"}, {"score_share": 0.5}])
+def test_counts_are_sent_where_clients_count_differently(federate, words: dict[str, Value]) -> None:
+    found = federate("kd", **words)
+    (message,) = found.sites.method.rehearse(found.server)
+    assert sorted(message.reply.tensors) == ["counts", "log_probs"]
+    assert found.content != federate("kd").content
+
+
+@pytest.mark.parametrize("overrides", [{}, CLASSIFY], ids=["tokens", "classes"])
+def test_clients_may_have_other_models(federate, tiny_large: Path, overrides: dict[str, Value]) -> None:
+    found = federate("kd", overrides={**overrides, "method.models": {"1": str(tiny_large)}})
+    shapes = [_sizes(found.sites._client(client).model) for client in (0, 1)]
+    assert shapes[0] != shapes[1]
+    assert found.metrics[-1]["train_loss"] > 0
+    assert found.content != federate("kd", overrides=overrides).content
+
+
+def test_a_classifying_client_may_have_another_tokeniser(federate, tiny_encoder: Path, tmp_path: Path) -> None:
+    other = _with_another_word(tiny_encoder, tmp_path)
+    found = federate("kd", rounds=1, overrides={**CLASSIFY, "method.models": {"0": str(other)}}, fresh=True)
+    assert found.sites.renderer_of(found.sites.method.client_model(found.recipe, 0)) is not found.sites.renderer
+    assert found.metrics[-1]["train_loss"] > 0
+
+
+def test_another_vocabulary_is_refused_where_tokens_are_learnt(federate, tiny_model: Path, tmp_path: Path) -> None:
+    other = _with_another_word(tiny_model, tmp_path)
+    with pytest.raises(ModelError, match="has another vocabulary than"):
+        federate("kd", rounds=1, overrides={"method.models": {"0": str(other)}}, fresh=True)
+
+
+def test_another_label_set_is_refused(federate, tiny_recipe: Recipe) -> None:
+    found = federate("kd", rounds=0, overrides=CLASSIFY, fresh=True)
+    ask, _ = replies(found)
+    names = ["site 0", "site 1", "site 2", "site 3"]
+    for labels, message in (
+        ([*names, "site 4"], "its model scores 5 classes, the server's 4"),
+        ([names[1], names[0], *names[2:]], "are not those of the server"),
+    ):
+        sites = Sites(changed(found.recipe, {"data.labels": list(labels)}))
+        client = sites._client(0)
+        client.round = 1
+        with pytest.raises(ClientError, match=message):
+            sites.method.tune(client, ask)  # type: ignore[attr-defined]
+
+
+def test_other_public_rows_are_refused(federate) -> None:
+    found = federate("kd", rounds=0, public_rows=0, fresh=True)
+    ask, _ = replies(found)
+    client = Sites(changed(found.recipe, {"data.public_share": 0.3}))._client(0)
+    client.round = 1
+    with pytest.raises(ClientError, match="its public rows"):
+        found.sites.method.tune(client, ask)
+
+
+def test_no_public_rows_are_refused(federate) -> None:
+    with pytest.raises(RecipeError, match=r"data\.public=FILE"):
+        federate("kd", rounds=0, overrides={"data.public_share": 0.0}, fresh=True)
+
+
+def test_logits_that_are_not_finite_stay_at_home(federate, tmp_path: Path) -> None:
+    """A word that is in public rows alone makes the logits of one client's own model NaN."""
+    public = tmp_path / "public.jsonl"
+    public.write_text("".join(json.dumps({"instruction": f"~ {n}"}) + "\n" for n in range(3)), "utf-8")
+    found = federate("kd", rounds=0, overrides={**CLASSIFY, "data.public": str(public)}, public_rows=0, fresh=True)
+    ask, _ = replies(found)
+    client = found.sites._client(1)
+    tilde = client.public[0].input_ids[0]
+    embeddings = client.model.get_input_embeddings().weight
+    with torch.no_grad():
+        whole: Tensor = embeddings[tilde].clone()
+        embeddings[tilde] = torch.nan
+    try:
+        client.round = 1
+        with pytest.raises(ClientError, match="NaN or infinite at 3 of 3 positions"):
+            found.sites.method.tune(client, ask)
+    finally:
+        with torch.no_grad():
+            embeddings[tilde] = whole
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("temperature", 0.0), ("score_share", 0.0), ("steps", 0), ("models", {"first": "x"})]
+)
+def test_fields_out_of_range_are_refused(federate, field: str, value: Value) -> None:
+    with pytest.raises(RecipeError, match=field):
+        federate("kd", rounds=0, fresh=True, **{field: value})
+
+
+def _sizes(model: torch.nn.Module) -> list[tuple[int, ...]]:
+    return [tuple(tensor.shape) for tensor in models.trained(model).values()]
+
+
+def _with_another_word(model: Path, folder: Path) -> Path:
+    """A copy of a model directory whose tokeniser spells one byte otherwise."""
+    for item in model.iterdir():
+        (folder / item.name).write_bytes(item.read_bytes())
+    path = folder / "tokenizer.json"
+    table = json.loads(path.read_text("utf-8"))
+    words = table["model"]["vocab"]
+    words["a"], words["b"] = words["b"], words["a"]
+    path.write_text(json.dumps(table), "utf-8")
+    return folder
