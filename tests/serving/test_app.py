@@ -6,6 +6,7 @@ import threading
 from base64 import b64encode
 from concurrent.futures import ThreadPoolExecutor
 from hashlib import sha256
+from pathlib import Path
 
 import httpx
 import openai
@@ -317,6 +318,18 @@ def test_nothing_that_was_asked_or_answered_is_logged(server, capfd, caplog) -> 
     ours = "".join(r.getMessage() for r in caplog.records if r.name.startswith(("kilofed", "uvicorn", "fastapi")))
     assert "secret" not in out + err + ours
     assert reply.choices[0].text not in out + err + ours or not reply.choices[0].text
+
+
+def test_the_client_of_the_docs_page_runs_as_it_stands(server, capsys) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "serve.md").read_text("utf-8")
+    (block,) = re.findall(r"^```python\n(.*?)^```", page, flags=re.M | re.S)
+    for shown, real in (("http://127.0.0.1:8000", server.url), ("kf-...", server.token), ("tiny-1", "tiny")):
+        assert shown in block
+        block = block.replace(shown, real)
+    scope: dict = {}
+    exec(block, scope)
+    scope["client"].close()
+    assert capsys.readouterr().out
 
 
 def test_events_are_framed_as_the_standard_says(server) -> None:
