@@ -347,3 +347,17 @@ def test_text_rows_are_said_to_be_learnt_whole(tiny_table: dict[str, Value], row
     source = rows([{"client": f"site {i % 2}", "text": f"some text {i}"} for i in range(20)])
     recipe = from_table({**tiny_table, "data": {"source": source}})
     assert of(check(recipe), "good")["template"].startswith("running text")
+
+
+def test_rows_to_classify_are_checked_as_such(tiny_recipe: Recipe, tiny_encoder: Path) -> None:
+    task: dict[str, Value] = {"data.task": "classify", "data.columns.text": "instruction", "model": str(tiny_encoder),
+                              "data.columns.label": "client", "data.partition.kind": "iid"}  # fmt: skip
+    good = of(check(changed(tiny_recipe, task)), "good")
+    assert good["labels"].startswith(
+        "4 labels from the training rows: site 0, site 1, site 2, site 3; 10 training rows"
+    )
+    assert "a head of kind mean for 4 labels" in good["adapter"]
+    assert good["loss"] == "100.0 % of rows have a label"
+    labels = [f"site {n}" for n in range(5)]
+    warned = of(check(changed(tiny_recipe, {**task, "data.labels": list(labels)})), "warn")
+    assert "no training row has site 4" in warned["labels"]

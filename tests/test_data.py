@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from kilofed.data import IGNORED, TEMPLATES, Example, Renderer
+from kilofed.data import IGNORED, TEMPLATES, Example, Renderer, Rows, class_names
 from kilofed.errors import DataError
 from kilofed.recipe import ColumnsSpec, DataSpec
 
@@ -358,3 +358,56 @@ def test_real_tokenisers_give_back_what_went_in(name: str) -> None:
     told = [label for label in example.labels if label != IGNORED]
     assert tokenizer.decode(told, skip_special_tokens=True).strip() == "Nobody at all."
     assert told[-1] == tokenizer.eos_token_id
+
+
+LABELLED = DataSpec(task="classify", max_length=8)
+
+
+def classes(train: list[object], test: list[object] = [], **changes: object) -> tuple[str, ...]:  # noqa: B006
+    rows = [[{"text": "a", "label": label} for label in some] for some in (train, test)]
+    return class_names(replace(LABELLED, **changes), Rows(*rows, ""))  # type: ignore[arg-type]
+
+
+def test_classes_are_the_labels_of_the_training_rows_sorted_or_those_agreed() -> None:
+    assert classes(["b", "a", "b", None], ["a"]) == ("a", "b")
+    assert classes(["b"], labels=("c", "b")) == ("c", "b")
+    assert class_names(DataSpec(), Rows([{"text": "a"}], [], "")) == ()
+
+
+@pytest.mark.parametrize(
+    ("train", "test", "agreed", "message"),
+    [
+        (["yes", "no"], ["no", "maybe"], (), r"held-out row 2: the label 'maybe' is not one of the 2 agreed ones"),
+        (["yes", "noo"], [], ("yes", "no"), r"row 2: the label 'noo' .* \(did you mean no\?\)"),
+        (["yes", "yes"], [], (), "all rows have the label 'yes'; expected at least two labels in column label"),
+        ([None, ""], [], (), "no row has a label"),
+        (["a"], [], ("a", "b", "a"), r"data\.labels names a label twice"),
+    ],
+)
+def test_labels_that_do_not_fit_are_refused(
+    train: list[object], test: list[object], agreed: tuple[str, ...], message: str
+) -> None:
+    with pytest.raises(DataError, match=message):
+        classes(train, test, labels=agreed)
+
+
+def test_labels_without_the_task_are_refused() -> None:
+    with pytest.raises(DataError, match=r"set that too"):
+        class_names(DataSpec(labels=("a", "b")), Rows([{"text": "a"}], [], ""))
+
+
+def test_a_row_to_classify_has_its_number_and_is_cut_from_the_right(plain: PreTrainedTokenizerBase) -> None:
+    renderer = Renderer(plain, LABELLED, "label", ("no", "yes"))
+    short, long = renderer([{"text": "ab", "label": "yes"}, {"text": "abcdefghijk", "label": "no"}])
+    assert (short.label, long.label) == (1, 0)
+    assert short.input_ids == plain.encode("ab")
+    assert long.input_ids == plain.encode("abcdefgh")
+    assert renderer.num_cut == 1
+
+
+def test_a_row_without_label_is_left_out_aloud(
+    plain: PreTrainedTokenizerBase, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = [{"text": "a", "label": "no"}, {"text": "b", "label": None}, {"text": "", "label": "yes"}]
+    assert [e.label for e in Renderer(plain, LABELLED, "label", ("no", "yes"))(rows)] == [0, 1]
+    assert "1 of 3 rows have no label and are left out: fill in data.columns.label" in caplog.text

@@ -2,6 +2,7 @@
 
 import math
 import statistics
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from kilofed import evaluate, models
 from kilofed.data import IGNORED, Example
-from kilofed.evaluate import Scores
+from kilofed.evaluate import Scores, macro_f1
 from kilofed.recipe import EvaluateSpec, ModelSpec
 
 
@@ -161,3 +162,26 @@ def test_a_row_of_the_table_is_the_mean_over_clients() -> None:
 def test_scores_that_were_not_taken_are_none() -> None:
     found = evaluate.summarise([Scores(1.0, 0.5, 10)], [0])
     assert (found["rouge_l"], found["exact_match"], found["interval"]) == (None, None, None)
+
+
+def test_macro_f1_is_the_mean_over_classes_that_occur() -> None:
+    # Class 0: 3 of 4 right, given to 4 rows; class 1: 1 of 2 right, given to 2; class 2 never held, given to none.
+    pairs = Counter({(0, 0): 3, (0, 1): 1, (1, 1): 1, (1, 0): 1})
+    assert macro_f1(pairs) == pytest.approx((2 * 3 / (4 + 4) + 2 * 1 / (2 + 2)) / 2)
+    assert macro_f1(pairs + Counter({(3, 0): 1})) == pytest.approx((6 / 9 + 2 / 4 + 0) / 3)
+    assert macro_f1(Counter({(5, 5): 7})) == 1.0
+    assert macro_f1(Counter()) == 0.0
+
+
+def test_classes_are_scored_by_row_and_have_no_perplexity(tiny_encoder: Path) -> None:
+    found = models.load_classifier(ModelSpec(str(tiny_encoder)), "mean", 0, ("a", "b", "c"))
+    with torch.no_grad():
+        found.score.bias[1] = 0.1  # Every row is taken for a b.
+    rows = [Example([5, 6], [], [], [], 1), Example([7], [], [], [], 0), Example([8, 9], [], [], [], 1)]
+    scores = evaluate.score(found, rows, 2)
+    chance = torch.tensor([0.0, 1.0, 0.0]).log_softmax(0)
+    assert scores.loss == pytest.approx(-float(chance[1] * 2 + chance[0]) / 3, rel=1e-6)
+    assert (scores.accuracy, scores.num_tokens) == (pytest.approx(2 / 3), 3)
+    assert scores.macro_f1 == pytest.approx((2 * 2 / (2 + 3) + 0) / 2)
+    assert scores.as_dict()["perplexity"] is None
+    assert evaluate.summarise([scores], [0])["perplexity"] is None

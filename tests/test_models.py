@@ -203,3 +203,16 @@ def test_an_outline_has_the_names_and_shapes_of_the_model_and_no_weights(
     shapes = [{name: p.shape for name, p in models.trained(m).items()} for m in (outlined, real)]
     assert shapes[0] == shapes[1]
     assert all(p.is_meta for p in outlined.parameters())
+
+
+def test_a_model_inside_an_installed_package_is_found_without_importing_it() -> None:
+    found = models.locate(ModelSpec("package:kilofed/assets/small"))
+    assert (Path(found) / "config.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("path", "seen"), [("nobody_has_this/model", "not installed"), ("kilofed/no", "no folder no"), ("a b", "not")]
+)
+def test_a_package_without_the_model_is_refused(path: str, seen: str) -> None:
+    with pytest.raises(ModelError, match=seen):
+        models.locate(ModelSpec(f"package:{path}"))

@@ -249,3 +249,9 @@ def test_real_columns_make_natural_clients(folder: str, column: str, clients: in
     assert sum(len(share.train) for share in shares) == len(whole.train)
     assert sum(len(share.test) for share in shares) == len(whole.test)
     assert all({row[column] for row in share.train} == {share.name} for share in shares)
+
+
+def test_a_skew_without_a_column_is_over_the_label_where_rows_are_classified() -> None:
+    rows = Rows([{"text": str(n), "label": str(n % 2)} for n in range(40)], [], "")
+    spec = DataSpec(task="classify", partition=PartitionSpec(kind="pathological", num_clients=2, classes=1))
+    assert [len({row["label"] for row in share.train}) for share in divide(rows, spec, 0)] == [1, 1]

@@ -285,3 +285,20 @@ def test_one_client_and_one_round_of_fedavg_is_a_bare_loop_bit_for_bit(tiny_reci
     expected = read_trained(plain)
     assert set(server.state) == set(expected)
     assert all(torch.equal(server.state[name], expected[name]) for name in expected)
+
+
+def test_the_loss_over_classes_is_that_of_transformers(tiny_encoder: Path) -> None:
+    model = models.load_classifier(ModelSpec(str(tiny_encoder)), "stock", 0, ("a", "b", "c"))
+    rows = [Example([5, 6, 7], [], [], [], 2), Example([8], [], [], [], 0)]
+    batch = train.collate(rows)
+    theirs = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=batch.labels).loss
+    torch.testing.assert_close(train.loss(model, batch), theirs)
+    assert batch.num_learnt == 2
+
+
+def test_a_row_without_a_class_does_not_count(tiny_encoder: Path) -> None:
+    model = models.load_classifier(ModelSpec(str(tiny_encoder)), "mean", 0, ("a", "b", "c"))
+    known = [Example([5, 6, 7], [], [], [], 2)]
+    batch = train.collate([*known, Example([8, 9, 10], [], [], [], IGNORED)])
+    assert batch.num_learnt == 1
+    torch.testing.assert_close(train.loss(model, batch), train.loss(model, train.collate(known)))
