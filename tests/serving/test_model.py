@@ -5,13 +5,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 import kilofed
-from kilofed import export
+from kilofed import export, models
 from kilofed.data import TEMPLATES
-from kilofed.decode import Sampling, Solo
+from kilofed.decode import Sampling, Solo, Speaker
 from kilofed.errors import DataError, ModelError, RunError
-from kilofed.recipe import Recipe
+from kilofed.proxy import ProxyModel
+from kilofed.recipe import AdapterSpec, ModelSpec, Recipe
 from kilofed.serving.model import open_served
 
 CHAT = (
@@ -120,3 +122,18 @@ def test_what_cannot_be_served_is_refused(tmp_path: Path, folder: Path, tiny_rec
     (tmp_path / "run" / "run.json").write_text(json.dumps({"recipe": classify}))
     with pytest.raises(RunError, match="classifies rows and writes no answers"):
         open_served(str(tmp_path / "run"))
+
+
+def test_a_proxy_pair_speaks_for_itself(start, served, tiny_model: Path, tiny_large: Path) -> None:  # type: ignore[no-untyped-def]
+    tuned = models.add_adapter(models.load_base(ModelSpec(str(tiny_model))), AdapterSpec(rank=2), seed=0)
+    with torch.no_grad():
+        for parameter in models.trained(tuned).values():
+            parameter.normal_(generator=torch.Generator().manual_seed(1))
+    pair = ProxyModel(models.load_base(ModelSpec(str(tiny_large))), tuned)
+    assert isinstance(pair, Speaker)
+    server = start(replace(served, speaker=pair))
+    asked = {"model": "tiny", "prompt": "ab", "max_tokens": 12, "temperature": 0, "logprobs": 2, "echo": True}
+    reply = server.api.completions.create(**asked).choices[0]
+    plain = list(Solo(pair, pair.end_ids).speak(served.spelling.ids("ab"), Sampling(12, num_logprobs=2)))
+    assert reply.text == "ab" + served.spelling.text([token.id for token in plain])
+    assert reply.logprobs.token_logprobs[3:] == pytest.approx([token.logprob for token in plain], abs=1e-4)
