@@ -18,7 +18,7 @@ MODULES = {
 
 # From the ground up; a layer imports from itself and from below.
 LAYERS: list[set[str]] = [
-    {"errors", "files", "units", "environment", "hub", "charts"},
+    {"errors", "files", "units", "environment", "hub", "charts", "costs"},
     {"fields", "ledger", "payload", "answered", "remote"},
     {"recipe", "wire", "states", "sums", "server_opt", "codec", "distill", "steering", "seedlog", "directions"},
     {"sources", "rows", "data", "public", "privacy", "partition"},
@@ -29,6 +29,7 @@ LAYERS: list[set[str]] = [
         "narrow",
         "learner",
         "tail",
+        "probe",
         "models",
         "train",
         "zeroth",

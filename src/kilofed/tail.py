@@ -13,9 +13,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from kilofed import train
+from kilofed import narrow, train
 from kilofed.data import IGNORED
-from kilofed.errors import ModelError, NonFiniteLoss
+from kilofed.errors import ModelError, NonFiniteLoss, PayloadError
 from kilofed.halves import Halves
 from kilofed.learner import Learner
 from kilofed.payload import Payload
@@ -25,6 +25,7 @@ from kilofed.sums import WeightedSum
 Sharing = Literal["averaged", "sequential", "joint"]
 
 SHARED = -1
+LENGTHS, LABELS, CLASSES = "lengths", "labels", "classes"
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,44 @@ class _Sweep:
     """In the order in which they were worked on."""
     open: set[int] = field(default_factory=set)
     """Clients that have not shown that their gradient reached them."""
+
+
+def lengths(batch: train.Batch) -> dict[str, Tensor]:
+    """What tells the server where a batch's rows end."""
+    return {LENGTHS: batch.attention_mask.sum(1).int().cpu()}
+
+
+def labels(batch: train.Batch) -> dict[str, Tensor]:
+    """What tells the server what is to be learnt."""
+    if batch.labels.dim() == 1:
+        return {CLASSES: batch.labels.int().cpu()}
+    return {LABELS: narrow.pack(batch.labels, batch.attention_mask).int().cpu()}
+
+
+def read(tensors: Mapping[str, Tensor], width: int, *, labels: bool) -> Sent:
+    """One client's batch, with its labels if they are to be there. Raises PayloadError: it is none, or not finite."""
+    ends = tensors.get(LENGTHS, torch.zeros(0))
+    if ends.dtype != torch.int32 or ends.dim() != 1 or not len(ends) or int(ends.min()) < 1:
+        raise PayloadError("it sent no lengths of its rows")
+    mask, num = narrow.mask_of(ends), int(ends.sum())
+    hidden = narrow.unpack(finite(narrow.grow(tensors, num, width)), mask)
+    if not labels:
+        return Sent(hidden, mask)
+    classes, found = tensors.get(CLASSES), tensors.get(LABELS, torch.zeros(0))
+    if classes is not None and len(classes) == len(ends):
+        return Sent(hidden, mask, classes.long())
+    if len(found) != num:
+        raise PayloadError(f"it sent {len(found)} labels for {num} tokens in {len(ends)} rows")
+    whole = torch.full(mask.shape, IGNORED)
+    whole[mask.bool()] = found.long()
+    return Sent(hidden, mask, whole)
+
+
+def finite(rows: Tensor) -> Tensor:
+    """`rows`. Raises PayloadError: a number in them is not finite."""
+    if not bool(rows.isfinite().all()):
+        raise PayloadError("it sent NaN or infinite numbers")
+    return rows
 
 
 class Tail:

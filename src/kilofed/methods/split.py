@@ -8,7 +8,7 @@ the middle of a batch takes its step of the server with it. Split is not private
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -16,8 +16,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from kilofed import halves, models, narrow, train
-from kilofed.data import IGNORED
+from kilofed import halves, models, narrow, probe, tail, train
+from kilofed.charts import Chart
+from kilofed.data import Example
 from kilofed.errors import ClientError, NonFiniteLoss, PayloadError, RecipeError
 from kilofed.halves import Halves, Part
 from kilofed.learner import Learner, restored
@@ -27,8 +28,10 @@ from kilofed.recipe import ModelSpec, Recipe
 from kilofed.tail import Sent, Sharing, Tail
 
 TURN, STEP, STEPS, LAST = "turn", "step", "steps", "last"
-LENGTHS, LABELS, CLASSES = "lengths", "labels", "classes"
 HELD, GRADS, LEFT, LEFT_HEAD, TALLY, MARKS = "split", "grads.", "left", "left_head", "tally", "marks"
+
+PROBED = 32
+"""Most rows that the probe reads, and most that it learns from."""
 
 
 @dataclass(frozen=True)
@@ -97,6 +100,14 @@ class Split(Method):
         models.write_trained(server.model, server.state)
         return server.model
 
+    def charts(self, server: Server, rows: Sequence[Example]) -> list[Chart]:
+        """How many tokens the server reads off what it is sent, at each cut."""
+        known = list(server.public[:PROBED]) or list(rows[::2])[:PROBED]
+        secret = [row for row in rows if row not in known][:PROBED]
+        if not known or not secret:
+            return []
+        return [probe.chart(self.deliver(server), self.cut, known, secret, self.activations)]
+
     @on_client
     def forward(self, client: Client, ask: Payload) -> Payload:
         """Take in what came; reply with the hidden states of the next batch, and with its labels if they leave."""
@@ -104,11 +115,7 @@ class Split(Method):
         site.take(ask)
         batch, rows = site.below(int(ask.scalars[STEP]))
         tensors, site.left = narrow.shrink(rows, self.activations, site.left)
-        tensors[LENGTHS] = batch.attention_mask.sum(1).int().cpu()
-        if not self.holds_head:
-            by_row = batch.labels.dim() == 1
-            labels = batch.labels if by_row else narrow.pack(batch.labels, batch.attention_mask)
-            tensors[CLASSES if by_row else LABELS] = labels.int().cpu()
+        tensors |= tail.lengths(batch) if self.holds_head else tail.lengths(batch) | tail.labels(batch)
         site.keep()
         return Payload(tensors, {STEPS: site.steps})
 
@@ -352,7 +359,7 @@ class _Round:
         found = {}
         for client, reply in replies.items():
             try:
-                found[client] = _read(reply, self._width, labels=not self._method.holds_head)
+                found[client] = tail.read(reply.tensors, self._width, labels=not self._method.holds_head)
                 self._steps[client] = int(reply.scalars[STEPS])
             except (PayloadError, KeyError, ValueError) as error:
                 self._refuse(client, str(error))
@@ -360,7 +367,7 @@ class _Round:
 
     def _rows(self, client: int, reply: Payload, num: int) -> Tensor | None:
         try:
-            return _finite(narrow.grow(reply.tensors, num, self._width))
+            return tail.finite(narrow.grow(reply.tensors, num, self._width))
         except PayloadError as error:
             self._refuse(client, str(error))
             return None
@@ -384,28 +391,3 @@ class _Round:
         weights = self._weights()
         total = sum(weight * sum(self._losses[c]) / len(self._losses[c]) for c, weight in weights.items())
         return total / sum(weights.values())
-
-
-def _read(reply: Payload, width: int, *, labels: bool) -> Sent:
-    """One client's batch. Raises PayloadError: it is not one, or its numbers are not finite."""
-    lengths = reply.tensors.get(LENGTHS, torch.zeros(0))
-    if lengths.dtype != torch.int32 or lengths.dim() != 1 or not len(lengths) or int(lengths.min()) < 1:
-        raise PayloadError("it sent no lengths of its rows")
-    mask = narrow.mask_of(lengths)
-    hidden = narrow.unpack(_finite(narrow.grow(reply.tensors, int(lengths.sum()), width)), mask)
-    if not labels:
-        return Sent(hidden, mask)
-    classes, found = reply.tensors.get(CLASSES), reply.tensors.get(LABELS, torch.zeros(0))
-    if classes is not None and len(classes) == len(lengths):
-        return Sent(hidden, mask, classes.long())
-    if len(found) != int(lengths.sum()):
-        raise PayloadError(f"it sent {len(found)} labels for {int(lengths.sum())} tokens in {len(lengths)} rows")
-    whole = torch.full(mask.shape, IGNORED)
-    whole[mask.bool()] = found.long()
-    return Sent(hidden, mask, whole)
-
-
-def _finite(rows: Tensor) -> Tensor:
-    if not bool(rows.isfinite().all()):
-        raise PayloadError("it sent NaN or infinite numbers")
-    return rows
