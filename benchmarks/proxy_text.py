@@ -4,13 +4,15 @@ For each data set and seed, held-out loss and accuracy of: large and small base;
 by FedAvg; FedPT without and with distillation (the steered model and the small one); the large model tuned directly,
 federated and in one place. Beside them the verdict that `kilofed check` gives before the run, and the bytes.
 
-Each finished data set and seed is a line of --out, and is not measured again.
+Each finished part of a data set and seed is a line of --out, and is not measured again. Parts: `steered` is all but
+`direct`, the large model tuned directly, which takes half of the time.
 
-    python benchmarks/proxy_text.py [--quick] [--json] [--datasets dolly,banking77] [--seeds 3] [--out FILE]
+    python benchmarks/proxy_text.py [--quick] [--json] [--datasets dolly,banking77] [--seeds 3] [--parts steered,direct]
 """
 
 import argparse
 import gzip
+import itertools
 import json
 import statistics
 import tempfile
@@ -60,6 +62,9 @@ class Text:
     """shared: small and large of --models; builtin: the embedded pair."""
 
 
+Figures = Mapping[str, float]
+Line = dict[str, object]
+
 TEXTS = {
     "dolly": Text("dolly"),
     "sgd_plain": Text("sgd_response", template="bare"),
@@ -77,6 +82,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--datasets", default="", help="comma-separated; default all that are there")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--parts", default="steered,direct", help="comma-separated")
     parser.add_argument("--shared", type=Path, default=Path(__file__).resolve().parents[2] / "shared")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "proxy_text.jsonl")
     options = parser.parse_args()
@@ -85,67 +91,84 @@ def main() -> None:
         name for name, text in TEXTS.items() if not text.folder or (options.shared / "data" / text.folder).exists()
     ]
     names = options.datasets.split(",") if options.datasets else there
+    parts = options.parts.split(",")
     if options.quick:
-        lines = [measure("pydocs", 0, options.shared, quick=True)]
+        lines = [measure("pydocs", 0, part, options.shared, quick=True) for part in parts]
     else:
-        kept = [json.loads(line) for line in options.out.read_text().splitlines()] if options.out.exists() else []
-        done = {(line["dataset"], line["seed"]) for line in kept}
-        for seed in range(options.seeds):
-            for name in names:
-                if (name, seed) not in done:
-                    kept.append(measure(name, seed, options.shared))
-                    with options.out.open("a") as out:
-                        out.write(json.dumps(kept[-1]) + "\n")
-        lines = [line for line in kept if line["dataset"] in names and line["seed"] < options.seeds]
+        lines = [json.loads(line) for line in options.out.read_text().splitlines()] if options.out.exists() else []
+        done = {(line["dataset"], line["seed"], line["part"]) for line in lines}
+        for seed, part, name in itertools.product(range(options.seeds), parts, names):
+            if (name, seed, part) not in done:
+                lines.append(measure(name, seed, part, options.shared))
+                with options.out.open("a") as out:
+                    out.write(json.dumps(lines[-1]) + "\n")
+        lines = [line for line in lines if line["dataset"] in names and line["seed"] < options.seeds]
     print(json.dumps(lines) if options.json else table(lines))
 
 
-def measure(name: str, seed: int, shared: Path, *, quick: bool = False) -> dict[str, object]:
-    """All rows of one data set and seed."""
+def measure(name: str, seed: int, part: str, shared: Path, *, quick: bool = False) -> dict[str, object]:
+    """All rows of one part of one data set and seed."""
     began = time.process_time()
     with tempfile.TemporaryDirectory() as folder:
         recipe = make_recipe(name, seed, shared, Path(folder))
         if quick:
             recipe = replace(recipe, rounds=1, data=replace(recipe.data, max_length=48))
-        plain, distilled = (Job(changed(recipe, distil=kind)) for kind in ("none", "forward"))
-        large_recipe = replace(recipe, model=replace(recipe.model, path=str(recipe.method.fields["large"])))
-        large = Job(replace(large_recipe, method=replace(recipe.method, name="fedavg", fields={})))
-        held_out = plain.held_out(24 if quick else TEST_ROWS)
-        found = scores_of(plain, distilled, large, held_out)
-    return {"dataset": name, "seed": seed, **found, "cpu_seconds": round(time.process_time() - began, 1)}
+        found = PARTS[part](recipe, 24 if quick else TEST_ROWS)
+    seconds = round(time.process_time() - began, 1)
+    return {"dataset": name, "seed": seed, "part": part, **found, "cpu_seconds": seconds}
 
 
-def scores_of(plain: "Job", distilled: "Job", large: "Job", held_out: list[Example]) -> dict[str, object]:
-    """Rows, forecast, strengths and bytes, given the three federations before their first round."""
+def steered(recipe: Recipe, test_rows: int) -> dict[str, object]:
+    """Small models, the large base, the steered models, the forecast before them and the strengths after."""
+    plain, distilled = (Job(changed(recipe, distil=kind)) for kind in ("none", "forward"))
+    held_out = plain.held_out(test_rows)
     fedpt = cast(FedPT, plain.sites.method)
     rows: dict[str, evaluate.Scores] = {}
 
     def score(row: str, model: nn.Module) -> None:
         rows[row] = evaluate.score(model, held_out, 16)
 
-    score("large base", large.server.model)
+    large = fedpt.beside(plain.server)["large base"]
+    score("large base", large)
     score("small base", plain.server.model)
     trial = [e for client in plain.sites.client_ids() for e in plain.sites.train_examples(client)[:40]]
     prospects = fedpt.prospects(plain.server, trial, held_out[::2])
     score("small central", plain.central())
-    score("large central", large.central())
-    for job in (plain, distilled, large):
-        job.rounds()
+    plain.rounds()
+    distilled.rounds()
+    small = fedpt.trained(plain.server)
+    score("small FedAvg", small)
+    by_alpha = sweep(Trio(large, small), held_out, ALPHAS)
     score("FedPT", fedpt.deliver(plain.server))
-    score("small FedAvg", fedpt.trained(plain.server))
-    by_alpha = sweep(Trio(large_base(plain), fedpt.trained(plain.server)), held_out, ALPHAS)
-    score("FedPT, distilled", distilled.sites.method.deliver(distilled.server))
     score("small, distilled", cast(FedPT, distilled.sites.method).trained(distilled.server))
-    score("large FedAvg", large.sites.method.deliver(large.server))
+    score("FedPT, distilled", distilled.sites.method.deliver(distilled.server))
     return {
-        "loss": {row: rows[row].loss for row in ROWS},
-        "accuracy": {row: rows[row].accuracy for row in ROWS},
+        **both(rows),
         "by_alpha": {str(alpha): loss for alpha, loss in by_alpha.items()},
         "forecast": {**vars(prospects), "pays": prospects.pays},
         "pays": rows["FedPT"].loss < min(rows["small FedAvg"].loss, rows["large base"].loss),
         "kept": [bool(row[3]) for row in distilled.server.state["server.phases"].tolist()],
-        "bytes_per_client": {"FedPT": plain.bytes, "large FedAvg": large.bytes},
+        "bytes_per_client": plain.bytes,
     }
+
+
+def direct(recipe: Recipe, test_rows: int) -> dict[str, object]:
+    """The large model tuned itself."""
+    large = replace(recipe.model, path=str(recipe.method.fields["large"]))
+    job = Job(replace(recipe, model=large, method=replace(recipe.method, name="fedavg", fields={})))
+    held_out = job.held_out(test_rows)
+    rows = {"large central": evaluate.score(job.central(), held_out, 16)}
+    job.rounds()
+    rows["large FedAvg"] = evaluate.score(job.sites.method.deliver(job.server), held_out, 16)
+    return {**both(rows), "bytes_per_client": job.bytes}
+
+
+PARTS = {"steered": steered, "direct": direct}
+
+
+def both(rows: Mapping[str, evaluate.Scores]) -> dict[str, object]:
+    """Loss and accuracy by row."""
+    return {name: {row: vars(scores)[name] for row, scores in rows.items()} for name in ("loss", "accuracy")}
 
 
 class Job:
@@ -203,11 +226,6 @@ class Job:
         return sum(statistics.fmean(by_client.values()) for by_client in ways)
 
 
-def large_base(job: Job) -> nn.Module:
-    """The large model that the job steers."""
-    return cast(FedPT, job.sites.method).beside(job.server)["large base"]
-
-
 def changed(recipe: Recipe, *, distil: str) -> Recipe:
     """The recipe with another server phase."""
     return replace(recipe, method=replace(recipe.method, fields={**recipe.method.fields, "distil": distil}))
@@ -220,7 +238,7 @@ def make_recipe(name: str, seed: int, shared: Path, folder: Path) -> Recipe:
         "shared": (str(shared / "models" / "small"), str(shared / "models" / "large")),
         "builtin": ("builtin:small", "builtin:large"),
     }[text.pair]
-    data: dict[str, object] = {"max_length": 160, "public_share": 0.15, "template": text.template}
+    data: dict[str, object] = {"max_length": 128, "public_share": 0.15, "template": text.template}
     if text.folder:
         for split, file, number in (("train", "train", TRAIN_ROWS), ("test", text.test, 2 * TEST_ROWS)):
             rows = read(shared / "data" / text.folder / f"{file}.jsonl.gz")
@@ -239,7 +257,7 @@ def make_recipe(name: str, seed: int, shared: Path, folder: Path) -> Recipe:
         "model": {"path": pair[0]},
         "data": data,
         "method": {"name": "fedpt", "large": pair[1], "steps": 8},
-        "train": {"steps": 4, "batch_size": 6, "lr": 2e-3},
+        "train": {"steps": 10, "batch_size": 3, "lr": 4e-3},
     }
     return from_table(table)  # type: ignore[arg-type]
 
@@ -274,34 +292,51 @@ def usual(row: Row, template: str) -> dict[str, str]:
 
 def table(lines: list[dict[str, object]]) -> str:
     """Means over seeds with 95 % intervals, the share of the gap, and forecast beside truth."""
-    names = [name for name in TEXTS if any(line["dataset"] == name for line in lines)]
-    out, right = [], 0
-    for name in names:
-        some = [line for line in lines if line["dataset"] == name]
-        out.append(f"{name}, {len(some)} seeds: loss (nats per token), accuracy")
-        losses = {row: [number(line, "loss", row) for line in some] for row in ROWS}
+    out, right, judged = [], 0, 0
+    for name in TEXTS:
+        parts = {part: {line["seed"]: line for line in lines if (line["dataset"], line["part"]) == (name, part)}
+                 for part in PARTS}  # fmt: skip
+        some, large = parts["steered"], parts["direct"]
+        if not some:
+            continue
+        out.append(f"{name}, {len(some)} seeds ({len(large)} direct): loss (nats per token), accuracy")
         for row in ROWS:
-            right_share = statistics.fmean(number(line, "accuracy", row) for line in some)
-            out.append(f"  {row:<18}{spread(losses[row])}  {100 * right_share:5.1f} %")
-        pairs = zip(losses["small FedAvg"], losses["FedPT"], strict=True)
-        out.append(f"  FedPT below its small model by {spread([a - b for a, b in pairs])}")
-        pairs = zip(losses["small FedAvg"], losses["small, distilled"], strict=True)
-        out.append(f"  distillation lowers the small model by {spread([a - b for a, b in pairs])}")
-        gap = [
-            (base - ours) / (base - best)
-            for base, ours, best in zip(losses["large base"], losses["FedPT"], losses["large FedAvg"], strict=True)
-        ]
-        out.append(f"  share of the gap from large base to large FedAvg: {spread(gap)}")
-        sent = [cast(Mapping[str, float], line["bytes_per_client"]) for line in some]
-        out.append(f"  bytes per client: FedPT {sent[0]['FedPT']:,.0f}, large FedAvg {sent[0]['large FedAvg']:,.0f}")
-        said = [bool(cast(Mapping[str, object], line["forecast"])["pays"]) for line in some]
-        held = [bool(line["pays"]) for line in some]
-        hit = statistics.fmean(said) >= 0.5, statistics.fmean(held) >= 0.5
-        right += hit[0] == hit[1]
+            of = [line for part in (some, large) for line in part.values() if row in cast(Figures, line["loss"])]
+            if of:
+                shares = spread([100 * number(line, "accuracy", row) for line in of], 1)
+                out.append(f"  {row:<18}{spread([number(line, 'loss', row) for line in of])}  {shares} %")
+        out += differences(some, large)
+        said = [bool(cast(Figures, line["forecast"])["pays"]) for line in some.values()]
+        held = [bool(line["pays"]) for line in some.values()]
+        right += (statistics.fmean(said) >= 0.5) == (statistics.fmean(held) >= 0.5)
+        judged += 1
         out.append(f"  forecast by seed: {words(said)}; truth: {words(held)}")
-    out.append(f"forecast right on {right} of {len(names)} data sets (majority of seeds)")
+    out.append(f"forecast right on {right} of {judged} data sets (majority of seeds)")
     out.append(f"{sum(cast(float, line['cpu_seconds']) for line in lines):.0f} CPU-seconds")
     return "\n".join(out)
+
+
+def differences(some: Mapping[object, Line], large: Mapping[object, Line]) -> list[str]:
+    """What differs between rows of one seed: means and intervals over seeds."""
+
+    def below(row: str, other: str) -> str:
+        return spread([number(line, "loss", other) - number(line, "loss", row) for line in some.values()])
+
+    out = [
+        f"  FedPT below its small model by {below('FedPT', 'small FedAvg')}, below the large base by "
+        f"{below('FedPT', 'large base')}",
+        f"  distillation lowers the small model by {below('small, distilled', 'small FedAvg')}",
+    ]
+    seeds = [seed for seed in some if seed in large]
+    if seeds:
+        gap = []
+        for seed in seeds:
+            base, best = number(some[seed], "loss", "large base"), number(large[seed], "loss", "large FedAvg")
+            gap.append((base - number(some[seed], "loss", "FedPT")) / (base - best))
+        out.append(f"  share of the gap from large base to large FedAvg: {spread(gap)}")
+        sent = [cast(float, part[seeds[0]]["bytes_per_client"]) for part in (some, large)]
+        out.append(f"  bytes per client: FedPT {sent[0]:,.0f}, large FedAvg {sent[1]:,.0f} ({sent[1] / sent[0]:.1f}x)")
+    return out
 
 
 def number(line: Mapping[str, object], table: str, row: str) -> float:
@@ -309,11 +344,11 @@ def number(line: Mapping[str, object], table: str, row: str) -> float:
     return cast(Mapping[str, float], line[table])[row]
 
 
-def spread(values: list[float]) -> str:
+def spread(values: list[float], digits: int = 3) -> str:
     """Mean and 95 % interval over seeds."""
     ends = evaluate.interval(values)
-    range_ = f" [{ends[0]:.3f}, {ends[1]:.3f}]" if ends else ""
-    return f"{statistics.fmean(values):.3f}{range_}"
+    range_ = f" [{ends[0]:.{digits}f}, {ends[1]:.{digits}f}]" if ends else ""
+    return f"{statistics.fmean(values):.{digits}f}{range_}"
 
 
 def words(verdicts: list[bool]) -> str:

@@ -114,6 +114,12 @@ class Server:
     round: int = 0
     """Round in hand, from 1; 0 before the first."""
 
+    def close(self) -> None:
+        """Let go of what the cache holds open, such as the way to an API."""
+        for kept in self.cache.values():
+            if callable(close := getattr(kept, "close", None)):
+                close()
+
     def rng(self, purpose: str) -> torch.Generator:
         """The server's random stream for one purpose in this round."""
         return generator(self.seed, self.round, -1, purpose)

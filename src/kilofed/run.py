@@ -203,7 +203,13 @@ def _run_one(recipe: Recipe, folder: Path, watch: Watch) -> Results:
     watch.stage("reading data and model")
     sites = Sites(recipe, folder / "clients")
     policy = load_mechanism(replace(recipe.privacy, noise_key=_noise_key(recipe, folder)))
-    server = _server(sites, folder)
+    with closing(_server(sites, folder)) as server:
+        return _measured(sites, server, policy, folder, watch)
+
+
+def _measured(sites: Sites, server: Server, policy: Mechanism, folder: Path, watch: Watch) -> Results:
+    """All rounds, all rows of the table and what they come to."""
+    recipe = sites.recipe
     path = folder / "run.json"
     known = json.loads(path.read_text("utf-8"))
     if "clients" not in known:

@@ -69,6 +69,11 @@ class Large:
     words: int | None
     """None: both models have as many, which was not looked into."""
 
+    def close(self) -> None:
+        """End the connections to an API."""
+        if isinstance(self.model, RemoteModel):
+            self.model.close()
+
     def steer(self, tuned: nn.Module, base: nn.Module | None, alpha: float) -> ProxyModel:
         """The large model, steered by `tuned`; `base` None lies under the adapter of `tuned`."""
         return ProxyModel(self.model, tuned, base, Offset(alpha), vocabulary=self.words)
