@@ -83,6 +83,17 @@ def test_shell_commands_of_the_start_page_run_in_their_order(
 
 
 @pytest.mark.slow
+def test_shell_commands_of_the_kd_page_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    shown = commands(ROOT / "docs" / "kd.md")
+    assert len(shown) == 3
+    for program, *words in shown:
+        assert program == "kilofed"
+        less = ["data.options.train_rows=40", "data.options.test_rows=2", "data.partition.min_rows=1"]
+        assert cli.main([*words, *SHORT, *less]) == 0
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("page", ["README.md", "docs/python.md"])
 def test_python_of_a_page_runs_as_it_stands(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)

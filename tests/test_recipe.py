@@ -50,7 +50,12 @@ def of_type(hint: object) -> st.SearchStrategy[object]:
 
 
 def table_of(cls: type) -> st.SearchStrategy[dict[str, object]]:
-    special = {"controls": st.just(("base",)), "holdout": st.floats(0, 0.99), "quorum": st.integers(1, 8)}
+    special = {
+        "controls": st.just(("base",)),
+        "holdout": st.floats(0, 0.99),
+        "public_share": st.floats(0, 0.99),
+        "quorum": st.integers(1, 8),
+    }
     hints = typing.get_type_hints(cls)
     return st.fixed_dictionaries({f.name: special.get(f.name, of_type(hints[f.name])) for f in fields(cls)})
 
