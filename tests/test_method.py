@@ -113,8 +113,8 @@ def test_the_address_is_not_part_of_what_a_function_sees() -> None:
 
 def test_the_clients_own_policy_refuses_single_replies() -> None:
     reply = Payload.decode(handle(Probe(), CENTRAL, client(1), ask("tell", "call")))
-    assert reply.scalars["kilofed.kind"] == "PrivacyError"
-    assert "'tell' in Probe lets the server see single replies" in str(reply.scalars["kilofed.error"])
+    assert reply.scalars["@kind"] == "PrivacyError"
+    assert "'tell' in Probe lets the server see single replies" in str(reply.scalars["@error"])
     assert not reply.tensors
 
 
@@ -134,7 +134,7 @@ def test_a_mean_leaves_clipped_and_without_scalars() -> None:
 @pytest.mark.parametrize("error", [ClientError("no space"), NonFiniteLoss("loss is nan"), PrivacyError("no")])
 def test_what_a_client_can_name_becomes_a_reply(error: KilofedError) -> None:
     reply = Payload.decode(handle(Probe(error=error), OPEN, client(1), ask("tell")))
-    assert reply.scalars == {"kilofed.error": str(error), "kilofed.kind": type(error).__name__}
+    assert reply.scalars == {"@error": str(error), "@kind": type(error).__name__}
 
 
 def test_a_mistake_in_the_program_is_not_hidden() -> None:

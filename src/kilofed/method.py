@@ -42,8 +42,8 @@ from kilofed.sums import WeightedSum
 
 log = logging.getLogger("kilofed")
 
-ACTION, VERB, ROUND, EXCHANGE = "kilofed.action", "kilofed.verb", "kilofed.round", "kilofed.exchange"
-ERROR, KIND = "kilofed.error", "kilofed.kind"
+ACTION, VERB, ROUND, EXCHANGE = "@action", "@verb", "@round", "@turn"
+ERROR, KIND = "@error", "@kind"
 WEIGHT = "weight"
 
 F = TypeVar("F", bound=Callable[..., Payload])
@@ -315,7 +315,7 @@ def handle(method: Method, policy: Mechanism, client: Client, body: bytes) -> by
         when = int(ask.scalars[ROUND]), int(ask.scalars[EXCHANGE])
     except KeyError as error:
         raise PayloadError(f"the message has no {error}: it was not written by a kilofed server") from error
-    ask = Payload(ask.tensors, {k: v for k, v in ask.scalars.items() if not k.startswith("kilofed.")})
+    ask = Payload(ask.tensors, {k: v for k, v in ask.scalars.items() if not k.startswith("@")})
     before = client.states.before(when)
     client.round, client.state = when[0], dict(before)
     try:

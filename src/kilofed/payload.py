@@ -8,6 +8,7 @@ import functools
 import json
 import math
 import struct
+from base64 import urlsafe_b64decode, urlsafe_b64encode
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -20,7 +21,7 @@ from kilofed.errors import PayloadError
 
 Scalar = int | float | str | bool
 
-SCALARS = "kilofed.scalars"
+SCALARS = "@"
 """Name of the tensor that holds the scalars as JSON text, at the end."""
 
 _STORED = {
@@ -229,9 +230,9 @@ def _write(name: str, value: Scalar) -> str:
     if isinstance(value, bool):
         return f"b{value:d}"
     if isinstance(value, int) and -(2**63) <= value < 2**63:
-        return f"i{value & (2**64 - 1):016x}"
+        return "i" + _text(struct.pack(">q", value))
     if isinstance(value, float) and math.isfinite(value):
-        return "f" + struct.pack(">d", value).hex()
+        return "f" + _text(struct.pack(">d", value))
     if isinstance(value, str):
         return "s" + value
     raise PayloadError(f"scalar {name!r} is {value!r}; expected a finite number of 64 bits, text, true or false")
@@ -242,9 +243,21 @@ def _read(word: str) -> Scalar:
     if kind == "b":
         return bool(int(rest))
     if kind == "i":
-        return (int(rest, 16) ^ 2**63) - 2**63
+        return int(struct.unpack(">q", _eight(rest))[0])
     if kind == "f":
-        return float(struct.unpack(">d", bytes.fromhex(rest))[0])
+        return float(struct.unpack(">d", _eight(rest))[0])
     if kind == "s":
         return rest
     raise ValueError(f"scalar of unknown kind {kind!r}")
+
+
+def _text(eight: bytes) -> str:
+    return urlsafe_b64encode(eight)[:-1].decode()  # The last letter is always padding.
+
+
+def _eight(text: str) -> bytes:
+    # b64decode would pass over letters that are not of its alphabet.
+    eight = urlsafe_b64decode(text + "=")
+    if _text(eight) != text:
+        raise ValueError(f"{text!r} is not a number as kilofed writes it")
+    return eight

@@ -201,6 +201,9 @@ class EvaluateSpec:
     """Longest generated answer, in tokens."""
     max_local: int = 16
     """Most clients that are trained alone for the local-only row."""
+    costs: bool = False
+    """Count floating-point operations and memory of clients and server in the first round, which slows that round and
+    may change last bits."""
     controls: tuple[str, ...] = ("base", "local", "central")
     """Rows beside the federated one: base (untouched), local (each client alone), central (all data)."""
 

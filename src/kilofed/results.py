@@ -9,7 +9,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import cast
 
-from kilofed import environment
+from kilofed import costs, environment
 from kilofed.evaluate import SCORES, interval
 from kilofed.ledger import Ledger
 from kilofed.privacy import Mechanism
@@ -45,6 +45,7 @@ def of_run(recipe: Recipe, folder: Path, rows: Mapping[str, object], policy: Mec
         "exchanges": exchanges,
         "seconds": round(sum(line.get("seconds", 0.0) for line in lines), 3),
         "peak_memory_bytes": environment.peak_memory(),
+        "costs": costs.read(folder),
         "privacy": privacy,
         "closed": _closed(rows),
         "verdict": verdict(rows),

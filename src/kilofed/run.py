@@ -8,8 +8,8 @@ import json
 import statistics
 import time
 import tomllib
-from collections.abc import Callable, Mapping
-from contextlib import closing
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from kilofed import controls, evaluate, models, report
+from kilofed import controls, costs, evaluate, models, report
 from kilofed.about import about
 from kilofed.engines import open_engine
 from kilofed.errors import PayloadError, RunError
@@ -269,7 +269,8 @@ def _rounds(sites: Sites, server: Server, policy: Mechanism, folder: Path, watch
                 quorum=recipe.quorum,
                 skip_failures=recipe.on_failure == "skip",
             )
-            metrics: dict[str, object] = {"round": number, **method.round(server, cohort)}
+            with _counted(sites, folder, number):
+                metrics: dict[str, object] = {"round": number, **method.round(server, cohort)}
             metrics["failures"] = {str(client): text for client, text in cohort.failures.items()}
             metrics["seconds"] = round(time.perf_counter() - began, 3)
             if extra := engine.overhead() - framing:
@@ -280,6 +281,20 @@ def _rounds(sites: Sites, server: Server, policy: Mechanism, folder: Path, watch
             append_line(folder / "metrics.jsonl", metrics)
             replace_file(folder / "state.safetensors", Payload(server.state, {"round": number}).encode())
             watch.round(number, recipe.rounds, metrics)
+
+
+@contextmanager
+def _counted(sites: Sites, folder: Path, number: int) -> Iterator[None]:
+    """Keep what the server's side of the first round costs, where the recipe asks for it."""
+    if not sites.recipe.evaluate.costs or number > 1:
+        yield
+        return
+    with costs.counted() as cost:
+        yield
+    here = sites.spent.values()  # Clients of this process were counted in.
+    cost.flops -= sum(one.flops for one in here)
+    cost.seconds -= sum(one.seconds for one in here)
+    costs.write(folder / costs.SERVER, cost)
 
 
 def _server(sites: Sites, folder: Path) -> Server:

@@ -11,7 +11,7 @@ from pathlib import Path
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from kilofed import data, models, public
+from kilofed import costs, data, models, public
 from kilofed.data import Example, Renderer, Rows
 from kilofed.errors import DataError, ModelError, RecipeError
 from kilofed.method import Client, handle, load_method
@@ -43,6 +43,8 @@ class Sites:
         self._starts: dict[ModelSpec, dict[str, Tensor]] = {}
         self._train: dict[tuple[int, int], list[Example]] = {}
         self._test: dict[int, list[Example]] = {}
+        self.spent: dict[int, costs.Cost] = {}
+        """What clients of this process did in the first round, where the recipe has it counted."""
 
     @cached_property
     def rows(self) -> Rows:
@@ -159,7 +161,20 @@ class Sites:
 
     def handle(self, client: int, body: bytes) -> bytes:
         """Client number `client` answers `body`; its state is on the disk before the answer leaves."""
+        if self.recipe.evaluate.costs and self._folder:
+            return self._measured(client, body, self._folder / str(client) / costs.FILE)
         return handle(self.method, self.policy, self._client(client), body)
+
+    def _measured(self, number: int, body: bytes, path: Path) -> bytes:
+        client = self._client(number)
+        if client.round > 1:
+            return handle(self.method, self.policy, client, body)
+        with costs.counted() as cost:
+            reply = handle(self.method, self.policy, client, body)
+        if client.round == 1:
+            self.spent.setdefault(number, costs.Cost()).add(cost)
+            costs.write(path, self.spent[number])
+        return reply
 
     def _client(self, number: int) -> Client:
         if number not in self._clients:
