@@ -333,10 +333,11 @@ def _measure(sites: Sites, model: nn.Module) -> dict[str, object]:
     for client in sites.client_ids():
         if examples := sites.test_examples(client):
             scores[client] = evaluate.score(model, examples, sites.recipe.evaluate.batch_size)
+    macro_f1 = [s.macro_f1 for s in scores.values() if s.macro_f1 is not None]
     return {
         "loss": statistics.fmean(s.loss for s in scores.values()) if scores else None,
         "accuracy": statistics.fmean(s.accuracy for s in scores.values()) if scores else None,
-        **({"macro_f1": statistics.fmean(f1)} if (f1 := [s.macro_f1 for s in scores.values() if s.macro_f1]) else {}),
+        **({"macro_f1": statistics.fmean(macro_f1)} if macro_f1 else {}),
         "clients": [
             {"id": client, "loss": s.loss, "accuracy": s.accuracy, "num_tokens": s.num_tokens}
             for client, s in scores.items()

@@ -54,7 +54,7 @@ class Sites:
     @cached_property
     def public(self) -> list[Example]:
         """What the server may learn from; empty where the recipe names no public rows."""
-        return self.public_examples(self.method.server_model(self.recipe))
+        return self.public_examples(self.recipe.model)
 
     @cached_property
     def _rows(self) -> tuple[Rows, list[data.Row]]:

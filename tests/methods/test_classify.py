@@ -1,13 +1,20 @@
 """Every method that trains a model by its loss classifies rows as well as it writes tokens."""
 
+import io
+import json
 import math
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from transformers import AutoModel
 
-from kilofed import evaluate, models
-from kilofed.recipe import Value
+import kilofed
+from kilofed import chat, evaluate, export, models, report
+from kilofed.errors import RunError
+from kilofed.heads import MeanClassifier
+from kilofed.recipe import Recipe, Value, changed
 
 CLASSIFY: dict[str, Value] = {
     "data.task": "classify",
@@ -34,3 +41,31 @@ def test_the_head_is_sent_with_the_adapter(federate, tiny_encoder: Path) -> None
     assert {"score.weight", "score.bias"} <= found.server.state.keys()
     assert found.server.state["score.weight"].shape == (4, 16)
     assert not torch.equal(found.server.state["score.weight"], torch.zeros(4, 16))
+
+
+def test_a_run_over_classes_is_reported_and_exported_and_does_not_chat(
+    tiny_recipe: Recipe, tiny_encoder: Path, tmp_path: Path
+) -> None:
+    less: dict[str, Value] = {"rounds": 1, "evaluate.controls": ["base"], "model.path": str(tiny_encoder)}
+    done = kilofed.run(changed(tiny_recipe, {**CLASSIFY, **less}), out=tmp_path / "run")
+    rows = done.rows
+    assert 0 <= rows["federated"]["macro_f1"] <= 1
+    assert rows["base"]["loss"] == pytest.approx(math.log(4), rel=1e-5)
+    assert rows["federated"]["perplexity"] is None
+    assert "macro-F1" in report.table(done.results)
+    assert "ROUGE-L" not in report.table(done.results)
+    page = (done.folder / "report.html").read_text("utf-8")
+    assert "macro-F1" in page
+    assert "4, in the order of their numbers: site 0, site 1, site 2, site 3" in page
+    last = json.loads((done.folder / "metrics.jsonl").read_text("utf-8").splitlines()[-1])
+    assert "macro_f1" in last
+    whole = export.merged(done.folder, tmp_path / "whole")
+    head = load_file(whole / "head.safetensors")
+    again = MeanClassifier(AutoModel.from_pretrained(whole), 4).eval()
+    again.score.load_state_dict(head)
+    model, _ = done.model()
+    ids, mask = torch.arange(3, 13)[None], torch.ones(1, 10, dtype=torch.long)
+    with torch.inference_mode():
+        torch.testing.assert_close(again(ids, mask).logits, model(ids, mask).logits, rtol=1e-4, atol=1e-4)
+    with pytest.raises(RunError, match="classifies rows and writes no answers"):
+        chat.talk(done.folder, source=io.StringIO("hello\n"), to=io.StringIO())
