@@ -73,7 +73,8 @@ def as_text(found: dict) -> str:
         f"one stream of {one['tokens']} tokens, median of {one['pairs']} interleaved rounds:",
     ]
     for name in ("generate", "decoder", "whole", "stream"):
-        lines.append(f"  {name:9} {one['ms_per_token'][name]:6.2f} ms per token")
+        processor = f"{one['cpu_ms_per_token'][name]:.2f} ms of this process's processor time"
+        lines.append(f"  {name:9} {one['ms_per_token'][name]:6.2f} ms per token, {processor}")
     for name, ratio in one["ratio"].items():
         lines.append(f"  {name:18} {ratio['median']:.3f}  ({ratio['min']:.3f} to {ratio['max']:.3f})")
     lines += [
@@ -114,19 +115,28 @@ def overhead(served: Served, url: str, pairs: int, tokens: int) -> dict:
             "stream": lambda: client.ask("stream"),
         }
         seconds: dict[str, list[float]] = {name: [] for name in ways}
+        cpu: dict[str, list[float]] = {name: [] for name in ways}
         for number in range(pairs + 1):
             for name, way in ways.items():
-                began = time.perf_counter()
+                began, cpu_began = time.perf_counter(), time.process_time()
                 way()
                 if number:  # The first round warms up.
                     seconds[name].append(time.perf_counter() - began)
+                    cpu[name].append(time.process_time() - cpu_began)
     served.speaker.end_ids, model.generation_config.eos_token_id = kept, next(iter(kept), None)
     ratios = {}
     for name, other in (("whole", "decoder"), ("stream", "decoder"), ("whole", "generate"), ("stream", "generate")):
         each = [a / b for a, b in zip(seconds[name], seconds[other], strict=True)]
         ratios[f"{name} / {other}"] = {"median": statistics.median(each), "min": min(each), "max": max(each)}
     per_token = {name: statistics.median(values) * 1000 / tokens for name, values in seconds.items()}
-    return {"pairs": pairs, "tokens": tokens, "ms_per_token": per_token, "ratio": ratios}
+    of_server = {name: statistics.median(values) * 1000 / tokens for name, values in cpu.items()}
+    return {
+        "pairs": pairs,
+        "tokens": tokens,
+        "ms_per_token": per_token,
+        "cpu_ms_per_token": of_server,
+        "ratio": ratios,
+    }
 
 
 class Client:
@@ -225,12 +235,13 @@ def drive(url, model, asks, alone, num_clients, seconds, ready, reports) -> None
             asked = {"model": model, "prompt": prompt, "max_tokens": tokens, "temperature": 0, "stream": True}
             try:
                 text, end = "", None
-                async for chunk in await api.completions.create(**asked, stream_options={"include_usage": True}):
-                    if time.perf_counter() > until:
-                        return  # In the middle of an answer, as clients do.
-                    for choice in chunk.choices:
-                        text, end = text + choice.text, choice.finish_reason or end
-                    found["tokens"] += chunk.usage.completion_tokens if chunk.usage else 0
+                async with await api.completions.create(**asked, stream_options={"include_usage": True}) as stream:
+                    async for chunk in stream:
+                        if time.perf_counter() > until:
+                            return  # In the middle of an answer, as clients do.
+                        for choice in chunk.choices:
+                            text, end = text + choice.text, choice.finish_reason or end
+                        found["tokens"] += chunk.usage.completion_tokens if chunk.usage else 0
             except openai.APIError as error:
                 found["errors"].append(str(error))
                 continue
