@@ -35,8 +35,8 @@ from kilofed.prospects import Trio, sweep
 from kilofed.recipe import Recipe, from_table
 from kilofed.site import Sites
 
-ROUNDS, CLIENTS = 4, 6
-TRAIN_ROWS, TEST_ROWS = 480, 120
+ROUNDS, CLIENTS, BATCH = 4, 6, 4
+TEST_ROWS = 120
 ALPHAS = (0.5, 0.75, 1.0, 1.5)
 ROWS = (
     "large base",
@@ -59,14 +59,16 @@ class Text:
     test: str = "test"
     template: str = "plain"
     pair: str = "shared"
-    """shared: small and large of --models; builtin: the embedded pair."""
+    """shared: small and large of ../shared/models; builtin: the embedded pair."""
+    rows: int = 600
+    """Training rows, of which clients see each about once."""
 
 
 Figures = Mapping[str, float]
 Line = dict[str, object]
 
 TEXTS = {
-    "dolly": Text("dolly"),
+    "dolly": Text("dolly", rows=2000),
     "sgd_plain": Text("sgd_response", template="bare"),
     "sgd_instruction": Text("sgd_response", template="alpaca"),
     "natural_instructions": Text("natural_instructions", test="test_seen_tasks"),
@@ -131,7 +133,7 @@ def steered(recipe: Recipe, test_rows: int) -> dict[str, object]:
     large = fedpt.beside(plain.server)["large base"]
     score("large base", large)
     score("small base", plain.server.model)
-    trial = [e for client in plain.sites.client_ids() for e in plain.sites.train_examples(client)[:40]]
+    trial = [e for client in plain.sites.client_ids() for e in plain.sites.train_examples(client)[:80]]
     prospects = fedpt.prospects(plain.server, trial, held_out[::2])
     score("small central", plain.central())
     plain.rounds()
@@ -234,13 +236,14 @@ def changed(recipe: Recipe, *, distil: str) -> Recipe:
 def make_recipe(name: str, seed: int, shared: Path, folder: Path) -> Recipe:
     """FedPT on the data set: six clients skewed by its label, 15 % of the rows at the server."""
     text = TEXTS[name]
+    steps = round(0.85 * text.rows / (ROUNDS * CLIENTS * BATCH))
     pair = {
         "shared": (str(shared / "models" / "small"), str(shared / "models" / "large")),
         "builtin": ("builtin:small", "builtin:large"),
     }[text.pair]
     data: dict[str, object] = {"max_length": 128, "public_share": 0.15, "template": text.template}
     if text.folder:
-        for split, file, number in (("train", "train", TRAIN_ROWS), ("test", text.test, 2 * TEST_ROWS)):
+        for split, file, number in (("train", "train", text.rows), ("test", text.test, 2 * TEST_ROWS)):
             rows = read(shared / "data" / text.folder / f"{file}.jsonl.gz")
             order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed if split == "train" else 0))
             chosen = [usual(rows[at], text.template) for at in order[:number].tolist()]
@@ -257,7 +260,7 @@ def make_recipe(name: str, seed: int, shared: Path, folder: Path) -> Recipe:
         "model": {"path": pair[0]},
         "data": data,
         "method": {"name": "fedpt", "large": pair[1], "steps": 8},
-        "train": {"steps": 10, "batch_size": 3, "lr": 4e-3},
+        "train": {"steps": steps, "batch_size": BATCH, "lr": 2e-3},
     }
     return from_table(table)  # type: ignore[arg-type]
 

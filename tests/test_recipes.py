@@ -38,5 +38,7 @@ def test_one_round_of_a_shipped_recipe_runs(
     }
     if load(name).data.task == "classify":
         small |= {"data.columns.text": "instruction", "data.columns.label": "client", "data.partition.min_rows": 1}
+    if load(name).method.name == "fedpt":
+        small |= {"method.large": str(tiny_model), "data.public_share": 0.2}
     done = kilofed.run(name, small, out=tmp_path / "run")
     assert done.rows["federated"]["loss"] > 0

@@ -18,7 +18,7 @@ from kilofed.steering import combine
 STEPS = 30
 """Optimiser steps of the trial."""
 BATCH = 16
-"""Rows per forward."""
+"""Rows per step of the trial, as several clients see together, and per forward."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,9 @@ def foresee(
     """
     start = models.read_trained(trio.tuned)
     before = sweep(trio, held_out, (0.0,))
-    trial = replace(spec, steps=STEPS, epochs=0, schedule="constant", warmup=0.0)
+    trial = replace(
+        spec, steps=STEPS, epochs=0, batch_size=max(spec.batch_size, BATCH), schedule="constant", warmup=0.0
+    )
     batches = train.batches(rows, trial, first=0, count=STEPS, order=order)
     try:
         train.fit(trio.tuned, batches, trial, first=0, total=STEPS, dropout=order("dropout"))

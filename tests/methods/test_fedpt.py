@@ -177,6 +177,7 @@ def run(table: dict[str, Value], large: str, out: Path, **fields: Value) -> kilo
     return kilofed.run(kilofed.recipe.from_table(whole), out=out)
 
 
+@pytest.mark.slow
 def test_a_run_shows_the_parts_beside_the_whole_and_every_command_reads_it(
     tiny_table, tiny_large: Path, tmp_path: Path
 ) -> None:
@@ -203,6 +204,7 @@ def test_a_run_shows_the_parts_beside_the_whole_and_every_command_reads_it(
     assert answers.read_text().endswith("\n")
 
 
+@pytest.mark.slow
 def test_the_run_ends_when_the_steered_model_meets_its_target(tiny_table, tiny_large: Path, tmp_path: Path) -> None:
     early = run({**tiny_table, "rounds": 3}, str(tiny_large), tmp_path / "early", target_loss=1e9)
     lines = [json.loads(line) for line in (tmp_path / "early" / "metrics.jsonl").read_text().splitlines()]
@@ -251,6 +253,7 @@ def test_an_api_that_tells_all_is_the_local_model(federate, tiny_large: Path, mo
         torch.testing.assert_close(asked.server.state[name], local.server.state[name], rtol=0.02, atol=2e-3)
 
 
+@pytest.mark.slow
 def test_a_budget_spent_in_the_middle_stops_the_run_and_a_larger_one_resumes(
     tiny_table, tiny_large: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
