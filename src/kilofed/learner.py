@@ -34,9 +34,11 @@ class Learner:
         for name, value in values.items():
             if name not in own or own[name].shape != value.shape:
                 raise ModelError(f"{name} of shape {tuple(value.shape)} is not trained by {type(model).__name__} here")
+        place = {name: number for number, name in enumerate(full.values())}
+        # In the model's order: a norm over all of them is a sum in that order.
         self.tensors = {
-            name: nn.Parameter(value.detach().to(own[name].device, own[name].dtype, copy=True))
-            for name, value in sorted(values.items())
+            name: nn.Parameter(values[name].detach().to(own[name].device, own[name].dtype, copy=True))
+            for name in sorted(values, key=lambda name: place[full[id(own[name])]])
         }
         self._model, self._spec = model, spec
         self._places = {name: "model." + full[id(own[name])] for name in self.tensors}

@@ -5,8 +5,9 @@ and a linear map from hidden states to token embeddings, fitted on text of the s
 the model, as the server does.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -113,8 +114,9 @@ def _states(halves: Halves, examples: Sequence[Example], width: narrow.Width, no
 def _embeddings(model: nn.Module) -> Tensor:
     """(V, D): the table of input embeddings."""
     inner = getattr(model, "get_base_model", None)
-    table: Tensor = (inner() if inner else model).get_input_embeddings().weight
-    return table.detach().float().cpu()
+    base = cast(nn.Module, inner() if inner else model)
+    find = cast(Callable[[], nn.Embedding], base.get_input_embeddings)
+    return find().weight.detach().float().cpu()
 
 
 def _fit(states_ND: Tensor, wanted_NE: Tensor) -> Tensor:
@@ -132,4 +134,4 @@ def _with_one(states_ND: Tensor) -> Tensor:
 def _closest(points_ND: Tensor, table_VD: Tensor) -> Tensor:
     """(N,): the row of the table in whose direction each point lies."""
     directions_VD = nn.functional.normalize(table_VD, dim=-1)
-    return torch.cat([(some @ directions_VD.T).argmax(-1) for some in points_ND.split(1024)])  # type: ignore[no-untyped-call]
+    return torch.cat([(some @ directions_VD.T).argmax(-1) for some in torch.split(points_ND, 1024)])
