@@ -1,5 +1,6 @@
 """Serve a model over HTTP: bind, say where, answer until stopped."""
 
+import asyncio
 import contextlib
 import socket
 import sys
@@ -56,7 +57,7 @@ def serve(served: Served, place: Place, limits: Limits, *, to: TextIO | None = N
         if not place.needs_token:
             print("no token: every program of this machine can use this server", file=sys.stderr)
         print(f"{url_of(listener)}/v1", file=to or sys.stdout, flush=True)
-        server_of(served, desk, Doors(token), limits).run(sockets=[listener])
+        Listening(served, desk, Doors(token), limits).run(sockets=[listener])
 
 
 @contextlib.contextmanager
@@ -68,7 +69,7 @@ def running(served: Served, *, token: str | None = None, limits: Limits | None =
     """
     limits = limits or Limits()
     with listening(Place(port=0)) as listener, Desk(limits.max_active, limits.max_waiting) as desk:
-        server = server_of(served, desk, Doors(token), limits)
+        server = Listening(served, desk, Doors(token), limits)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, name="serve")
         thread.start()
         try:
@@ -110,21 +111,35 @@ def url_of(listener: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def server_of(served: Served, desk: Desk, doors: Doors, limits: Limits) -> uvicorn.Server:
-    """A uvicorn server that keeps no log of requests."""
-    config = uvicorn.Config(
-        make_app(Service(served, desk, limits), doors),
-        access_log=False,
-        log_config=None,
-        log_level="warning",
-        lifespan="off",
-        ws="none",
-        proxy_headers=False,
-        server_header=False,
-        limit_concurrency=MOST_CONNECTIONS,
-        timeout_graceful_shutdown=GRACE,
-    )
-    return uvicorn.Server(config)
+class Listening(uvicorn.Server):
+    """A uvicorn server that keeps no log of requests and, when told to stop, ends what is under way with a word."""
+
+    def __init__(self, served: Served, desk: Desk, doors: Doors, limits: Limits) -> None:
+        config = uvicorn.Config(
+            make_app(Service(served, desk, limits), doors),
+            access_log=False,
+            log_config=None,
+            log_level="warning",
+            lifespan="off",
+            ws="none",
+            proxy_headers=False,
+            server_header=False,
+            limit_concurrency=MOST_CONNECTIONS,
+            # Reached only where a client does not read what it is told at the end.
+            timeout_graceful_shutdown=GRACE + 5,
+        )
+        super().__init__(config)
+        self._desk = desk
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Let answers come to their end for GRACE seconds, then end them with an error."""
+        closing = asyncio.create_task(self._close_desk())
+        await super().shutdown(sockets)
+        closing.cancel()
+
+    async def _close_desk(self) -> None:
+        await asyncio.sleep(GRACE)
+        await asyncio.to_thread(self._desk.close)
 
 
 def _check(limits: Limits) -> None:

@@ -190,21 +190,26 @@ def test_unread_answers_are_bounded(served) -> None:
             service.refuse_crowd()
 
 
-def test_a_server_that_stops_ends_its_streams_and_threads(gated, monkeypatch) -> None:
+def test_a_server_that_stops_ends_its_answers_with_a_word_and_its_threads(gated, monkeypatch, caplog) -> None:
     monkeypatch.setattr("kilofed.serve.GRACE", 1)
     gate, behind = gated
     gate.seconds = 0.05
     gate.gate.set()
     before = set(threading.enumerate())
-    with running(behind) as url:
-        stream = open_stream(SimpleNamespace(url=url, token=None), LONG)
-        while not gate.num_tokens:
-            time.sleep(0.01)
-    with stream:
-        stream.settimeout(10)
-        seen = b"".join(iter(lambda: stream.recv(1 << 16), b""))
+    with ThreadPoolExecutor(1) as pool:
+        with running(behind) as url:
+            stream = open_stream(SimpleNamespace(url=url, token=None), LONG)
+            whole = pool.submit(httpx.post, f"{url}/v1/completions", json=LONG, timeout=30)
+            while gate.num_begun < 2 or not gate.num_tokens:
+                time.sleep(0.01)
+        with stream:
+            stream.settimeout(10)
+            seen = b"".join(iter(lambda: stream.recv(1 << 16), b""))
+        assert (whole.result().status_code, whole.result().json()["error"]["code"]) == (503, "shutting_down")
     assert seen.startswith(b"HTTP/1.1 200 ")
+    assert b"the server is shutting down" in seen
     assert b"[DONE]" not in seen
-    assert 0 < gate.num_tokens < 120
-    assert gate.num_closed == gate.num_begun
+    assert 0 < gate.num_tokens < 240
+    assert gate.num_closed == gate.num_begun == 2
+    assert not caplog.records
     assert not {thread.name for thread in set(threading.enumerate()) - before} & {"serve", "decode"}
