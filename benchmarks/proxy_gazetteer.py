@@ -205,25 +205,26 @@ def table(template: str, lines: list[dict[str, object]]) -> str:
         out.append(f"round {number + 1}")
         for row in curves[0][number]:
             shares = [100 * curve[number][row] for curve in curves]
-            out.append(f"  {row:<36}{spread(shares)}")
+            out.append(f"  {row:<36}{spread(shares, 1)}")
         for start in ("as it stands", "cut at its end"):
-            gaps = [closed(curve[number], f"large base, {start}") for curve in curves]
-            out.append(f"  closed of the gap to large FedAvg, large base {start}: {spread(gaps)} %")
+            gaps = [gap for curve in curves if (gap := closed(curve[number], f"large base, {start}")) is not None]
+            found = f"{spread(gaps, 1)} %" if len(gaps) == len(curves) else "large FedAvg is not above its parts yet"
+            out.append(f"  closed of the gap to large FedAvg, large base {start}: {found}")
     out.append(f"right answer ranked first among its type (of {RANKED} or so), after the last round")
     for row in cast(Mapping[str, float], lines[0]["ranked_first"]):
         shares = [100 * cast(Mapping[str, float], line["ranked_first"])[row] for line in lines]
-        out.append(f"  {row:<36}{spread(shares)}")
+        out.append(f"  {row:<36}{spread(shares, 1)}")
     sent = cast(Mapping[str, float], lines[0]["bytes_per_client"])
     out.append(f"bytes per client: FedPT {sent['FedPT']:,.0f}, large FedAvg {sent['large FedAvg']:,.0f}")
     out.append(f"{sum(cast(float, line['cpu_seconds']) for line in lines):.0f} CPU-seconds")
     return "\n".join(out)
 
 
-def closed(row: Mapping[str, float], base: str) -> float:
-    """Percent of the way from the better part to the directly tuned model that the steered model goes."""
-    start = max(row[base], row["small FedAvg"])
-    best = row["large FedAvg"]
-    return 100 * (row["FedPT, alpha of the server's rows"] - start) / (best - start) if best > start else float("nan")
+def closed(row: Mapping[str, float], base: str) -> float | None:
+    """Percent of the way from the better part to the directly tuned model that the steered model goes; None: no way."""
+    start, best = max(row[base], row["small FedAvg"]), row["large FedAvg"]
+    ours = row["FedPT, alpha of the server's rows"]
+    return 100 * (ours - start) / (best - start) if best > start else None
 
 
 if __name__ == "__main__":
