@@ -116,6 +116,18 @@ def test_a_slow_reader_keeps_nobody_waiting(start) -> None:
         slow.close()
 
 
+def test_a_reader_that_never_reads_is_cut_off(start, monkeypatch, caplog) -> None:
+    monkeypatch.setattr("kilofed.serving.service.SLACK", 0.5)
+    server = start(timeout=1.5, max_logprobs=259)
+    # More than the buffers on the way hold: 64 prompts of 120 tokens with all log-probabilities.
+    stuck = open_stream(server, {**ASK, "prompt": [[5] * 120] * 64, "max_tokens": 0, "echo": True, "logprobs": 259})
+    with stuck:
+        assert server.waits_for("kilofed_cancelled_total", 1)
+    assert server.waits_for("kilofed_active_requests", 0)
+    assert any("too slowly" in record.getMessage() for record in caplog.records)
+    assert not any(record.exc_info for record in caplog.records)
+
+
 def test_an_answer_that_takes_too_long_ends_with_an_error(start, gated) -> None:
     _, behind = gated
     server = start(behind, timeout=0.3)
