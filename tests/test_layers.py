@@ -46,12 +46,12 @@ LAYERS: list[set[str]] = [
         "blackbox",
         "proxy",
     },
-    {"method", "listing", "reading", "plots"},
+    {"method", "listing", "reading", "plots", "page"},
     {"methods", "engines", "report"},
     {"site", "controls", "results", "check"},
     {"about"},
     {"run"},
-    {"serving", "serve", "export", "chat", "replay", "cli", "__init__", "__main__"},
+    {"serving", "serve", "export", "compare", "chat", "replay", "cli", "__init__", "__main__"},
 ]
 MATHS = {
     "train",

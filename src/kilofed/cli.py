@@ -68,6 +68,17 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("words", nargs="*", metavar="RECIPE key=value", help="as for run")
     check.set_defaults(call=_check)
 
+    compare = commands.add_parser("compare", help="run several methods on one model and one split, side by side")
+    compare.add_argument(
+        "words", nargs="*", metavar="RECIPE key=value", help="as for run; LABEL:key=value changes one entry alone"
+    )
+    compare.add_argument(
+        "--methods", required=True, metavar="A,B", help="methods or shipped recipes; full=fedavg names an entry full"
+    )
+    compare.add_argument("--seeds", type=int, default=1, help="repeats of each (default 1)")
+    compare.add_argument("--out", type=Path, required=True, metavar="DIR", help="where runs and compare.html go")
+    compare.set_defaults(call=_compare)
+
     ls = commands.add_parser("ls", help="list methods, recipes, data sources or runs")
     ls.add_argument("what", nargs="?", choices=("methods", "recipes", "data", "runs"), help="default: all of them")
     ls.set_defaults(call=_ls)
@@ -124,7 +135,7 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("path", metavar="RUN", help="a run folder, a model directory, builtin:small or a hub id")
     for command in (resume, report, export, replay):
         command.add_argument("folder", type=Path, metavar="RUN", help="a run folder")
-    for command in (run, resume, check, ls, show, evaluate):
+    for command in (run, resume, check, compare, ls, show, evaluate):
         command.add_argument("--json", action="store_true", help="print one JSON value")
     return parser
 
@@ -169,6 +180,19 @@ def _check(options: argparse.Namespace) -> None:
             print(f"{finding.level:4}  {finding.text}")
     if any(finding.level == "bad" for finding in findings):
         raise KilofedError("the recipe would not run well as it is; see the lines marked bad")
+
+
+def _compare(options: argparse.Namespace) -> None:
+    from kilofed import compare
+
+    source, overrides = _split(options.words)
+    chosen, common = compare.entries(options.methods, overrides)
+    found = compare.compare(source, chosen, common, out=options.out, seeds=options.seeds)
+    if options.json:
+        print(json.dumps(found))
+        return
+    print(compare.text(found))
+    print(f"page: {options.out}/compare.html")
 
 
 def _ls(options: argparse.Namespace) -> None:

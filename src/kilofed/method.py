@@ -24,7 +24,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol, TypeVar, cast, overload
+from typing import ClassVar, Protocol, TypeVar, cast, overload
 
 import torch
 from torch import Tensor, nn
@@ -170,6 +170,9 @@ class Sent:
 @dataclass(frozen=True)
 class Method:
     """One federated method; its fields are its hyperparameters."""
+
+    sends: ClassVar[str] = "trained tensors"
+    """What leaves a client, in a word or two."""
 
     def client_model(self, recipe: Recipe, client: int) -> ModelSpec | None:
         """The model that client number `client` loads; None for no model at all."""
@@ -412,7 +415,7 @@ class Cohort:
         return replies
 
     def leave_out(self, client: int, why: str) -> None:
-        """Take down that a client failed, as the method found by its reply. Raises ClientError unless failures are skipped."""
+        """Take down that a client failed, as its reply shows. Raises ClientError unless failures are skipped."""
         self._fail(client, Payload(scalars={ERROR: why}))
 
     def _exchange(

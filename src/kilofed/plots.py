@@ -16,7 +16,7 @@ from typing import Literal
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, MaxNLocator
+from matplotlib.ticker import EngFormatter, MaxNLocator, NullFormatter
 
 NUM_COLOURS = 8
 MAX_BARS = 40
@@ -114,6 +114,53 @@ def lines(name: str, chart: Mapping[str, Sequence[tuple[float, float]]], *, x: s
     axes.set_ylabel(y)
     axes.xaxis.set_major_locator(MaxNLocator(8))
     return Plot(_svg(figure, name), [Entry(label, f"--c{i}", "solid") for i, label in enumerate(chart)])
+
+
+def scatter(
+    name: str,
+    points: Mapping[str, tuple[float, float]],
+    *,
+    levels: Mapping[str, float],
+    x: str,
+    y: str,
+    unit: str,
+) -> Plot:
+    """A dot per label, the lower and the farther left the better, and the line through those that none beats in both.
+
+    Args:
+        points: label -> (cost above 0, loss); at most 8 have a colour of their own.
+        levels: label -> loss, as horizontal lines; at most three.
+        unit: of x, such as `B`; the axis is logarithmic.
+    """
+    figure, axes = _sheet(height=3.2)
+    key = []
+    for i, (label, (cost, loss)) in enumerate(points.items()):
+        colour = _COLOURS[i % NUM_COLOURS]
+        axes.plot([cost], [loss], color=colour, marker="o", markersize=8, linestyle="none")
+        key.append(Entry(label, f"--c{i % NUM_COLOURS}", "fill"))
+    front = pareto(points)
+    axes.plot(*zip(*(points[label] for label in front), strict=True), color=_INK, linewidth=1, linestyle="dashed")
+    key.append(Entry("none is better in both", "--ink", "dashed"))
+    dashes: tuple[Dash, ...] = ("solid", "dotted", "dashdot")
+    for (level, value), dash in zip(levels.items(), dashes, strict=False):
+        axes.axhline(value, color=_INK, linestyle=dash, linewidth=0.8)
+        key.append(Entry(level, "--ink", dash))
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter(EngFormatter(unit))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    return Plot(_svg(figure, name), key)
+
+
+def pareto(points: Mapping[str, tuple[float, float]]) -> list[str]:
+    """Labels that no other is at least as good as in both numbers and better in one, by rising first number."""
+    front = [
+        label
+        for label, (x, y) in points.items()
+        if not any(a <= x and b <= y and (a, b) != (x, y) for a, b in points.values())
+    ]
+    return sorted(front, key=lambda label: points[label])
 
 
 def traffic(name: str, rounds: Sequence[int], down: Sequence[int], up: Sequence[int]) -> Plot:

@@ -248,8 +248,8 @@ def load(source: str | Path, overrides: Mapping[str, Value] | None = None) -> Re
     Raises:
         RecipeError: no such recipe, unknown key, wrong type, value out of range.
     """
-    table = _read(source)
-    _lay_all_over(table, overrides or {})
+    table = read_table(source)
+    lay_over(table, overrides or {})
     return from_table(table)
 
 
@@ -263,7 +263,7 @@ def from_table(table: Table) -> Recipe:
 def changed(recipe: Recipe, overrides: Mapping[str, Value]) -> Recipe:
     """`recipe` with `overrides` laid over it; raises RecipeError."""
     table = to_table(recipe)
-    _lay_all_over(table, overrides)
+    lay_over(table, overrides)
     return from_table(table)
 
 
@@ -317,14 +317,16 @@ def text_of(source: str | Path) -> str:
     return (resources.files("kilofed") / "recipes" / f"{source}.toml").read_text("utf-8")
 
 
-def _read(source: str | Path) -> dict[str, Value]:
+def read_table(source: str | Path) -> dict[str, Value]:
+    """A recipe as its file has it, nested; raises RecipeError: there is none, or it is not TOML."""
     try:
         return tomllib.loads(text_of(source))
     except tomllib.TOMLDecodeError as error:
         raise RecipeError(f"{source} is not valid TOML: {error}") from error
 
 
-def _lay_all_over(table: dict[str, Value], overrides: Mapping[str, Value]) -> None:
+def lay_over(table: dict[str, Value], overrides: Mapping[str, Value]) -> None:
+    """Write dotted keys and their values into `table`; raises RecipeError: no such key."""
     data = table.get("data")
     if isinstance(data, dict) and overrides.keys() & {"data", "data.source"}:
         data.pop("options", None)  # They were those of the source that is laid over.

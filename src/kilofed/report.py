@@ -7,15 +7,13 @@ import math
 import shutil
 import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from importlib import resources
 from itertools import accumulate
 from pathlib import Path
 from typing import cast
 
-import jinja2
-
 from kilofed import plots
 from kilofed.files import replace_file
+from kilofed.page import render
 from kilofed.reading import Reading, Round, dig, items, read
 from kilofed.units import count, fixed, number, percent, size
 
@@ -33,7 +31,7 @@ def write(folder: Path) -> Path:
         RunError: not a run folder, a broken line (named by its number), or the disk is full.
     """
     path = folder / "report.html"
-    replace_file(path, _page(read(folder)).encode("utf-8", "replace"))
+    replace_file(path, render("report.html.jinja", _words(read(folder))).encode("utf-8", "replace"))
     return path
 
 
@@ -134,15 +132,6 @@ def _privacy_lines(results: Mapping[str, object]) -> list[str]:
         f"privacy ({dig(spent, 'kind')}): epsilon {epsilon:.3g} at delta {'-' if delta is None else f'{delta:g}'} "
         f"spent over {count(dig(spent, 'num_means'))} noisy means"
     ]
-
-
-def _page(reading: Reading) -> str:
-    source = resources.files("kilofed").joinpath("report.html.jinja").read_text("utf-8")
-    page = jinja2.Environment(
-        autoescape=True, undefined=jinja2.ChainableUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    page.filters.update(size=size, count=count, fixed=fixed, percent=percent)
-    return page.from_string(source).render(_words(reading))
 
 
 def _words(reading: Reading) -> dict[str, object]:

@@ -33,3 +33,12 @@ def count(value: object) -> str:
     """A whole number such as `1,234,567`."""
     found = number(value)
     return "-" if found is None else f"{found:,.0f}"
+
+
+def operations(value: object) -> str:
+    """Floating-point operations with a unit, such as `3.4 GFLOP`."""
+    found = number(value)
+    if found is None:
+        return "-"
+    power = next((p for p in range(5) if round(found / 1000**p, 1) < 1000), 5)
+    return f"{found / 1000**power:.1f} {('', 'k', 'M', 'G', 'T', 'P')[power]}FLOP"

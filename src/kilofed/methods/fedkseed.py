@@ -11,7 +11,7 @@ import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -36,6 +36,8 @@ UNKNOWN = (-1, -1)
 @dataclass(frozen=True)
 class FedKSeed(Method):
     """Clients walk along the pool's seeds; the server sums their slopes."""
+
+    sends: ClassVar[str] = "slopes: a number per step"
 
     num_seeds: int = 4096
     """K, a power of two from 64; more reach more of the space and cost more bytes down."""

@@ -14,7 +14,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +34,8 @@ NUM_WORDS, PUBLIC = "num_words", "public"
 @dataclass(frozen=True)
 class KD(Method):
     """Clients tune their own models and send logits on public rows; the server distils their mean into the global one."""
+
+    sends: ClassVar[str] = "logits on public rows"
 
     steps: int = 20
     """Distillation steps per round at the server."""

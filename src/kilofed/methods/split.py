@@ -11,7 +11,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +37,8 @@ PROBED = 32
 @dataclass(frozen=True)
 class Split(Method):
     """The model is cut between two blocks; no client holds the blocks above the cut."""
+
+    sends: ClassVar[str] = "activations at the cut, labels unless they stay private, lower blocks"
 
     cut: int = 1
     """Blocks that a client holds; more cost it memory and work, and hide its tokens better."""
