@@ -171,6 +171,7 @@ def peak():  # ru_maxrss would begin at that of the process that started this on
 models.load_base(Part(path + "/little", num_blocks=1))  # The runtime's base.
 base = peak()
 model = models.load_base(Part(path, num_blocks=1) if what == "part" else ModelSpec(path))
+touched = [float(p.detach().sum()) for p in model.parameters()]  # Files are mapped and read when they are looked at.
 size = sum(p.numel() * p.element_size() for p in model.parameters())
 print(json.dumps({"size": size, "peak": peak() - base}))
 """
