@@ -2,7 +2,7 @@
 
 Every message is counted whole, as the engine gets it. The paper's own format costs 17,988 bytes at K = 4096.
 
-    python benchmarks/fedkseed_bytes.py [--quick] [--json] [--model DIR] [--seeds 3]
+    python benchmarks/fedkseed_bytes.py [--quick] [--json] [--model DIR] [--seeds 3] [--pools K ...] [--wires NAME ...]
 """
 
 import argparse
@@ -106,13 +106,15 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--model", default="builtin:small")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--pools", type=int, nargs="+", default=list(TARGETS), choices=list(TARGETS), metavar="K")
+    parser.add_argument("--wires", nargs="+", default=["quantised", "float32"], choices=["quantised", "float32"])
     options = parser.parse_args()
     torch.set_num_threads(1)
     rounds, seeds = (2, 1) if options.quick else (3, options.seeds)
-    wires = ("quantised",) if options.quick else ("quantised", "float32")
+    wires = ["quantised"] if options.quick else options.wires
     rows = []
     for seed in range(seeds):
-        for num_seeds in TARGETS:
+        for num_seeds in options.pools:
             for wire in wires:
                 rows.append(measure(options.model, num_seeds, wire, seed, rounds))
                 print(f"measured {rows[-1]}", file=sys.stderr, flush=True)
