@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
 
 from kilofed import consensus, models
 from kilofed.engines.inprocess import InProcess
@@ -149,25 +148,28 @@ def test_no_public_rows_are_refused(federate) -> None:
         federate("kd", rounds=0, overrides={"data.public_share": 0.0}, fresh=True)
 
 
-def test_logits_that_are_not_finite_stay_at_home(federate, tmp_path: Path) -> None:
+def test_a_client_with_logits_that_are_not_finite_is_named_and_left_out(federate, tmp_path: Path) -> None:
     """A word that is in public rows alone makes the logits of one client's own model NaN."""
     public = tmp_path / "public.jsonl"
     public.write_text("".join(json.dumps({"instruction": f"~ {n}"}) + "\n" for n in range(3)), "utf-8")
     found = federate("kd", rounds=0, overrides={**CLASSIFY, "data.public": str(public)}, public_rows=0, fresh=True)
-    ask, _ = replies(found)
-    client = found.sites._client(1)
-    tilde = client.public[0].input_ids[0]
-    embeddings = client.model.get_input_embeddings().weight
-    with torch.no_grad():
-        whole: Tensor = embeddings[tilde].clone()
-        embeddings[tilde] = torch.nan
-    try:
-        client.round = 1
-        with pytest.raises(ClientError, match="NaN or infinite at 3 of 3 positions"):
-            found.sites.method.tune(client, ask)
-    finally:
-        with torch.no_grad():
-            embeddings[tilde] = whole
+    word = found.server.public[0].input_ids[0]
+
+    def answer(number: int, body: bytes) -> bytes:
+        weights = found.sites._client(number).model.get_input_embeddings().weight.data
+        whole = weights[word].clone()
+        weights[word] = torch.nan if number == 1 else whole
+        reply = found.sites.handle(number, body)
+        weights[word] = whole
+        return reply
+
+    cohort = Cohort(found.sites.client_ids(), InProcess(found.sites.client_ids(), answer), Ledger(),
+                    found.sites.policy, round=1, skip_failures=True)  # fmt: skip
+    found.server.round = 1
+    found.sites.method.round(found.server, cohort)
+    assert list(cohort.failures) == [1]
+    assert "NaN or infinite at 3 of 3 positions" in cohort.failures[1]
+    assert all(bool(tensor.isfinite().all()) for tensor in found.server.state.values())
 
 
 @pytest.mark.parametrize(
