@@ -52,7 +52,15 @@ def of(findings: list[Finding], level: str) -> dict[str, str]:
 def test_a_sound_recipe_has_only_good_findings_one_of_each(tiny_recipe: Recipe) -> None:
     findings = check(tiny_recipe)
     assert {finding.level for finding in findings} == {"good"}
-    assert sorted({finding.name for finding in findings} | {"columns"}) == sorted([*module.PARTS, "columns"])
+    expected = {*module.PARTS, "columns"} - {"method"}  # FedAvg has nothing of its own to say.
+    assert {finding.name for finding in findings} | {"columns"} == expected
+
+
+def test_a_method_says_what_it_expects_of_the_rows(tiny_recipe: Recipe, tiny_large: Path) -> None:
+    words: dict[str, Value] = {"method": "fedpt", "method.large": str(tiny_large), "data.public_share": 0.2}
+    (said,) = [one for one in check(changed(tiny_recipe, words)) if one.name == "method"]
+    assert "held-out loss: steered large" in said.text
+    assert said.level == ("warn" if "NOT likely" in said.text or "adds nothing" in said.text else "good")
 
 
 def test_every_finding_is_one_line_of_its_own(tiny_recipe: Recipe) -> None:

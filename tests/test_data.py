@@ -84,8 +84,19 @@ def test_each_template_puts_the_response_right_behind_its_prompt(plain: PreTrain
     spec = replace(SPEC, template=name, max_length=500)
     example = one(plain, {"instruction": "{say}", "context": "c", "response": "yes"}, "response", spec)
     prompt = TEMPLATES[name][0].format(instruction="{say}", context="c")
-    assert text(plain, example.input_ids) == f"<bos>{prompt}yes<eos>"
+    space = "" if prompt[-1].isspace() else " "
+    assert text(plain, example.input_ids) == f"<bos>{prompt}{space}yes<eos>"
+    assert text(plain, example.prompt_ids) == f"<bos>{prompt}"
     assert example.input_ids[: len(example.prompt_ids)] == example.prompt_ids
+
+
+def test_the_question_of_the_embedded_pair_ends_without_a_space_and_its_answer_begins_with_one(
+    plain: PreTrainedTokenizerBase,
+) -> None:
+    example = one(plain, {"instruction": "why", "response": "so"}, "response", replace(SPEC, template="qa"))
+    assert text(plain, example.prompt_ids) == "<bos>Q: why\nA:"
+    assert learnt(plain, example) == " so<eos>"
+    assert example.references == ["so"]
 
 
 def test_the_first_of_several_references_is_learnt_and_all_are_right(plain: PreTrainedTokenizerBase) -> None:

@@ -370,6 +370,12 @@ def test_table_says_scores_costs_and_verdict() -> None:
     ]
 
 
+def test_rows_of_a_methods_own_stand_behind_the_usual_ones() -> None:
+    rows = {"large base": scores(4.0), "federated": scores(3.0), "base": scores(5.0)}
+    lines = report.table({"rows": rows}, 100).splitlines()
+    assert [line.split("  ")[0] for line in lines[1:4]] == ["base", "federated", "large base"]
+
+
 @pytest.mark.parametrize("width", [40, 60, 80])
 def test_table_keeps_to_the_width(width: int) -> None:
     text = report.table({**RESULTS, "seeds": [0, 1, 2]}, width)

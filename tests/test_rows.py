@@ -11,7 +11,7 @@ import pytest
 
 from kilofed.errors import DataError
 from kilofed.recipe import ColumnsSpec, DataSpec, PartitionSpec
-from kilofed.rows import Row, layout, read, row_hash, unused_columns
+from kilofed.rows import Row, Rows, layout, read, row_hash, set_aside, unused_columns
 
 SHARED = Path(__file__).parents[1] / ".." / "shared" / "data"
 ROWS: list[Row] = [
@@ -371,3 +371,24 @@ def test_real_data_is_read_whole(folder: str, columns: ColumnsSpec, kind: str, s
     found = read(spec(SHARED / folder, columns=columns), 0)
     assert (len(found.train), len(found.test)) == sizes
     assert layout(columns, found.train) == kind
+
+
+def test_public_rows_are_taken_from_the_clients_and_no_row_is_lost() -> None:
+    rows = Rows([{"text": f"row {n}"} for n in range(20)], [], "")
+    left, public = set_aside(rows, DataSpec(public_share=0.25), 3)
+    assert len(public) == 5
+    assert sorted(row["text"] for row in [*left.train, *public]) == sorted(row["text"] for row in rows.train)
+    assert set_aside(rows, DataSpec(public_share=0.25), 3)[1] == public
+    assert set_aside(rows, DataSpec(public_share=0.25), 4)[1] != public
+    assert set_aside(rows, DataSpec(), 3) == (rows, [])
+
+
+def test_public_rows_of_a_file_leave_the_clients_theirs(tmp_path: Path) -> None:
+    rows = Rows([{"text": "a"}, {"text": "b"}], [], "")
+    path = write_jsonl(tmp_path / "public.jsonl", [{"text": "c"}])
+    assert set_aside(rows, DataSpec(public=str(path), public_share=0.5), 0) == (rows, [{"text": "c"}])
+
+
+def test_a_public_share_that_leaves_one_side_none_is_refused() -> None:
+    with pytest.raises(DataError, match="leaves one side none"):
+        set_aside(Rows([{"text": "a"}, {"text": "b"}], [], ""), DataSpec(public_share=0.1), 0)

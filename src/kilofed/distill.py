@@ -144,7 +144,8 @@ def unpack(packed: Mapping[str, Tensor], num_words: int, temperature: float = 1.
     try:
         ids, values = packed["ids"].long(), packed["values"]
         if values.dtype is torch.int8:
-            low, high = packed["scales"].float().split(1, dim=1)
+            scales = packed["scales"].float()
+            low, high = scales[:, :1], scales[:, 1:]
             step = ((high - low) / STEPS).clamp(min=1e-12)
             numbers = (values.float() + STEPS / 2) * step + low
             numbers = numbers.masked_fill(values == NO_MASS, -math.inf)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from kilofed import models, train
-from kilofed.data import Example
+from kilofed.data import IGNORED, Example
 from kilofed.recipe import TrainSpec
 from kilofed.steering import combine
 
@@ -120,7 +120,7 @@ def sweep(trio: Trio, rows: Sequence[Example], alphas: Sequence[float]) -> Sweep
         else:
             with models.without_adapter(trio.tuned) as untouched:
                 base = _scores(untouched, batch, trio.words)
-        targets = batch.labels[:, 1:][batch.labels[:, 1:] != train.IGNORED]
+        targets = batch.labels[:, 1:][batch.labels[:, 1:] != IGNORED]
         for alpha in alphas:
             found[alpha] += _sum_loss(combine(large, tuned, base, alpha), targets)
         found.tuned += _sum_loss(tuned, targets)

@@ -76,7 +76,7 @@ def ask(
         lessons = lessons or Lessons(logits_NV.shape[1], temperature=temperature)
         scores = distill.top_k(logits_NV, k or logits_NV.shape[1], temperature)
         counts = [train.collate([row]).num_learnt for row in part]
-        for row, *own in zip(part, *(t.cpu().split(counts) for t in _tensors(scores)), strict=True):
+        for row, *own in zip(part, *(torch.split(t.cpu(), counts) for t in _tensors(scores)), strict=True):
             lessons.keep(row, TopK(own[0], own[1], own[2], scores.num_words, temperature))
     return lessons or Lessons(0, temperature=temperature)
 

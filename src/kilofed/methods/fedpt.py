@@ -164,7 +164,8 @@ class FedPT(FedAvg):
         row = torch.tensor([[server.round, before, after, kept]], dtype=torch.float64)
         server.state[PHASES] = torch.cat([server.state.get(PHASES, row[:0]), row])
         losses = {"small_loss_before": before, "small_loss_after": after, "teacher_loss": teacher_loss}
-        return {f"public_{name}": loss for name, loss in losses.items() if math.isfinite(loss)} | {"distilled": kept}
+        metrics: dict[str, Scalar] = {f"public_{name}": one for name, one in losses.items() if math.isfinite(one)}
+        return metrics | {"distilled": kept}
 
     def _public(self, server: Server) -> tuple[list[Example], list[Example]]:
         """Public rows that are taught and public rows that judge. Raises RecipeError: too few."""
