@@ -1,7 +1,7 @@
 """What a proxy loses when the large model tells its k likeliest tokens only, as APIs do: k = 5, 20, 100, full.
 
 The embedded pair on held-out package documentation; the small model is trained on it for a few steps first. Three rules
-for the tokens that were not told: shared as the small base shares them (kilofed's), all alike, and ruled out.
+for the tokens that were not told: shared as the small base shares them (`complete`), all alike, and ruled out.
 
     python benchmarks/top_k.py [--quick] [--json]
 """

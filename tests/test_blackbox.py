@@ -197,6 +197,15 @@ def test_another_vocabulary_or_an_empty_position_is_refused(server: Loopback, to
     large.close()
 
 
+def test_a_token_told_beyond_the_likeliest_is_not_kept(server: Loopback) -> None:
+    tops = [{"token_id:3": -5.0, "token_id:4": -0.1, "token_id:5": -0.2}]
+    content = json.dumps({"choices": [{"index": 0, "logprobs": {"top_logprobs": tops}}]}).encode()
+    server.faults = [lambda handler: handler.answer(200, content)]  # type: ignore[attr-defined]
+    large = remote(server, top_k=2)
+    assert large.tell([[1, 2]], [[2]])[0][2].ids.tolist() == [4, 5]
+    large.close()
+
+
 def test_an_echo_of_another_length_is_refused(server: Loopback) -> None:
     content = json.dumps({"choices": [{"index": 0, "logprobs": {"top_logprobs": [None, {"token_id:3": -0.1}]}}]})
     server.faults = [lambda handler: handler.answer(200, content.encode())]  # type: ignore[attr-defined]

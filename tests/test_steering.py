@@ -62,6 +62,13 @@ def test_the_rest_is_shared_as_the_base_shares_it() -> None:
     torch.testing.assert_close(whole.sum(), torch.tensor(1.0))
 
 
+def test_no_unseen_token_gets_more_than_the_least_seen_one() -> None:
+    seen = torch.tensor([0.5, 0.2, 0, 0, 0]).log()
+    base = torch.tensor([0.1, 0.1, 0.64, 0.12, 0.04]).log()
+    # 0.3 in proportions 16:3:1 is 0.24, 0.045, 0.015; the first may have 0.2, the others get 0.1 as 3:1.
+    torch.testing.assert_close(complete(seen, base).exp(), torch.tensor([0.5, 0.2, 0.2, 0.075, 0.025]))
+
+
 def test_a_base_that_is_the_large_model_completes_it_exactly() -> None:
     logits = torch.randn(5, 30, generator=torch.Generator().manual_seed(0))
     log_p = logits.log_softmax(-1)

@@ -166,7 +166,9 @@ class RemoteModel:
                 f"{self.spec.url} names tokens that the small model's tokeniser does not know, such as "
                 f"{next(iter(top))!r}: the models need the same tokeniser"
             )
-        return Told(np.array(ids, np.int32), np.array(logprobs, np.float32))
+        # Some APIs tell the token that came too, likely or not; what is kept are the likeliest, whatever came.
+        order = np.argsort(-np.array(logprobs), kind="stable")[: self.spec.top_k]
+        return Told(np.array(ids, np.int32)[order], np.array(logprobs, np.float32)[order])
 
     def _id(self, name: str) -> int | None:
         if self.spec.names == "text":

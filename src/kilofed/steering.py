@@ -14,6 +14,8 @@ from kilofed.errors import RecipeError
 
 LEAST_LEFT = 1e-9
 """Least probability that is left for unseen tokens: rounding must not rule them out."""
+MOST_SHARINGS = 16
+"""Times that what is above the least likely seen token is shared again; few are needed."""
 
 
 class Rule(Protocol):
@@ -64,17 +66,26 @@ def complete(seen: Tensor, base: Tensor) -> Tensor:
     """Log-probabilities of all tokens from those of the likeliest: what is left is shared as the small base shares it.
 
     With p the probability that the seen tokens leave over, an unseen token gets p times the base's probability among
-    the unseen ones. Where all tokens are seen nothing is shared, and the result is `seen` itself.
+    the unseen ones, but never more than the least likely seen token has, for then it would have been told; what is
+    above goes to the other unseen tokens in the same proportions. Where all tokens are seen nothing is shared, and the
+    result is `seen` itself.
 
     Args:
-        seen: (..., V) the large model's log-probabilities, -inf where the API told none.
+        seen: (..., V) the large model's log-probabilities of its likeliest tokens, -inf at all others.
         base: (..., V) the small base model's logits.
     """
     unseen = seen.isneginf()
-    told = seen.logsumexp(-1, keepdim=True).exp()
-    left = (1 - told).clamp(min=LEAST_LEFT).log()
-    shared = left + base.masked_fill(~unseen, -torch.inf).log_softmax(-1)
-    return torch.where(unseen, shared, seen)
+    least = seen.masked_fill(unseen, torch.inf).amin(-1, keepdim=True)
+    left = 1 - seen.logsumexp(-1, keepdim=True).exp()
+    full = torch.zeros_like(unseen)
+    for _ in range(MOST_SHARINGS):
+        rest = (left - full.sum(-1, keepdim=True) * least.exp()).clamp(min=LEAST_LEFT).log()
+        shared = rest + base.masked_fill(~unseen | full, -torch.inf).log_softmax(-1)
+        above = (shared > least) & unseen & ~full
+        full = full | above
+        if not bool(above.any()):
+            break
+    return torch.where(unseen, torch.where(full, least, shared), seen)
 
 
 def nucleus(scores: Tensor, top_p: float) -> Tensor:
