@@ -9,7 +9,7 @@ from dp_accounting.rdp import RdpAccountant
 
 from kilofed.errors import PrivacyError
 from kilofed.payload import Payload
-from kilofed.privacy import CentralGaussian, Mechanism, load_mechanism
+from kilofed.privacy import CentralGaussian, Mechanism, RowGaussian, load_mechanism
 from kilofed.recipe import PrivacySpec
 
 KEY = "0123456789abcdef" * 2
@@ -173,3 +173,41 @@ def test_two_means_at_noise_one_cost_seven_point_zero_eight() -> None:
 def test_nothing_released_costs_nothing_and_no_noise_costs_everything() -> None:
     assert gaussian().epsilon(0) == 0.0
     assert gaussian(1.0, 0.0).epsilon(1) == math.inf
+
+
+def test_rows_are_clipped_and_their_noise_has_the_size_that_was_asked_for() -> None:
+    rows = torch.cat([torch.full((2000, 64), 5.0), torch.full((2000, 64), 0.01)])
+    policy = RowGaussian(clip=2.0, noise_multiplier=0.5, key="ab" * 16)
+    reply = Payload({"rows": rows, "labels": torch.arange(3)}, {"steps": 4})
+    sent = policy.client(reply, Payload())
+    assert sent.scalars == reply.scalars
+    assert torch.equal(sent.tensors["labels"], reply.tensors["labels"])
+    wanted = torch.cat([torch.full((2000, 64), 2.0 / 8), torch.full((2000, 64), 0.01)])
+    noise = (sent.tensors["rows"] - wanted).double()
+    assert float(noise.norm(dim=1).square().mean().sqrt()) == pytest.approx(0.5 * 2.0, rel=0.01)
+    assert abs(float(noise.mean())) < 1e-3
+
+
+def test_equal_rows_get_equal_noise_and_other_rows_or_keys_another() -> None:
+    def noise(number: float, key: str) -> torch.Tensor:
+        rows = torch.full((4, 8), number)
+        return RowGaussian(9.0, 1.0, key * 16).client(Payload({"rows": rows}), Payload()).tensors["rows"] - rows
+
+    assert torch.equal(noise(0.5, "ab"), noise(0.5, "ab"))
+    assert not torch.allclose(noise(0.5, "ab"), noise(0.5, "cd"))
+    assert not torch.allclose(noise(0.5, "ab"), noise(0.25, "ab"))
+
+
+def test_rows_without_noise_and_in_the_ball_leave_as_they_are_and_claim_no_epsilon() -> None:
+    policy = RowGaussian(100.0, 0.0, "ab" * 16)
+    rows = torch.randn(5, 7)
+    assert torch.equal(policy.client(Payload({"rows": rows}), Payload()).tensors["rows"], rows)
+    assert policy.client(Payload({"w": rows}), Payload()).tensors["w"] is rows
+    assert policy.epsilon(3) == math.inf
+
+
+def test_rows_that_cannot_take_noise_and_an_endless_clip_are_refused() -> None:
+    with pytest.raises(PrivacyError, match=r"set method\.activations and method\.gradients"):
+        RowGaussian(1.0, 1.0, "ab" * 16).client(Payload({"rows": torch.zeros(2, 2, dtype=torch.int8)}), Payload())
+    with pytest.raises(PrivacyError, match="needs a finite one"):
+        load_mechanism(PrivacySpec("rows", clip=math.inf))

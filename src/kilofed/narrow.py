@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from kilofed.errors import PayloadError
+from kilofed.privacy import ROWS as ROWS
 
 Width = Literal["float32", "bfloat16", "int8"]
 
-ROWS, SCALES = "rows", "scales"
+SCALES = "scales"
 _TOP = 127.0
 
 

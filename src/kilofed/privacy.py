@@ -6,6 +6,7 @@ Weights are uniform, and scalars (losses, counts) do not leave a client. A tenso
 the ask is a new value of it, and its update is the difference; a tensor with another name is an update as it stands.
 """
 
+import hashlib
 import math
 import secrets
 from dataclasses import dataclass
@@ -20,6 +21,9 @@ from kilofed.recipe import PrivacySpec
 
 When = tuple[int, int]
 """(round, exchange)."""
+
+ROWS = "rows"
+"""Name of a tensor (N, D) with one row per token, by which split learning sends hidden states and their gradients."""
 
 
 @dataclass(frozen=True)
@@ -109,6 +113,44 @@ class CentralGaussian(Mechanism):
         return float(accountant.get_epsilon(self.delta))
 
 
+@dataclass(frozen=True)
+class RowGaussian(Mechanism):
+    """Clip and Gaussian noise on each row of what a client sends under the name ROWS: hidden states, one per token.
+
+    No epsilon is claimed: a run sends too many of them for any that would mean something. What it hides is measured
+    by the probe of the report.
+    """
+
+    clip: float
+    """Largest L2 norm of a row."""
+    noise_multiplier: float
+    """Root of the expected squared norm of a row's noise, in units of `clip`."""
+    key: str
+    """32 hex digits: the client's secret. Equal rows get equal noise, so that asking again tells nothing."""
+    kind = "rows"
+
+    def client(self, reply: Payload, ask: Payload) -> Payload:
+        rows = reply.tensors.get(ROWS)
+        if rows is None:
+            return reply
+        if rows.dim() != 2 or not rows.is_floating_point():
+            raise PrivacyError(
+                f"{ROWS!r} is {rows.dtype} of shape {tuple(rows.shape)}; noise needs floating-point rows\n"
+                "  hint: set method.activations and method.gradients to float32 or bfloat16"
+            )
+        norms = rows.double().norm(dim=1, keepdim=True)
+        clipped = rows.double() * (self.clip / norms.clamp(min=self.clip))
+        digest = hashlib.sha256(bytes.fromhex(self.key) + Payload({ROWS: rows}).encode()).digest()
+        source = np.random.Generator(np.random.Philox(key=int.from_bytes(digest[:16], "little")))
+        deviation = self.noise_multiplier * self.clip / math.sqrt(rows.shape[1])
+        noise = torch.from_numpy(source.normal(0.0, deviation, size=tuple(rows.shape)))
+        return Payload({**reply.tensors, ROWS: (clipped + noise).to(rows.dtype)}, reply.scalars)
+
+    def __post_init__(self) -> None:
+        if not 0 < self.clip < math.inf:
+            raise PrivacyError(f"privacy.clip is {self.clip}; privacy.kind=rows needs a finite one above 0")
+
+
 def load_mechanism(spec: PrivacySpec) -> Mechanism:
     """The mechanism that a recipe asks for. Raises PrivacyError: a key that is not 32 hex digits, noise without a clip."""
     if spec.kind == "none":
@@ -116,6 +158,8 @@ def load_mechanism(spec: PrivacySpec) -> Mechanism:
     key = spec.noise_key or new_key()
     if len(key) != 32 or any(c not in "0123456789abcdef" for c in key):
         raise PrivacyError("privacy.noise_key is not 32 lower-case hex digits; leave it empty to draw a secret one")
+    if spec.kind == "rows":
+        return RowGaussian(spec.clip, spec.noise_multiplier, key)
     return CentralGaussian(spec.clip, spec.noise_multiplier, spec.delta, key)
 
 

@@ -160,12 +160,13 @@ class TrainSpec:
 class PrivacySpec:
     """What happens to an update before the method may see it."""
 
-    kind: Literal["none", "central"] = "none"
-    """central: clip at the client, Gaussian noise on the mean at a trusted server."""
+    kind: Literal["none", "central", "rows"] = "none"
+    """central: clip at the client, Gaussian noise on the mean at a trusted server; rows: each hidden state of split
+    learning is clipped and gets Gaussian noise at the client, which hides tokens a little and guarantees nothing."""
     clip: float = 1.0
-    """Largest L2 norm of one client's update; `inf` leaves updates as they are."""
+    """Largest L2 norm of one client's update, or of one hidden state; `inf` leaves updates as they are."""
     noise_multiplier: float = 1.0
-    """Standard deviation of the noise on the sum, in units of clip."""
+    """Standard deviation of the noise on the sum, or on the whole of a hidden state, in units of clip."""
     delta: float = 1e-5
     """Delta at which the spent epsilon is reported."""
     noise_key: str = ""

@@ -392,7 +392,7 @@ def _clear(folder: Path) -> None:
 
 def _noise_key(recipe: Recipe, folder: Path) -> str:
     """The secret of the noise: the recipe's, or one drawn once and kept in the run folder for its owner only."""
-    if recipe.privacy.kind == "none" or recipe.privacy.noise_key:
+    if recipe.privacy.kind != "central" or recipe.privacy.noise_key:  # Elsewhere a client draws its own.
         return recipe.privacy.noise_key
     path = folder / "noise.key"
     if not path.exists():

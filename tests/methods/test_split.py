@@ -267,3 +267,17 @@ def test_the_report_says_what_the_server_can_read(federate) -> None:
     assert [x for x, _ in chart.lines["linear inverter"]] == [1]
     assert "tokens off the activations" in chart.words
     assert found.sites.method.charts(found.server, []) == []
+
+
+@pytest.mark.parametrize("labels", ["server", pytest.param("client", marks=pytest.mark.slow)])
+def test_noise_on_hidden_states_comes_through_the_policy(federate, labels: str) -> None:
+    rows = {"privacy.kind": "rows", "privacy.noise_key": "ab" * 16, "privacy.clip": 1e6}
+    plain = federate("split", labels=labels)
+    still = federate("split", labels=labels, overrides={**rows, "privacy.noise_multiplier": 0.0})
+    assert_equal(still.server.state, plain.server.state)
+    noisy = federate("split", labels=labels, overrides={**rows, "privacy.clip": 0.5, "privacy.noise_multiplier": 0.1})
+    assert all(bool(tensor.isfinite().all()) for tensor in noisy.server.state.values())
+    assert noisy.content != plain.content
+    assert noisy.ledger.total("up") == plain.ledger.total("up")
+    with pytest.raises(PrivacyError, match="noise needs floating-point rows"):
+        federate("split", labels=labels, activations="int8", overrides=rows)
