@@ -94,6 +94,16 @@ def test_shell_commands_of_the_kd_page_run(tmp_path: Path, monkeypatch: pytest.M
 
 
 @pytest.mark.slow
+def test_shell_commands_of_the_split_page_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    shown = commands(ROOT / "docs" / "split.md")
+    assert len(shown) == 4
+    for program, *words in shown:
+        assert program == "kilofed"
+        assert cli.main([*words, *SHORT, *SMALL]) == 0
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("page", ["README.md", "docs/python.md"])
 def test_python_of_a_page_runs_as_it_stands(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
