@@ -1,0 +1,49 @@
+"""A proxy whose large model is behind kilofed's own server, on loopback."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from tests.conftest import byte_tokenizer
+from tests.models import adapted, model
+
+from kilofed.blackbox import RemoteModel
+from kilofed.decode import Sampling
+from kilofed.errors import RemoteError
+from kilofed.models import load_base
+from kilofed.proxy import ProxyModel
+from kilofed.recipe import ModelSpec
+from kilofed.remote import RemoteSpec
+from kilofed.serve import running
+from kilofed.serving.asks import Limits
+from kilofed.serving.model import open_served
+
+TOKEN = "a-token-for-tests"
+
+
+@torch.no_grad()
+def test_a_proxy_over_kilofed_s_server_is_the_local_proxy(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KILOFED_API_KEY", TOKEN)
+    small = adapted(1, model(1, vocabulary=259))
+    near = ProxyModel(load_base(ModelSpec(str(tiny_model))), small)
+    served = open_served(str(tiny_model), name="tiny")
+    with running(served, token=TOKEN, limits=Limits(max_logprobs=259)) as url:
+        large = RemoteModel(RemoteSpec(f"{url}/v1", "tiny", top_k=259), byte_tokenizer())
+        far = ProxyModel(large, small)
+        ids = torch.tensor([[1, 70, 71, 72], [1, 80, 81, 82]])
+        torch.testing.assert_close(
+            far(ids).logits.log_softmax(-1), near(ids).logits.log_softmax(-1), rtol=0, atol=1e-3
+        )
+        sampling = Sampling(max_new_tokens=10)
+        spoken = [[token.id for token in proxy.speak([1, 70, 71], sampling)] for proxy in (far, near)]
+        assert spoken[0] == spoken[1]
+        large.close()
+        for spec, said in (
+            (RemoteSpec(f"{url}/v1", "huge"), "does not serve huge; it serves tiny"),
+            (RemoteSpec(f"{url}/v1", "tiny", top_k=260), "status 400 .*260"),
+            (RemoteSpec(f"{url}/v1", "tiny", key_variable="NO_SUCH_KEY"), r"refused the key .* \$NO_SUCH_KEY"),
+        ):
+            wrong = RemoteModel(spec, byte_tokenizer())
+            with pytest.raises(RemoteError, match=said):
+                wrong.tell([[1, 70]], [[2]])
+            wrong.close()
