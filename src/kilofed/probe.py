@@ -124,7 +124,8 @@ def _fit(states_ND: Tensor, wanted_NE: Tensor) -> Tensor:
     given = _with_one(states_ND).double()
     square = given.T @ given
     pull = RIDGE * square.diagonal()[:-1].mean() * torch.eye(len(square), dtype=torch.float64)
-    return torch.linalg.solve(square + pull, given.T @ wanted_NE.double()).float()
+    found: Tensor = torch.linalg.solve(square + pull, given.T @ wanted_NE.double())
+    return found.float()
 
 
 def _with_one(states_ND: Tensor) -> Tensor:
