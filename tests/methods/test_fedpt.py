@@ -254,7 +254,7 @@ def test_an_api_that_tells_all_is_the_local_model(federate, tiny_large: Path, mo
 
 
 @pytest.mark.slow
-def test_a_budget_spent_in_the_middle_stops_the_run_and_a_larger_one_resumes(
+def test_a_budget_spent_in_the_middle_stops_the_run_and_another_one_resumes(
     tiny_table, tiny_large: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("KILOFED_API_KEY", raising=False)
@@ -267,6 +267,16 @@ def test_a_budget_spent_in_the_middle_stops_the_run_and_a_larger_one_resumes(
         with pytest.raises(BudgetSpent):
             resume(tmp_path / "run")
         assert len(there.bodies) == sent
+        for number in range(20):  # Each time as much may be spent again; answers that came are not asked for twice.
+            (tmp_path / "run" / "remote.jsonl").rename(tmp_path / f"{number}.jsonl")
+            try:
+                done = resume(tmp_path / "run")
+            except BudgetSpent:
+                continue
+            break
+        assert done.rows["federated"]["loss"] > 0
+        whole = run({**tiny_table, "rounds": 1}, {**large, "max_requests": 1000}, tmp_path / "whole")  # type: ignore[arg-type, dict-item]
+        assert whole.results["state_sha256"] == done.results["state_sha256"]
 
 
 def test_the_trial_leaves_the_small_model_as_it_was(federate) -> None:
