@@ -46,7 +46,7 @@ LAYERS: list[set[str]] = [
         "blackbox",
         "proxy",
     },
-    {"method", "listing", "reading", "plots", "page"},
+    {"method", "cohort", "listing", "reading", "plots", "page"},
     {"methods", "engines", "report"},
     {"site", "controls", "results", "check"},
     {"about"},

@@ -20,11 +20,12 @@ from torch import Tensor, nn
 
 from kilofed import codec, models, seedlog, train, zeroth
 from kilofed.charts import Chart
+from kilofed.cohort import log
 from kilofed.data import Example
 from kilofed.directions import SeedPool
 from kilofed.directions.spec import check_num_seeds
 from kilofed.errors import ClientError, KilofedError, PayloadError, RecipeError, TooFewReplies, WrongWeights
-from kilofed.method import Client, Cohort, Method, Server, log, on_client
+from kilofed.method import Client, Cohort, Method, Server, on_client
 from kilofed.payload import Payload, Scalar
 from kilofed.seedlog import Floats, Order, Report
 
