@@ -64,7 +64,7 @@ def message(out: str, err: str) -> str:
         ("trian.lr=1", "RecipeError: trian is not a field of Recipe (did you mean train?)"),
         ("train.steps=many", 'RecipeError: train.steps is "many"; expected a whole number'),
         ("train.steps=1.5", "RecipeError: train.steps is 1.5; expected a whole number"),
-        ("engine.name=cloud", "RecipeError: engine.name is 'cloud'; expected one of 'inprocess', 'pool', 'flower'"),
+        ("engine.name=cloud", "RecipeError: engine.name is 'cloud'; expected one of 'inprocess', 'pool', "),
         ("rounds=0", "RecipeError: rounds is 0; expected at least 1"),
         ("method=fedavgg", "RecipeError: method 'fedavgg' does not exist (did you mean fedavg?)"),
         ("method.wieghts=uniform", "RecipeError: method.wieghts is not a field of FedAvg (did you mean weights?)"),

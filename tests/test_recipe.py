@@ -190,3 +190,13 @@ def test_every_field_of_a_table_has_a_text(cls: type) -> None:
         return
     speechless = {name for name, _, default, text in describe(cls) if not text and not is_dataclass(default)}
     assert speechless <= {"fields"}
+
+
+def test_a_table_of_a_method_takes_its_fields_one_by_one_or_a_word_for_all() -> None:
+    assert load("fedpt", {"method.large.top_k": 5}).method.fields["large"] == {"path": "builtin:large", "top_k": 5}
+    word = load("fedpt", {"method.large": "models/big"})
+    assert word.method.fields["large"] == "models/big"
+    with pytest.raises(
+        RecipeError, match=r"method\.large is a single word here: give it as a table, \[method\.large\]"
+    ):
+        changed(word, {"method.large.top_k": 5})

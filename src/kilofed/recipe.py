@@ -345,13 +345,17 @@ def _lay_over(table: dict[str, Value], key: str, value: Value) -> None:
             below = here[name] = {_first_field(key.split(".")[: path.index(name) + 1]): below}
         here = below
     below = here.get(last)
-    if isinstance(below, dict) and not isinstance(value, dict):
+    if isinstance(below, dict) and not isinstance(value, dict) and path != ["method"]:
         below[_first_field(key.split("."))] = value
     else:
         here[last] = value
 
 
 def _first_field(path: Sequence[str]) -> str:
+    if path[0] == "method":  # Its tables are known to the method alone.
+        raise RecipeError(
+            f"{'.'.join(path)} is a single word here: give it as a table, [{'.'.join(path)}], in a recipe"
+        )
     cls: object = Recipe
     for name in path:
         hints = typing.get_type_hints(cls)
