@@ -101,7 +101,7 @@ def child(shape: str, dtype: str, what: str, tokens: str) -> None:
     run = walker(model, batch) if what == "step" else forwards(model, batch)
     for _ in range(3):
         run()
-    print(environment.peak_memory())
+    print(environment.own_peak_memory())
 
 
 def memory_rows(dtypes: list[str], tokens: int) -> list[dict[str, object]]:

@@ -1,6 +1,8 @@
 """Operations are those of the textbook, and a run whose costs are counted learns the same."""
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -58,3 +60,11 @@ def test_worker_processes_count_as_one_process_does(measured: Recipe, tmp_path) 
     flops = [kilofed.run(one, out=tmp_path / one.engine.name).results["costs"] for one in (measured, pooled)]
     assert flops[0]["client"]["flops"] == flops[1]["client"]["flops"]
     assert flops[0]["server"]["flops"] == flops[1]["server"]["flops"]
+
+
+@pytest.mark.slow
+def test_a_process_does_not_count_the_memory_of_the_one_that_started_it() -> None:
+    large = torch.ones(100_000_000)  # 400 MB, all of it touched.
+    code = "from kilofed import environment\nprint(environment.own_peak_memory())"
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert int(done.stdout) < 200e6 < large.nbytes < costs.environment.own_peak_memory()

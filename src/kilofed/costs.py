@@ -69,7 +69,7 @@ def counted() -> Iterator[Cost]:
         yield cost
     cost.flops = counter.get_total_flops()
     cost.seconds = time.perf_counter() - began
-    cost.peak_memory_bytes = environment.peak_memory()
+    cost.peak_memory_bytes = environment.own_peak_memory()
 
 
 def write(path: Path, cost: Cost) -> None:
