@@ -24,6 +24,8 @@ def started(words: list[str], **environment: str) -> tuple[subprocess.Popen[str]
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, **environment},
+        # Where tests run in the background of a shell, SIGINT would be ignored from the start.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     assert process.stdout is not None
     return process, process.stdout.readline().strip()
