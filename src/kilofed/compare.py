@@ -25,6 +25,7 @@ from kilofed.units import count, fixed, number, operations, percent, size
 SHARED = ("model", "data", "evaluate", "seed", "seeds", "rounds", "cohort", "train")
 """Keys of a recipe that all entries have in common."""
 CONTROLS = ("base", "local", "central")
+NAMES = {"local": "local-only"}
 TITLES = (
     "loss",
     "accuracy",
@@ -161,7 +162,8 @@ def text(found: Mapping[str, object]) -> str:
     """The comparison as a plain table."""
     lines = [["", *TITLES], *([str(dig(row, "label")), *_cells(row)] for row in items(found["rows"]))]
     lines += [
-        [str(name), fixed(loss)] + [""] * (len(TITLES) - 1) for name, loss in cast(Table, found["controls"]).items()
+        [NAMES.get(name, name), fixed(loss)] + [""] * (len(TITLES) - 1)
+        for name, loss in cast(Table, found["controls"]).items()
     ]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join("  ".join(cell.rjust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines)
@@ -192,6 +194,7 @@ def _page(rows: Sequence[Row], controls: Mapping[str, float], recipe: Recipe) ->
         "memory": ("Quality against client memory", "largest client process", "B", lambda row: row.client_memory),
     }
     drawn = []
+    controls = {NAMES.get(name, name): loss for name, loss in controls.items()}
     for name, (title, x, unit, cost) in costs.items():
         points = {row.label: (found, row.loss) for row in rows if (found := cost(row)) and row.loss is not None}
         if points:
