@@ -103,7 +103,9 @@ def test_results_have_the_rows_and_the_costs(done: Run) -> None:
     assert found == json.loads(json.dumps(done.results))
     assert list(found["rows"]) == ["base", "federated", "local", "central"]
     for name, row in found["rows"].items():
-        assert {"loss", "interval", "accuracy", "perplexity", "rouge_l", "exact_match", "macro_f1", "clients"} == set(row)
+        assert {"loss", "interval", "accuracy", "perplexity", "rouge_l", "exact_match", "macro_f1", "clients"} == set(
+            row
+        )
         assert len(row["clients"]) == (2 if name == "local" else 4)
         assert row["loss"] == pytest.approx(sum(c["loss"] for c in row["clients"]) / len(row["clients"]))
         assert row["perplexity"] == pytest.approx(math.exp(row["loss"]))
