@@ -15,6 +15,7 @@ from kilofed.recipe import (
     Recipe,
     changed,
     from_table,
+    lay_over,
     load,
     parse_words,
     shipped,
@@ -200,3 +201,10 @@ def test_a_table_of_a_method_takes_its_fields_one_by_one_or_a_word_for_all() -> 
         RecipeError, match=r"method\.large is a single word here: give it as a table, \[method\.large\]"
     ):
         changed(word, {"method.large.top_k": 5})
+
+
+def test_a_method_that_is_one_word_takes_fields_on_top() -> None:
+    table: dict[str, Value] = {"method": "fedprox"}
+    lay_over(table, {"method.mu": 0.5})
+    assert from_table(table).method.fields == {"mu": 0.5}
+    assert from_table(table).method.name == "fedprox"

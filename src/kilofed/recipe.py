@@ -352,7 +352,7 @@ def _lay_over(table: dict[str, Value], key: str, value: Value) -> None:
 
 
 def _first_field(path: Sequence[str]) -> str:
-    if path[0] == "method":  # Its tables are known to the method alone.
+    if path[0] == "method" and len(path) > 1:  # Its tables are known to the method alone.
         raise RecipeError(
             f"{'.'.join(path)} is a single word here: give it as a table, [{'.'.join(path)}], in a recipe"
         )
