@@ -47,11 +47,12 @@ LAYERS: list[set[str]] = [
         "proxy",
     },
     {"method", "cohort", "listing", "reading", "plots", "page"},
-    {"methods", "engines", "report"},
+    {"work"},
+    {"methods", "engines", "report", "compare"},
     {"site", "controls", "results", "check"},
-    {"about"},
+    {"about", "plan"},
     {"run"},
-    {"serving", "serve", "export", "compare", "chat", "replay", "cli", "__init__", "__main__"},
+    {"serving", "serve", "export", "chat", "replay", "cli", "__init__", "__main__"},
 ]
 MATHS = {
     "train",

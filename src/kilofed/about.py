@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from kilofed import environment, models
+from kilofed import environment, models, plan
 from kilofed.method import Server, forecast, leaving
 from kilofed.payload import Payload
 from kilofed.privacy import Mechanism
@@ -36,10 +36,18 @@ def about(sites: Sites, server: Server, policy: Mechanism) -> dict[str, object]:
             {"action": message.action, **_shapes(leaving(sites.method, message, policy))}
             for message in sites.method.rehearse(fresh)
         ],
+        **({"plan": vars(plan.forecast(sites, _here(sites)))} if sites.recipe.evaluate.costs else {}),
         "classes": list(sites.classes),
         "num_trained": sum(p.numel() for p in models.trained(server.model).values()),
         "num_parameters": sum(p.numel() for p in server.model.parameters()),
     }
+
+
+def _here(sites: Sites) -> plan.Device:
+    """This machine, with as many clients in a process as the run puts there."""
+    engine, num = sites.recipe.engine, len(sites.client_ids())
+    together = {"inprocess": num, "pool": -(-num // engine.workers)}.get(engine.name, 1)
+    return replace(plan.device(sites), together=together)
 
 
 def _shapes(payload: Payload) -> dict[str, object]:

@@ -6,7 +6,7 @@ import logging
 import os
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -50,6 +50,20 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
+def _amount(unit: str) -> Callable[[str], float]:
+    """Reads an option such as 8GB."""
+
+    def read(text: str) -> float:
+        from kilofed.units import quantity
+
+        try:
+            return quantity(text, unit)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(f"{error}; expected such as 8G{unit}") from error
+
+    return read
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="kilofed", description=ABOUT)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -78,6 +92,25 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument("--seeds", type=int, default=1, help="repeats of each (default 1)")
     compare.add_argument("--out", type=Path, required=True, metavar="DIR", help="where runs and compare.html go")
     compare.set_defaults(call=_compare)
+
+    plan = commands.add_parser("plan", help="tell what methods would take on a given device and link, before any runs")
+    plan.add_argument("words", nargs="*", metavar="RECIPE key=value", help="as for compare")
+    plan.add_argument("--methods", default="", metavar="A,B", help="as for compare (default: one of each family)")
+    plan.add_argument(
+        "--flops", type=_amount("FLOP"), metavar="F", help="operations per second of a client (default: as here)"
+    )
+    plan.add_argument("--server-flops", type=_amount("FLOP"), metavar="F", help="of the server (default: as a client)")
+    plan.add_argument("--memory", type=_amount("B"), metavar="B", help="of a client, such as 8GB (default: as here)")
+    plan.add_argument(
+        "--up", type=_amount("bit"), default=20e6, metavar="R", help="bits per second from a client (default 20Mbit)"
+    )
+    plan.add_argument(
+        "--down", type=_amount("bit"), default=100e6, metavar="R", help="bits per second to a client (default 100Mbit)"
+    )
+    plan.add_argument(
+        "--latency", type=_amount("s"), default=0.03, metavar="S", help="of a message and its answer (default 30ms)"
+    )
+    plan.set_defaults(call=_plan)
 
     ls = commands.add_parser("ls", help="list methods, recipes, data sources or runs")
     ls.add_argument("what", nargs="?", choices=("methods", "recipes", "data", "runs"), help="default: all of them")
@@ -135,7 +168,7 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("path", metavar="RUN", help="a run folder, a model directory, builtin:small or a hub id")
     for command in (resume, report, export, replay):
         command.add_argument("folder", type=Path, metavar="RUN", help="a run folder")
-    for command in (run, resume, check, compare, ls, show, evaluate):
+    for command in (run, resume, check, compare, plan, ls, show, evaluate):
         command.add_argument("--json", action="store_true", help="print one JSON value")
     return parser
 
@@ -193,6 +226,28 @@ def _compare(options: argparse.Namespace) -> None:
         return
     print(compare.text(found))
     print(f"page: {options.out}/compare.html")
+
+
+def _plan(options: argparse.Namespace) -> None:
+    from kilofed import plan
+    from kilofed.site import Sites
+
+    source, overrides = _split(options.words)
+    recipes = plan.recipes(source, options.methods, overrides)
+    device = plan.device(
+        Sites(next(iter(recipes.values()))),
+        flops=options.flops,
+        memory=options.memory,
+        up=options.up,
+        down=options.down,
+        latency=options.latency,
+        server_flops=options.server_flops,
+    )
+    found = plan.plan(recipes, device)
+    if options.json:
+        print(json.dumps({"device": vars(device), "methods": [vars(one) for one in found]}))
+        return
+    print(plan.text(found, device))
 
 
 def _ls(options: argparse.Namespace) -> None:

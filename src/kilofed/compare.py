@@ -23,7 +23,9 @@ from kilofed.recipe import Recipe, from_table, lay_over, read_table, shipped, to
 from kilofed.units import count, fixed, number, operations, percent, size
 
 SHARED = ("model", "data", "evaluate", "seed", "seeds", "rounds", "cohort", "train")
-"""Keys of a recipe that all entries have in common."""
+"""Keys of a recipe that all entries have in common, but for FREE."""
+FREE = ("lr", "optimizer", "schedule", "warmup", "weight_decay", "max_grad_norm", "accumulation")
+"""Keys of [train] that an entry may have to itself: what suits an adapter suits no full model."""
 CONTROLS = ("base", "local", "central")
 NAMES = {"local": "local-only"}
 TITLES = (
@@ -100,7 +102,7 @@ def entries(names: str, words: Mapping[str, Value]) -> tuple[list[Entry], dict[s
             common[key] = value
         elif label not in own:
             raise RecipeError(f"{key} is for {label!r}, which is not compared{nearest(label, own)}")
-        elif rest.split(".")[0] in SHARED:
+        elif rest.split(".")[0] in SHARED and rest not in {f"train.{name}" for name in FREE}:
             raise RecipeError(
                 f"{key} would give {label} another {rest.split('.')[0]}: entries share it; leave {label}: out"
             )
@@ -139,7 +141,7 @@ def compare(
     """Run what is not finished under `out`, and write `compare.json` and `compare.html` there.
 
     Returns:
-        rows (as `Row`, by label), controls (loss by name), seeds.
+        rows (as `Row`, by label), controls (loss, interval and accuracy by name), seeds.
 
     Raises:
         RecipeError: an entry's recipe is wrong. RunError: `out` holds another comparison, or an entry stopped.
@@ -151,7 +153,11 @@ def compare(
         _run(out / label, recipe)
     rows = [_row(out / entry.label, entry) for entry in chosen]
     first = read(out / chosen[0].label).results
-    controls = {name: loss for name in CONTROLS if (loss := number(dig(first, "rows", name, "loss"))) is not None}
+    controls = {
+        name: {key: dig(first, "rows", name, key) for key in ("loss", "interval", "accuracy")}
+        for name in CONTROLS
+        if dig(first, "rows", name)
+    }
     found: dict[str, object] = {"rows": [vars(row) for row in rows], "controls": controls, "seeds": seeds}
     replace_file(out / "compare.json", (json.dumps(found, indent=1) + "\n").encode())
     replace_file(out / "compare.html", _page(rows, controls, wanted[chosen[0].label]).encode("utf-8", "replace"))
@@ -162,19 +168,23 @@ def text(found: Mapping[str, object]) -> str:
     """The comparison as a plain table."""
     lines = [["", *TITLES], *([str(dig(row, "label")), *_cells(row)] for row in items(found["rows"]))]
     lines += [
-        [NAMES.get(name, name), fixed(loss)] + [""] * (len(TITLES) - 1)
-        for name, loss in cast(Table, found["controls"]).items()
+        [NAMES.get(name, name), *_scores(row), *[""] * (len(TITLES) - 2)]
+        for name, row in cast(Table, found["controls"]).items()
     ]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join("  ".join(cell.rjust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines)
 
 
-def _cells(row: object) -> list[str]:
+def _scores(row: object) -> list[str]:
+    """Loss with its interval, and accuracy."""
     ends = dig(row, "interval")
     around = f" [{', '.join(map(fixed, ends))}]" if isinstance(ends, list | tuple) else ""
+    return [fixed(dig(row, "loss")) + around, percent(dig(row, "accuracy"))]
+
+
+def _cells(row: object) -> list[str]:
     return [
-        fixed(dig(row, "loss")) + around,
-        percent(dig(row, "accuracy")),
+        *_scores(row),
         size(dig(row, "up")),
         size(dig(row, "down")),
         count(dig(row, "exchanges")),
@@ -187,20 +197,21 @@ def _cells(row: object) -> list[str]:
     ]
 
 
-def _page(rows: Sequence[Row], controls: Mapping[str, float], recipe: Recipe) -> str:
+def _page(rows: Sequence[Row], controls: Mapping[str, object], recipe: Recipe) -> str:
     costs: dict[str, tuple[str, str, str, Callable[[Row], float | None]]] = {
         "bytes": ("Quality against bytes", "sent and received per client", "B", lambda row: _sum(row.up, row.down)),
         "compute": ("Quality against client compute", "per client and round", "FLOP", lambda row: row.client_flops),
         "memory": ("Quality against client memory", "largest client process", "B", lambda row: row.client_memory),
     }
     drawn = []
-    controls = {NAMES.get(name, name): loss for name, loss in controls.items()}
+    controls = {NAMES.get(name, name): row for name, row in controls.items()}
+    levels = {name: loss for name, row in controls.items() if (loss := number(dig(row, "loss"))) is not None}
     for name, (title, x, unit, cost) in costs.items():
         points = {row.label: (found, row.loss) for row in rows if (found := cost(row)) and row.loss is not None}
         if points:
             best = ", ".join(plots.pareto(points))
             words = f"Left and low is better. None is better in both than: {best}."
-            plot = plots.scatter(name, points, levels=controls, x=x, y="held-out loss, nats", unit=unit)
+            plot = plots.scatter(name, points, levels=levels, x=x, y="held-out loss, nats", unit=unit)
             drawn.append((name, title, words, plot))
     return render(
         "compare.html.jinja",
@@ -208,7 +219,7 @@ def _page(rows: Sequence[Row], controls: Mapping[str, float], recipe: Recipe) ->
             "recipe": recipe,
             "titles": TITLES,
             "rows": [(row.label, row.method, _cells(vars(row))) for row in rows],
-            "controls": controls,
+            "controls": [(name, _scores(row)) for name, row in controls.items()],
             "plots": drawn,
         },
     )

@@ -55,8 +55,11 @@ def logits_of(model: nn.Module, batch: train.Batch) -> Tensor:
 
 def width(model: nn.Module, rows: Sequence[Example]) -> int:
     """V: how many words or classes the model scores."""
-    with torch.inference_mode():
-        return int(logits_of(model, train.collate(rows[:1], next(model.parameters()).device)).shape[1])
+    config, head = model.config, getattr(model, "get_output_embeddings", None)
+    if rows[0].label is not None:
+        return int(config.num_labels)  # type: ignore[union-attr,arg-type]
+    output = head() if head else None
+    return int(config.vocab_size if output is None else output.weight.shape[0])  # type: ignore[union-attr,arg-type]
 
 
 def choose(model: nn.Module, rows: Sequence[Example], k: int, batch_size: int) -> Tensor:
@@ -87,7 +90,7 @@ def score(
     log_probs, weights, start, num_words = [], [], 0, 0
     for _, logits_NV in _forward(model, rows, batch_size):
         words = None if words_NK is None else words_NK[start : start + len(logits_NV)].to(logits_NV.device)
-        log_probs.append(_kept((logits_NV / temperature).log_softmax(1), words).cpu())
+        log_probs.append(kept((logits_NV / temperature).log_softmax(1), words).cpu())
         weights.append(_weights(logits_NV, weighting).cpu())
         start, num_words = start + len(logits_NV), logits_NV.shape[1]
     return Scores(torch.cat(log_probs), words_NK, num_words, torch.cat(weights))
@@ -149,7 +152,7 @@ def fit(
     in_hand: list[int] = []  # Which rows the batch has that `train.fit` is at.
 
     def stretch() -> Iterator[list[Example]]:
-        for numbers in _walk(len(rows), spec, generator):
+        for numbers in walk(len(rows), spec, generator):
             in_hand[:] = numbers
             yield [rows[i] for i in numbers]
 
@@ -163,7 +166,7 @@ def fit(
     return train.fit(model, stretch(), whole, first=0, total=spec.steps, dropout=generator, objective=objective)
 
 
-def _walk(num_rows: int, spec: TrainSpec, generator: torch.Generator) -> Iterator[list[int]]:
+def walk(num_rows: int, spec: TrainSpec, generator: torch.Generator) -> Iterator[list[int]]:
     """Numbers of the rows of each batch; each row once before any comes again."""
     waiting: list[int] = []
     for _ in range(spec.steps):
@@ -189,7 +192,7 @@ def _forward(model: nn.Module, rows: Sequence[Example], batch_size: int) -> Iter
             yield batch, logits_of(model, batch)
 
 
-def _kept(log_probs_NV: Tensor, words_NK: Tensor | None) -> Tensor:
+def kept(log_probs_NV: Tensor, words_NK: Tensor | None) -> Tensor:
     """Log-probabilities of the chosen words and of all others together."""
     if words_NK is None:
         return log_probs_NV

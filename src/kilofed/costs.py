@@ -48,7 +48,7 @@ class Cost:
     seconds: float = 0.0
     num_messages: int = 0
     peak_memory_bytes: int = 0
-    """Largest resident set so far of the process that did the work."""
+    """Largest resident set of the process that did the work: at a client in the second round, else so far."""
 
     def add(self, other: "Cost") -> None:
         """Count `other` in."""

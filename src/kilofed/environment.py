@@ -1,5 +1,7 @@
 """Where a run ran: versions, device, git state, and how much memory it took at most."""
 
+import ctypes
+import gc
 import os
 import platform
 import re
@@ -39,6 +41,17 @@ def own_peak_memory() -> int:
         if found:
             return int(found[1]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def forget_peak() -> bool:
+    """Give free memory back and let `own_peak_memory` begin anew from here; False where the system cannot."""
+    try:
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5", "ascii")
+    except (OSError, AttributeError):  # Linux with glibc has both.
+        return False
+    return True
 
 
 def _version(name: str) -> str:

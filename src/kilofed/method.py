@@ -22,7 +22,7 @@ import pkgutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar, TypeVar, cast, overload
+from typing import TYPE_CHECKING, ClassVar, TypeVar, cast, overload
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +36,9 @@ from kilofed.payload import Payload, Scalar
 from kilofed.privacy import Mechanism
 from kilofed.recipe import MethodSpec, ModelSpec, Recipe, TrainSpec
 from kilofed.states import States
+
+if TYPE_CHECKING:
+    from kilofed.work import Scene, Work
 
 __all__ = [
     "Client",
@@ -54,6 +57,7 @@ __all__ = [
     "load_method",
     "method_names",
     "on_client",
+    "sent",
 ]
 
 F = TypeVar("F", bound=Callable[..., Payload])
@@ -163,6 +167,8 @@ class Method:
 
     sends: ClassVar[str] = "trained tensors"
     """What leaves a client, in a word or two."""
+    exact_bytes: ClassVar[bool] = True
+    """Whether messages are as long as `messages` says, whatever their numbers."""
 
     def client_model(self, recipe: Recipe, client: int) -> ModelSpec | None:
         """The model that client number `client` loads; None for no model at all."""
@@ -171,6 +177,9 @@ class Method:
     def server_model(self, recipe: Recipe) -> ModelSpec | None:
         """The model that the server loads."""
         return recipe.model
+
+    def check(self, server: Server) -> None:
+        """Refuse what could not run; `server.model` may be an outline, without numbers. Raises RecipeError."""
 
     def setup(self, server: Server) -> None:
         """Fill `server.state` before round 1."""
@@ -202,6 +211,18 @@ class Method:
     def rehearse(self, server: Server) -> list[Message]:
         """The messages of the next round, numbers made up; empty when their lengths depend on the data."""
         return []
+
+    def messages(self, scene: "Scene", client: int) -> list[Message]:
+        """The messages between the server and one client in a round of a run that has not begun."""
+        return self.rehearse(scene.server)
+
+    def client_work(self, scene: "Scene", client: int) -> "Work | None":
+        """What one client computes in a round of a run that has not begun; None where nobody can tell."""
+        return None
+
+    def server_work(self, scene: "Scene") -> "Work | None":
+        """What the server computes in a round of a run that has not begun; None where nobody can tell."""
+        return None
 
     def charts(self, server: Server, rows: Sequence[Example]) -> list[Chart]:
         """What the report draws of this method after the last round; `rows` are held-out ones, some of each client's."""
@@ -274,12 +295,17 @@ def method_names() -> list[str]:
 
 def forecast(method: Method, server: Server, policy: Mechanism) -> list[Sent]:
     """Bytes of the next round per client and action, before it runs; equal to what the ledger will count."""
-    sent = []
-    for message in method.rehearse(server):
+    return sent(method, method.rehearse(server), policy)
+
+
+def sent(method: Method, messages: Sequence[Message], policy: Mechanism) -> list[Sent]:
+    """Bytes of `messages`, which one client takes part in."""
+    found = []
+    for message in messages:
         ask = Payload(message.ask.tensors, {**message.ask.scalars, **address(message.action, message.verb, 0, 0)})
         down, up = ask.num_bytes * message.times, leaving(method, message, policy).num_bytes * message.times
-        sent.append(Sent(message.action, down, up, message.times))
-    return sent
+        found.append(Sent(message.action, down, up, message.times))
+    return found
 
 
 def leaving(method: Method, message: Message, policy: Mechanism) -> Payload:

@@ -129,6 +129,8 @@ def outline(spec: ModelSpec, adapter: AdapterSpec, classes: Sequence[str] = ()) 
             base = auto.from_config(config, dtype=getattr(torch, spec.dtype))  # type: ignore[no-untyped-call]
             if classes:
                 base = _headed(base, adapter.head, len(classes))
+            if isinstance(spec, Part):
+                trim(base, spec.num_blocks, head=spec.head)
     return cast(PreTrainedModel, add_adapter(base, adapter, 0))
 
 

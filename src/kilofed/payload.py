@@ -59,9 +59,7 @@ class Payload:
         Raises:
             PayloadError: a tensor or a name that safetensors cannot hold, or a scalar that is no finite plain value.
         """
-        words = {name: _write(name, value) for name, value in self.scalars.items()}
-        text = json.dumps(words, sort_keys=True, separators=(",", ":")).encode()
-        pack = Pack.of(self.tensors)
+        text, pack = self._text(), Pack.of(self.tensors)
         return b"".join([_header(pack.layout, len(text)), *map(_bytes, pack.flats), text])
 
     @staticmethod
@@ -76,16 +74,30 @@ class Payload:
             pack = Pack.read(layout, bytearray(memoryview(body)[num_header:]))
             words = json.loads(body[len(body) - num_text :])
             scalars = {name: _read(word) for name, word in words.items()}
-        except (SafetensorError, ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError) as error:
-            raise PayloadError(
-                f"{len(body)} bytes are not a whole kilofed payload ({error}): cut off or foreign, ask for them again"
-            ) from error
+        except _BROKEN as error:
+            raise _broken(body, error) from error
         return Payload(pack, scalars)
+
+    @staticmethod
+    def peek(body: bytes) -> dict[str, Scalar]:
+        """The scalars in `body` alone, without a copy of its tensors. Raises PayloadError: as `decode`."""
+        try:
+            *_, num_text = _read_header(body)
+            words = json.loads(body[len(body) - num_text :])
+            return {name: _read(word) for name, word in words.items()}
+        except _BROKEN as error:
+            raise _broken(body, error) from error
 
     @property
     def num_bytes(self) -> int:
-        """Length of `encode()`."""
-        return len(self.encode())
+        """Length of `encode()`; only names, dtypes and shapes of the tensors are looked at."""
+        layout = _layout_of(self.tensors)
+        num_text = len(self._text())
+        return len(_header(layout, num_text)) + _end(layout.runs) + num_text
+
+    def _text(self) -> bytes:
+        words = {name: _write(name, value) for name, value in self.scalars.items()}
+        return json.dumps(words, sort_keys=True, separators=(",", ":")).encode()
 
 
 class Place(NamedTuple):
@@ -124,7 +136,7 @@ class Pack(Mapping[str, Tensor]):
         """`tensors` in flat form: itself if it is a pack, else a copy on the CPU. Raises PayloadError."""
         if isinstance(tensors, Pack):
             return tensors
-        layout = _plan(tuple((name, tensor.dtype, tensor.shape) for name, tensor in tensors.items()))
+        layout = _layout_of(tensors)
         parts: list[list[Tensor]] = [[] for _ in layout.runs]
         with torch.no_grad():
             for name, place in layout.places.items():
@@ -215,6 +227,22 @@ def _read_header(body: bytes) -> tuple[Layout, int, int]:
             _known.clear()
         _known[key] = layout, len(header), num_text
     return _known[key]
+
+
+def _layout_of(tensors: Mapping[str, Tensor]) -> Layout:
+    """Raises PayloadError: a name or dtype that cannot be sent."""
+    if isinstance(tensors, Pack):
+        return tensors.layout
+    return _plan(tuple((name, tensor.dtype, tensor.shape) for name, tensor in tensors.items()))
+
+
+_BROKEN = (SafetensorError, ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError)
+
+
+def _broken(body: bytes, error: Exception) -> PayloadError:
+    return PayloadError(
+        f"{len(body)} bytes are not a whole kilofed payload ({error}): cut off or foreign, ask for them again"
+    )
 
 
 def _end(runs: Sequence[tuple[torch.dtype, int, int]]) -> int:

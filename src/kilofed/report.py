@@ -15,7 +15,7 @@ from kilofed import plots
 from kilofed.files import replace_file
 from kilofed.page import render
 from kilofed.reading import Reading, Round, dig, items, read
-from kilofed.units import count, fixed, number, percent, size
+from kilofed.units import count, fixed, number, operations, percent, size
 
 __all__ = ["size", "table", "write"]
 
@@ -161,6 +161,7 @@ def _words(reading: Reading) -> dict[str, object]:
         "holding_plot": _holding_plot(clients, names),
         "charts": [_chart(f"chart{i}", chart) for i, chart in enumerate(items(results.get("charts")))],
         "forecast": _forecast(reading),
+        "costs": _costs(reading),
         "leaves": [_leaves(message) for message in items(reading.run.get("leaves"))],
         "num_rounds": len({at for at, _ in traffic.by_round}),
         "actions": sorted({(action, verb) for action, verb, _ in traffic.by_action}),
@@ -305,6 +306,32 @@ def _forecast(reading: Reading) -> list[dict[str, object]]:
                 row = {"action": action, "what": what, "expected": expected, "low": span[0], "high": span[1]}
                 found.append({**row, "equal": span == (expected, expected)})
     return found
+
+
+def _costs(reading: Reading) -> list[tuple[str, str, str, str]]:
+    """(what, forecast, measured, one by the other) for each cost that was measured; empty where none was."""
+    results, plan = reading.results, reading.run.get("plan")
+    if not dig(results, "costs", "client"):
+        return []
+    exchanges = number(results.get("exchanges"))
+    rows: list[tuple[str, Callable[[object], str], object, object]] = [
+        ("bytes up per client", count, dig(plan, "up"), dig(results, "bytes", "up")),
+        ("bytes down per client", count, dig(plan, "down"), dig(results, "bytes", "down")),
+        ("exchanges", count, dig(plan, "exchanges"), exchanges and exchanges / max(len(reading.seeds), 1)),
+    ]
+    for whose, of in (("a client", "client"), ("the server", "server")):
+        measured = dig(results, "costs", of, "flops")
+        rows.append((f"operations of {whose}, round 1", operations, dig(plan, f"{of}_flops"), measured))
+    peak = dig(results, "costs", "client", "peak_memory_bytes")
+    rows.append(("memory of the clients' process", size, dig(plan, "client_memory"), peak))
+    return [(what, show(told), show(seen), _ratio(told, seen)) for what, show, told, seen in rows]
+
+
+def _ratio(told: object, seen: object) -> str:
+    first, second = number(told), number(seen)
+    if first is None or second is None:
+        return "-"
+    return "equal" if first == second else fixed(first / second) if second else "-"
 
 
 def _leaves(message: object) -> dict[str, object]:

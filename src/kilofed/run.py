@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from kilofed import controls, costs, evaluate, models, report
+from kilofed import controls, costs, evaluate, models, report, work
 from kilofed.about import about
 from kilofed.engines import open_engine
 from kilofed.errors import PayloadError, RunError
@@ -27,12 +27,12 @@ from kilofed.evaluate import Scores, summarise
 from kilofed.fields import Value
 from kilofed.files import append_line, cut_after, replace_file, said
 from kilofed.ledger import Ledger
-from kilofed.method import Cohort, Server, generator
+from kilofed.method import Cohort, Server
 from kilofed.payload import Payload
 from kilofed.privacy import Mechanism, load_mechanism, new_key
 from kilofed.recipe import Recipe, changed, from_table, load, to_table, to_toml
 from kilofed.results import Results, of_run, over_seeds
-from kilofed.site import Sites
+from kilofed.site import Sites, drawn
 
 CHARTED = 8
 """Held-out rows of each client that a method may look at for its charts."""
@@ -180,7 +180,9 @@ def _run_all(recipe: Recipe, folder: Path, watch: Watch) -> Run:
         every = []
         for seed in range(recipe.seed, recipe.seed + recipe.seeds):
             watch.stage(f"seed {seed}")
-            one, below = replace(recipe, seed=seed, seeds=1), folder / f"seed-{seed}"
+            counts = recipe.evaluate.costs and seed == recipe.seed  # They hardly differ, and counting takes time.
+            one = replace(recipe, seed=seed, seeds=1, evaluate=replace(recipe.evaluate, costs=counts))
+            below = folder / f"seed-{seed}"
             below.mkdir(exist_ok=True)
             replace_file(below / "recipe.toml", to_toml(one).encode())
             if not (below / "run.json").exists():
@@ -202,6 +204,9 @@ def _run_one(recipe: Recipe, folder: Path, watch: Watch) -> Results:
         torch.set_num_threads(recipe.engine.threads)
     watch.stage("reading data and model")
     sites = Sites(recipe, folder / "clients")
+    if recipe.evaluate.costs:
+        sites.read()
+        work.measure()  # With rows and before there is a model, so that it sees what a process takes without one.
     policy = load_mechanism(replace(recipe.privacy, noise_key=_noise_key(recipe, folder)))
     with closing(_server(sites, folder)) as server:
         return _measured(sites, server, policy, folder, watch)
@@ -261,7 +266,7 @@ def _rounds(sites: Sites, server: Server, policy: Mechanism, folder: Path, watch
             began = time.perf_counter()
             server.round = number
             cohort = Cohort(
-                _draw(engine.client_ids(), recipe, number),
+                drawn(engine.client_ids(), recipe, number),
                 engine,
                 ledger,
                 policy,
@@ -318,13 +323,6 @@ def _load_state(folder: Path, server: Server) -> bool:
             f"{path} is not a whole state of a run ({error}): put a copy back, or delete it and resume from round 1"
         ) from error
     return True
-
-
-def _draw(ids: list[int], recipe: Recipe, number: int) -> list[int]:
-    if not recipe.cohort or recipe.cohort >= len(ids):
-        return ids
-    order = torch.randperm(len(ids), generator=generator(recipe.seed, number, -1, "cohort")).tolist()
-    return sorted(ids[i] for i in order[: recipe.cohort])
 
 
 def _measure(sites: Sites, model: nn.Module) -> dict[str, object]:

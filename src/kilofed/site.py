@@ -8,14 +8,17 @@ from collections.abc import Callable, Sequence
 from functools import cached_property, partial
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from kilofed import costs, data, models, public
+from kilofed import costs, data, environment, models, public
+from kilofed.cohort import ROUND
 from kilofed.data import Example, Renderer, Rows
 from kilofed.errors import DataError, ModelError, RecipeError
-from kilofed.method import Client, handle, load_method
+from kilofed.method import Client, generator, handle, load_method
 from kilofed.partition import Share, divide
+from kilofed.payload import Payload
 from kilofed.privacy import load_mechanism
 from kilofed.recipe import ModelSpec, Recipe, from_table
 from kilofed.states import States
@@ -45,6 +48,7 @@ class Sites:
         self._test: dict[int, list[Example]] = {}
         self.spent: dict[int, costs.Cost] = {}
         """What clients of this process did in the first round, where the recipe has it counted."""
+        self._afresh = False
 
     @cached_property
     def rows(self) -> Rows:
@@ -91,6 +95,11 @@ class Sites:
         """Rows to examples."""
         spec = self.recipe.data
         return Renderer(self.tokenizer, spec, data.layout(spec.columns, self.rows.train, spec.task), self.classes)
+
+    def read(self) -> None:
+        """Read and tokenise the rows of all clients now, not when they are first asked for."""
+        for client in self.client_ids():
+            self.train_examples(client)
 
     def client_ids(self) -> list[int]:
         """Numbers of the clients, from 0."""
@@ -166,13 +175,18 @@ class Sites:
         return handle(self.method, self.policy, self._client(client), body)
 
     def _measured(self, number: int, body: bytes, path: Path) -> bytes:
-        client = self._client(number)
-        if client.round > 1:
-            return handle(self.method, self.policy, client, body)
-        with costs.counted() as cost:
-            reply = handle(self.method, self.policy, client, body)
-        if client.round == 1:
+        """Operations are counted in round 1; that takes memory itself, so memory is measured anew in round 2."""
+        client, round = self._client(number), int(Payload.peek(body).get(ROUND, 0))
+        if round == 1:
+            with costs.counted() as cost:
+                reply = handle(self.method, self.policy, client, body)
             self.spent.setdefault(number, costs.Cost()).add(cost)
+            costs.write(path, self.spent[number])
+            return reply
+        self._afresh = self._afresh or environment.forget_peak()
+        reply = handle(self.method, self.policy, client, body)
+        if round == 2 and self._afresh and number in self.spent:
+            self.spent[number].peak_memory_bytes = environment.own_peak_memory()
             costs.write(path, self.spent[number])
         return reply
 
@@ -234,3 +248,11 @@ def open_handler(recipe_json: str, folder: str) -> Callable[[int, bytes], bytes]
         RecipeError, DataError, ModelError: what the recipe asks for cannot be had.
     """
     return Sites(from_table(json.loads(recipe_json)), Path(folder)).handle
+
+
+def drawn(ids: list[int], recipe: Recipe, number: int) -> list[int]:
+    """Who takes part in round `number`: recipe.cohort of `ids`, drawn anew in each round, or all."""
+    if not recipe.cohort or recipe.cohort >= len(ids):
+        return ids
+    order = torch.randperm(len(ids), generator=generator(recipe.seed, number, -1, "cohort")).tolist()
+    return sorted(ids[i] for i in order[: recipe.cohort])

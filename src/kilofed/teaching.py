@@ -12,6 +12,8 @@ from kilofed import distill, train
 from kilofed.data import Example
 from kilofed.distill import Direction, Packing, TopK
 
+ASKED = 16
+"""Rows that a teacher is asked about in one forward."""
 Key = tuple[int, ...]
 """A row's tokens."""
 
@@ -58,7 +60,7 @@ class Lessons:
 
 @torch.no_grad()
 def ask(
-    teacher: nn.Module, rows: Sequence[Example], *, k: int, temperature: float = 1.0, batch_size: int = 16
+    teacher: nn.Module, rows: Sequence[Example], *, k: int, temperature: float = 1.0, batch_size: int = ASKED
 ) -> Lessons:
     """What `teacher` says of the learnt tokens of `rows`; no graph is made.
 

@@ -69,7 +69,7 @@ def token_logits(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     targets_BT = batch.labels[:, 1:]
     # Positions at which no row learns anything need no pass through the output head, which is most of a small model.
     kept_K = (targets_BT != IGNORED).any(dim=0).nonzero()[:, 0]
-    partly = {"logits_to_keep": kept_K} if _keeps_logits(model) else {}
+    partly = {"logits_to_keep": kept_K} if keeps_logits(model) else {}
     logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False, **partly).logits
     logits_BKV = logits if partly else logits[:, kept_K]
     targets_BK = targets_BT[:, kept_K]
@@ -224,7 +224,7 @@ def distance_sq(model: nn.Module, start: Sequence[Tensor]) -> Tensor:
     return torch.stack([(p - s).square().sum() for p, s in zip(own, start, strict=True)]).sum()
 
 
-def _keeps_logits(model: nn.Module) -> bool:
+def keeps_logits(model: nn.Module) -> bool:
     """Whether the transformers model, below an adapter or not, can leave positions out of its output head."""
     inner = getattr(model, "get_base_model", None)
     return "logits_to_keep" in inspect.signature((inner() if inner else model).forward).parameters

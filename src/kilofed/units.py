@@ -1,4 +1,17 @@
-"""Numbers as people read them; what is no number is `-`."""
+"""Numbers as people read them, and read from what people write; what is no number is `-`."""
+
+import re
+
+_PREFIXES = {"m": 1e-3, "": 1.0, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "P": 1e15}
+
+
+def quantity(text: str, unit: str) -> float:
+    """A number above 0 with or without a unit, such as `8GB`, `20 Mbit`, `30ms`, `2e12`. Raises ValueError."""
+    found = re.fullmatch(rf"\s*([0-9.]+(?:e[+-]?[0-9]+)?)\s*([mkMGTP]?)(?:{unit}(?:/s)?)?\s*", text)
+    value = float(found[1]) * _PREFIXES[found[2]] if found else 0.0
+    if not value > 0:
+        raise ValueError(f"{text!r} is no number of {unit}")
+    return value
 
 
 def number(value: object) -> float | None:
@@ -33,6 +46,15 @@ def count(value: object) -> str:
     """A whole number such as `1,234,567`."""
     found = number(value)
     return "-" if found is None else f"{found:,.0f}"
+
+
+def duration(value: object) -> str:
+    """Seconds as `3.2 s`, `4.1 min` or `2.3 h`."""
+    found = number(value)
+    if found is None:
+        return "-"
+    unit, name = next(((u, n) for u, n in ((1, "s"), (60, "min")) if found < 100 * u), (3600, "h"))
+    return f"{found / unit:,.1f} {name}"
 
 
 def operations(value: object) -> str:

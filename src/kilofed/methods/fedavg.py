@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from kilofed import models, train, wire
 from kilofed.method import Client, Cohort, Message, Method, Server, on_client
 from kilofed.payload import Payload, Scalar
+from kilofed.work import Scene, Work
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,12 @@ class FedAvg(Method):
     def objective(self, model: nn.Module) -> train.Loss:
         """What local training minimises; `model` holds the round's start."""
         return train.loss
+
+    def client_work(self, scene: Scene, client: int) -> Work:
+        return Work(scene.learnt(client, scene.recipe.train))
+
+    def server_work(self, scene: Scene) -> Work:
+        return Work()
 
     def deliver(self, server: Server) -> nn.Module:
         models.write_trained(server.model, wire.shared(server.state))

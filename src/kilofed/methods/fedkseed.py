@@ -11,7 +11,7 @@ import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -25,9 +25,10 @@ from kilofed.data import Example
 from kilofed.directions import SeedPool
 from kilofed.directions.spec import check_num_seeds
 from kilofed.errors import ClientError, KilofedError, PayloadError, RecipeError, TooFewReplies, WrongWeights
-from kilofed.method import Client, Cohort, Method, Server, on_client
+from kilofed.method import Client, Cohort, Message, Method, Server, on_client
 from kilofed.payload import Payload, Scalar
 from kilofed.seedlog import Floats, Order, Report
+from kilofed.work import Scene, Work, two_forwards
 
 BASE, SUMS, HELD, VERSIONS = "base", "sums", "held", "versions"
 BODY = "b"
@@ -39,6 +40,7 @@ class FedKSeed(Method):
     """Clients walk along the pool's seeds; the server sums their slopes."""
 
     sends: ClassVar[str] = "slopes: a number per step"
+    exact_bytes: ClassVar[bool] = False
 
     num_seeds: int = 4096
     """K, a power of two from 64; more reach more of the space and cost more bytes down."""
@@ -88,13 +90,16 @@ class FedKSeed(Method):
             if not (2 <= bits <= 16 or bits == 32):
                 raise RecipeError(f"method.{name} is {bits}; expected 2 to 16, or 32 for float32")
 
-    def setup(self, server: Server) -> None:
+    def check(self, server: Server) -> None:
         spec = server.train
         if spec.schedule != "constant" or spec.warmup or spec.weight_decay:
             raise RecipeError(
                 f"train.schedule is {spec.schedule}, warmup {spec.warmup}, weight_decay {spec.weight_decay}: sums of "
                 "slopes stand for one constant learning rate without decay; set constant, 0 and 0"
             )
+
+    def setup(self, server: Server) -> None:
+        self.check(server)
         stream = self.stream(server.model)
         stream.check_eps(self.pool(server.seed, 0), self.eps)
         self.begin(server.state, 1)
@@ -327,6 +332,40 @@ class FedKSeed(Method):
                     f"what the server sent does not fit what this client holds ({error}): was its folder of states "
                     "changed? It is sent the whole state in its next round"
                 ) from error
+
+    def messages(self, scene: Scene, client: int) -> list[Message]:
+        """With made-up slopes: how short slopes pack depends a little on what they are."""
+        state, held, made_up = self._made_up(scene)
+        digest = bytes(len(seedlog.NO_DIGEST))
+        order = Order(len(state[VERSIONS]) - 1, digest, self._messages(state, held), self._levels(state))
+        ask, weight = Payload({BODY: order.pack()}), len(scene.rows_of(client)) if self.weights == "examples" else 1
+        report = Report(weight, 1.0, (), made_up)
+        if self.disclose == "scalars":
+            return [Message("walk", "call", ask, Payload({BODY: seedlog.to_tensor(report.pack(self.bits_up))}))]
+        return [Message("walk", "mean", ask, self._own_sums(report, np.zeros((3, self.num_seeds))))]
+
+    def _made_up(self, scene: Scene) -> tuple[dict[str, Tensor], tuple[int, int], Floats]:
+        """The server's state before the round, what clients hold, and slopes, if slopes were normally distributed."""
+        state: dict[str, Tensor]
+        at, state, held = cast(tuple[int, dict[str, Tensor], tuple[int, int]], scene.cache.get(BODY, (0, {}, (0, 0))))
+        draws = np.random.default_rng(0)
+        while at < scene.round:
+            at += 1
+            self.begin(state, at)
+            if at == scene.round:
+                break
+            held = (len(state[VERSIONS]) - 1, int(state[VERSIONS][-1]))
+            reports = {who: Report(1, 1.0, (), draws.normal(size=self.steps)) for who in scene.ids}
+            state[log_name(at)] = seedlog.pack_log({who: one.pack(self.bits_up) for who, one in reports.items()})
+            self.apply(scene.recipe.seed, state, at)
+        scene.cache[BODY] = at - 1, state, held
+        return state, held, draws.normal(size=self.steps)
+
+    def client_work(self, scene: Scene, client: int) -> Work:
+        return two_forwards(scene, client, self.steps, self.batch_size)
+
+    def server_work(self, scene: Scene) -> Work:
+        return Work()
 
     def deliver(self, server: Server) -> nn.Module:
         # A copy: server.model holds w0, which clients of this process share.

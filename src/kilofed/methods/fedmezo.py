@@ -21,6 +21,7 @@ from kilofed.errors import RecipeError
 from kilofed.method import Client, Cohort, Message, Server, on_client
 from kilofed.methods.fedavg import FedAvg
 from kilofed.payload import Payload, Scalar
+from kilofed.work import Scene, Work, two_forwards
 
 LOSSES, DIFFERENCES = wire.SERVER + "losses", wire.SERVER + "differences"
 FIVE = 5
@@ -108,6 +109,9 @@ class FedMeZO(FedAvg):
         end = {name: tensor.to("cpu", torch.float32, copy=True) for name, tensor in stream.weights(found.end)}
         weight = self.steps * min(self.batch_size, len(client.data)) if self.weights == "examples" else 1
         return Payload(wire.up(end, ask.tensors, self.wire), {"weight": weight, "train_loss": found.loss})
+
+    def client_work(self, scene: Scene, client: int) -> Work:
+        return two_forwards(scene, client, self.steps, self.batch_size)
 
     def rehearse(self, server: Server) -> list[Message]:
         found = super().rehearse(server)

@@ -10,7 +10,8 @@ held out is thrown away. What is delivered is the steered large model.
 import copy
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Literal, cast
 
 import torch
@@ -28,6 +29,7 @@ from kilofed.prospects import Prospects, Trio, foresee, sweep
 from kilofed.proxy import ProxyModel
 from kilofed.recipe import ModelSpec, Recipe, TrainSpec
 from kilofed.steered import Large, LargeSpec, open_large
+from kilofed.work import Pass, Scene, Work, shape, shapes
 
 ALPHAS = tuple(i / 4 for i in range(9))
 """Strengths that the report draws."""
@@ -75,11 +77,19 @@ class FedPT(FedAvg):
         """The small model, as for clients; the large one is loaded beside it when the server first needs it."""
         return recipe.model
 
-    def setup(self, server: Server) -> None:
-        super().setup(server)
+    def check(self, server: Server) -> None:
+        if (out := getattr(server.model, "get_output_embeddings", None)) is None or out() is None:
+            raise RecipeError(
+                "fedpt steers the next token of a large model, and this model gives classes to rows: set "
+                "data.task=generate, or take another method"
+            )
         self._check_ranges()
         if self.distil != "none" or self.target_loss:
             self._public(server)
+
+    def setup(self, server: Server) -> None:
+        self.check(server)
+        super().setup(server)
 
     def round(self, server: Server, clients: Cohort) -> Mapping[str, Scalar]:
         metrics = dict(super().round(server, clients))
@@ -127,6 +137,32 @@ class FedPT(FedAvg):
         return foresee(
             trio, rows, held_out, server.train, alpha=self.alpha, order=lambda name: _order(server, f"trial {name}")
         )
+
+    def server_work(self, scene: Scene) -> Work:
+        """The server phase; an API computes elsewhere."""
+        distils = self.distil != "none" and scene.round % self.every == 0
+        if not (distils or self.target_loss):
+            return Work()
+        rows, held_out = self._public(scene.server)
+        judged = shapes(held_out, 2 * self.batch_size, ordered=True)
+        if not distils:
+            return Work(self._steered(judged))
+        spec = TrainSpec(steps=self.steps, batch_size=self.batch_size)
+        first = (scene.round // self.every - 1) * self.steps
+        order = partial(_order, scene.server)
+        lessons = list(train.batches(rows, spec, first=first, count=self.steps, order=order))
+        taught = list({tuple(row.input_ids): row for batch in lessons for row in batch}.values())
+        asked = self._steered([*judged, *shapes(taught, teaching.ASKED, ordered=True)])
+        before_and_after = [replace(one, times=2.0) for one in judged]
+        again = self._steered(judged) if self.target_loss else []
+        return Work(
+            [*before_and_after, *asked, *(shape(batch, learns=True, taught=self.top_k) for batch in lessons), *again]
+        )
+
+    def _steered(self, looks: list[Pass]) -> list[Pass]:
+        """What the steered model makes of `looks`: its large part, if that is here, and the small one, tuned and not."""
+        large = [] if self.large.is_remote else [replace(one, model=self.large.local, plain=True) for one in looks]
+        return [*large, *looks, *(replace(one, plain=True) for one in looks)]
 
     def _asked(self, server: Server) -> dict[str, Scalar]:
         """What an API was asked for in the whole run; nothing for a local model."""

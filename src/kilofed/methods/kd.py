@@ -26,6 +26,7 @@ from kilofed.errors import ClientError, RecipeError
 from kilofed.method import Client, Cohort, Message, Method, Server, generator, on_client
 from kilofed.payload import Payload, Scalar
 from kilofed.recipe import ModelSpec, Recipe, TrainSpec
+from kilofed.work import Pass, Scene, Work, shape, shapes
 
 SAID, WORDS, COUNTS = "log_probs", "words", "counts"
 NUM_WORDS, PUBLIC = "num_words", "public"
@@ -86,12 +87,15 @@ class KD(Method):
         path = self.models.get(str(client))
         return replace(recipe.model, path=path, revision="") if path else recipe.model
 
-    def setup(self, server: Server) -> None:
+    def check(self, server: Server) -> None:
         if not len(server.public):
             raise RecipeError(
                 "kd learns from public rows, and there are none: name them with data.public=FILE, or take some of the "
                 "training rows with data.public_share=0.2"
             )
+
+    def setup(self, server: Server) -> None:
+        self.check(server)
         server.state.update(models.read_trained(server.model))
 
     def round(self, server: Server, clients: Cohort) -> Mapping[str, Scalar]:
@@ -147,6 +151,26 @@ class KD(Method):
             tensors[COUNTS] = own.weights_N.to(_float(self.wire))
         weight = done.num_examples if self.weights == "examples" else 1
         return Payload(tensors, {"weight": weight, "train_loss": done.loss, "guide_loss": guided})
+
+    def client_work(self, scene: Scene, client: int) -> Work:
+        spec = self.client_model(scene.recipe, client)
+        seed, public = scene.recipe.seed, self.rows(scene.public_of(spec), scene.recipe.seed, scene.round)
+        guided = self._lessons(public, self.guide_steps, generator(seed, scene.round, client, "distil"))
+        drawn = _drawn(len(public), self.score_share, generator(seed, scene.round, client, "scored rows"))
+        scored = shapes([public[i] for i in drawn.nonzero()[:, 0].tolist()], self.batch_size, taught=self.top_k)
+        return Work([*(guided if scene.round > 1 else ()), *scene.learnt(client, scene.recipe.train), *scored])
+
+    def server_work(self, scene: Scene) -> Work:
+        public = self.rows(scene.server.public, scene.recipe.seed, scene.round)
+        chosen = self._k(public, consensus.width(scene.server.model, public)) > 0
+        draws = generator(scene.recipe.seed, scene.round, -1, "distil")
+        looks = shapes(public, self.batch_size, times=2.0 if chosen else 1.0)  # Words are chosen, then scored.
+        return Work([*looks, *self._lessons(public, self.steps, draws)])
+
+    def _lessons(self, public: Sequence[Example], steps: int, draws: torch.Generator) -> list[Pass]:
+        """The batches that are distilled."""
+        numbers = consensus.walk(len(public), TrainSpec(steps=steps, batch_size=self.batch_size), draws)
+        return [shape([public[i] for i in batch], learns=True, taught=self.top_k) for batch in numbers]
 
     @property
     def counts(self) -> bool:

@@ -11,6 +11,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 from typing import ClassVar, Literal
 
 import torch
@@ -22,10 +23,11 @@ from kilofed.data import Example
 from kilofed.errors import ClientError, NonFiniteLoss, PayloadError, RecipeError
 from kilofed.halves import Halves, Part
 from kilofed.learner import Learner, restored
-from kilofed.method import Client, Cohort, Method, Server, on_client
+from kilofed.method import Client, Cohort, Message, Method, Server, on_client
 from kilofed.payload import Payload, Scalar
 from kilofed.recipe import ModelSpec, Recipe
 from kilofed.tail import Sent, Sharing, Tail
+from kilofed.work import Scene, Work, shape
 
 TURN, STEP, STEPS, LAST = "turn", "step", "steps", "last"
 HELD, GRADS, LEFT, LEFT_HEAD, TALLY, MARKS = "split", "grads.", "left", "left_head", "tally", "marks"
@@ -70,7 +72,7 @@ class Split(Method):
     def client_model(self, recipe: Recipe, client: int) -> ModelSpec:
         return Part(**vars(recipe.model), num_blocks=self.cut, head=self.holds_head)
 
-    def setup(self, server: Server) -> None:
+    def check(self, server: Server) -> None:
         Halves(server.model, self.cut)
         if server.train.accumulation > 1:
             raise RecipeError(
@@ -82,6 +84,9 @@ class Split(Method):
                 "the model's output head is its input embedding, and adapter.kind=full would train it on both sides: "
                 "set method.labels=client, which keeps both with the client, or adapter.kind=lora"
             )
+
+    def setup(self, server: Server) -> None:
+        self.check(server)
         server.state.update(models.read_trained(server.model))
 
     def round(self, server: Server, clients: Cohort) -> Mapping[str, Scalar]:
@@ -101,6 +106,42 @@ class Split(Method):
     def deliver(self, server: Server) -> nn.Module:
         models.write_trained(server.model, server.state)
         return server.model
+
+    def messages(self, scene: Scene, client: int) -> list[Message]:
+        mine, _ = self.shares(scene.server)
+        width = halves.width(scene.server.model)
+        found, due = [], dict(mine)
+        every = self.average_every
+        batches = [train.collate(batch) for batch in scene.batches(client, scene.recipe.train)]
+        for number, batch in enumerate(batches):
+            num = int(batch.attention_mask.sum())
+            up, back = (_made_up(num, width, kind) for kind in (self.activations, self.gradients))
+            batch_tensors = tail.lengths(batch) | ({} if self.holds_head else tail.labels(batch))
+            ask = Payload(due, {STEP: 0, TURN: 0})
+            found.append(Message("forward", "call", ask, Payload(up | batch_tensors, {STEPS: 0})))
+            if self.holds_head:
+                found.append(Message("head", "call", Payload(up, {TURN: 0}), Payload(back)))
+            due = back
+            if (every and (number + 1) % every == 0) or number + 1 == len(batches):
+                reply = Payload(mine, {"weight": 1.0, "train_loss": 0.0})
+                found.append(Message("part", "mean", Payload(due, {LAST: False, TURN: 0}), reply))
+                due = dict(mine)
+        return found
+
+    def client_work(self, scene: Scene, client: int) -> Work:
+        parts = ["below", "head"] if self.holds_head else ["below"]
+        passes = [one for part in parts for one in scene.learnt(client, scene.recipe.train, part=part, cut=self.cut)]
+        return Work(passes, waits=True)
+
+    def server_work(self, scene: Scene) -> Work:
+        part = "between" if self.holds_head else "above"
+        if self.server_part != "joint" or self.holds_head:
+            every = [scene.learnt(client, scene.recipe.train, part=part, cut=self.cut) for client in scene.ids]
+            return Work([one for passes in every for one in passes])
+        steps = zip_longest(*(scene.batches(client, scene.recipe.train) for client in scene.ids), fillvalue=[])
+        return Work(
+            [shape([row for b in batches for row in b], learns=True, part=part, cut=self.cut) for batches in steps]
+        )
 
     def charts(self, server: Server, rows: Sequence[Example]) -> list[Chart]:
         """How many tokens the server reads off what it is sent, at each cut."""
@@ -145,6 +186,11 @@ class Split(Method):
         return Payload(
             end, {"weight": examples if self.weights == "examples" else 1.0, "train_loss": loss / max(steps, 1)}
         )
+
+
+def _made_up(num_rows: int, width: int, kind: narrow.Width) -> dict[str, Tensor]:
+    """What `narrow.shrink` makes of hidden states (num_rows, width)."""
+    return narrow.shrink(torch.zeros(num_rows, width), kind)[0]
 
 
 class _Site:
