@@ -369,3 +369,16 @@ def test_rows_to_classify_are_checked_as_such(tiny_recipe: Recipe, tiny_encoder:
     labels = [f"site {n}" for n in range(5)]
     warned = of(check(changed(tiny_recipe, {**task, "data.labels": list(labels)})), "warn")
     assert "no training row has site 4" in warned["labels"]
+
+
+def test_models_of_other_vocabularies_are_bad_where_tokens_are_learnt(
+    tiny_recipe: Recipe, tiny_large: Path, tmp_path: Path
+) -> None:
+    words: dict[str, Value] = {"method": "kd", "data.public_share": 0.2, "method.models": {"3": str(tiny_large)}}
+    assert f"{tiny_large} at 1 clients" in of(check(changed(tiny_recipe, words)), "good")["models"]
+    other = json.loads((tiny_large / "tokenizer.json").read_text("utf-8"))
+    other["model"]["vocab"] |= {"!": other["model"]["vocab"]["?"], "?": other["model"]["vocab"]["!"]}
+    shutil.copytree(tiny_large, tmp_path / "other")
+    (tmp_path / "other" / "tokenizer.json").write_text(json.dumps(other), "utf-8")
+    words["method.models"] = {"3": str(tmp_path / "other")}
+    assert "has another vocabulary" in of(check(changed(tiny_recipe, words)), "bad")["models"]

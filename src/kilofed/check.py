@@ -319,6 +319,16 @@ def _disk(look: _Look) -> Iterator[Finding]:
         yield Finding("good", "disk", text)
 
 
+def _models(look: _Look) -> Iterator[Finding]:
+    """Clients whose model is not the recipe's."""
+    sites, recipe = look.sites, look.recipe
+    others = Counter(sites.method.client_model(recipe, client) for client in sites.client_ids())
+    for spec, number in others.items():
+        if spec is not None and spec.path != recipe.model.path:
+            sites.renderer_of(spec)  # Refuses a vocabulary in which the others cannot teach it.
+            yield Finding("good", "models", f"{spec.path} at {number} clients: its vocabulary fits")
+
+
 def _bytes(look: _Look) -> Iterator[Finding]:
     recipe, sites = look.recipe, look.sites
     if look.needed > look.free:
@@ -363,6 +373,7 @@ PARTS: dict[str, Callable[[_Look], Iterator[Finding]]] = {
     "template": _template,
     "loss": _loss,
     "truncation": _truncation,
+    "models": _models,
     "leaks": _leaks,
     "memory": _memory,
     "disk": _disk,

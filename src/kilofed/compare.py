@@ -76,6 +76,8 @@ class Row:
     server_flops: float | None
     seconds: float | None
     """Of all rounds of one seed."""
+    brings: str
+    """What is scored."""
     leaves: str
     """What clients send."""
     secure_sum: bool
@@ -218,7 +220,7 @@ def _page(rows: Sequence[Row], controls: Mapping[str, object], recipe: Recipe) -
         {
             "recipe": recipe,
             "titles": TITLES,
-            "rows": [(row.label, row.method, _cells(vars(row))) for row in rows],
+            "rows": [(row.label, row.method, row.brings, _cells(vars(row))) for row in rows],
             "controls": [(name, _scores(row)) for name, row in controls.items()],
             "plots": drawn,
         },
@@ -274,6 +276,7 @@ def _row(folder: Path, entry: Entry) -> Row:
     results, seeds = found.results, max(len(found.seeds), 1)
     scores = dig(results, "rows", "federated")
     ends = dig(scores, "interval")
+    method = find_method(str(results.get("method")))
     exchanges, seconds = number(results.get("exchanges")), number(results.get("seconds"))
     return Row(
         entry.label,
@@ -288,6 +291,7 @@ def _row(folder: Path, entry: Entry) -> Row:
         number(dig(results, "costs", "client", "peak_memory_bytes")),
         number(dig(results, "costs", "server", "flops")),
         None if seconds is None else seconds / seeds,
-        find_method(str(results.get("method"))).sends,
+        method.brings,
+        method.sends,
         all(verb == "mean" for _, verb, _ in found.traffic.by_action),
     )

@@ -167,6 +167,8 @@ class Method:
 
     sends: ClassVar[str] = "trained tensors"
     """What leaves a client, in a word or two."""
+    brings: ClassVar[str] = "the tuned model"
+    """What is delivered and scored, in a few words."""
     exact_bytes: ClassVar[bool] = True
     """Whether messages are as long as `messages` says, whatever their numbers."""
 

@@ -130,7 +130,7 @@ def scatter(
     Args:
         points: label -> (cost above 0, loss); at most 8 have a colour of their own.
         levels: label -> loss, as horizontal lines; at most three.
-        unit: of x, such as `B`; the axis is logarithmic.
+        unit: of x, such as `B`; the axis is logarithmic where costs differ by more than a factor of ten.
     """
     figure, axes = _sheet(height=3.2)
     key = []
@@ -145,7 +145,11 @@ def scatter(
     for (level, value), dash in zip(levels.items(), dashes, strict=False):
         axes.axhline(value, color=_INK, linestyle=dash, linewidth=0.8)
         key.append(Entry(level, "--ink", dash))
-    axes.set_xscale("log")
+    costs = [cost for cost, _ in points.values()]
+    if max(costs) > 10 * min(costs):
+        axes.set_xscale("log")
+    else:
+        axes.xaxis.set_major_locator(MaxNLocator(4))
     axes.xaxis.set_major_formatter(EngFormatter(unit))
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_xlabel(x)

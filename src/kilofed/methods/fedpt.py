@@ -12,7 +12,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Literal, cast
+from typing import ClassVar, Literal, cast
 
 import torch
 from torch import nn
@@ -42,6 +42,8 @@ PROXY_LOSS = wire.SERVER + "proxy_loss"
 @dataclass(frozen=True)
 class FedPT(FedAvg):
     """Clients tune the small model; the server steers a large one with it, and teaches the small one in turn."""
+
+    brings: ClassVar[str] = "the large model, steered"
 
     large: LargeSpec = field(default_factory=LargeSpec)
     """The model that is steered, at the server only: `builtin:large`, a directory, a hub id or an API's address; its
