@@ -19,12 +19,14 @@ import sys
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import tomli_w
 
 from kilofed import compare
 from kilofed.fields import Table, Value
 from kilofed.reading import dig, items, read
+from kilofed.units import number
 
 METHODS = "lora=fedavg,full=fedavg,kd,split,fedkseed"
 FEDLLM = ("lora", "full")
@@ -55,60 +57,52 @@ def main() -> None:
         json.dump(found, sys.stdout)
         return
     for name, result in found.items():
-        print(f"== {name}\n{result['text']}\n{result['scores']}\n{result['ordering']}\n")
+        print(f"== {name}\n{result['text']}")
+        shown = {label: f"{100 * value:.1f} %" for label, value in result["macro_f1"].items() if value is not None}
+        print(*([f"macro-F1: {shown}"] if shown else []), *result["ordering"], "", sep="\n")
 
 
-def run(table: Table, methods: str, words: Words, out: Path, seeds: int) -> dict[str, object]:
+def run(table: Table, methods: str, words: Words, out: Path, seeds: int) -> dict[str, Any]:
     """One comparison, in `out`."""
     out.mkdir(parents=True, exist_ok=True)
     recipe = out / "recipe.toml"
     recipe.write_text(tomli_w.dumps(table))
     entries, common = compare.entries(methods, words)
     found = compare.compare(recipe, entries, common, out=out / "runs", seeds=seeds)
-    first, *_ = entries
     every = {entry.label: read(out / "runs" / entry.label).results for entry in entries}
-    scores = {label: dig(results, "rows", "federated") for label, results in every.items()}
-    controls = {name: dig(every[first.label], "rows", name) for name in compare.CONTROLS}
+    rows: dict[str, object] = {label: dig(results, "rows", "federated") for label, results in every.items()}
+    rows |= {name: dig(every[entries[0].label], "rows", name) for name in compare.CONTROLS}
+    macro_f1 = {name: number(dig(row, "macro_f1")) for name, row in rows.items()}
     return {
         "rows": found["rows"],
-        "controls": controls,
+        "controls": found["controls"],
+        "macro_f1": macro_f1,
         "text": compare.text(found),
-        "scores": _scores({**scores, **controls}),
         "ordering": ordering([row for row in items(found["rows"]) if isinstance(row, Mapping)]),
     }
 
 
-def _scores(rows: Mapping[str, object]) -> str:
-    """Accuracy and, of classes, macro-F1; the table of `compare` has the loss of control rows alone."""
-    cells = []
-    for name, row in rows.items():
-        found = {key: dig(row, key) for key in ("accuracy", "macro_f1")}
-        shown = ", ".join(f"{key} {100 * value:.1f} %" for key, value in found.items() if isinstance(value, float))
-        cells.append(f"{name}: {shown}")
-    return "\n".join(cells)
-
-
-def ordering(rows: list[Mapping[str, object]]) -> str:
-    """Whether each of the paper's three claims holds among FedLLM, KD and Split; a sentence each."""
+def ordering(rows: list[Mapping[str, object]]) -> list[str]:
+    """Whether each of the paper's claims holds among FedLLM, KD and Split; a sentence each, the best first."""
     three = [row for row in rows if row["label"] in (*FEDLLM, "kd", "split")]
-    if not three:
-        return ""
-    claims: list[tuple[str, Callable[[Mapping[str, object]], object], tuple[str, ...]]] = [
-        ("the best held-out loss", lambda row: row["loss"], FEDLLM),
-        ("the fewest bytes", lambda row: _sum(row["up"], row["down"]), ("kd",)),
-        ("the least client compute", lambda row: row["client_flops"], ("split",)),
+    claims: list[tuple[str, Callable[[Mapping[str, object]], float], tuple[str, ...]]] = [
+        ("the best held-out loss", lambda row: _number(row["loss"]), FEDLLM),
+        ("the best accuracy", lambda row: -_number(row["accuracy"]), FEDLLM),
+        ("the fewest bytes", lambda row: _number(row["up"]) + _number(row["down"]), ("kd",)),
+        ("the least client compute", lambda row: _number(row["client_flops"]), ("split",)),
     ]
     lines = []
     for what, cost, wanted in claims:
-        ranked = sorted(three, key=lambda row: float(str(cost(row))))
-        names = ", ".join(f"{row['label']} {float(str(cost(row))):.4g}" for row in ranked)
-        verdict = "holds" if ranked[0]["label"] in wanted else "does NOT hold"
+        ranked = sorted(three, key=cost)
+        names = ", ".join(f"{row['label']} {abs(cost(row)):.4g}" for row in ranked)
+        verdict = "holds" if ranked and ranked[0]["label"] in wanted else "does NOT hold"
         lines.append(f"{' or '.join(wanted)} has {what}: {verdict} ({names})")
-    return "\n".join(lines)
+    return lines
 
 
-def _sum(up: object, down: object) -> float:
-    return float(str(up)) + float(str(down))
+def _number(value: object) -> float:
+    found = number(value)
+    return float("inf") if found is None else found
 
 
 def scene(name: str, data: Path) -> tuple[Table, str, Words]:

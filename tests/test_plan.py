@@ -160,7 +160,7 @@ def test_activations_grow_with_the_batch_and_vanish_with_it(tiny_model: Path) ->
     assert 2 * small < large < 5 * small
     assert bench.activations([one], spec) == small  # Nothing of the pass before is counted again.
     works = [Work([one], waits=waits) for waits in (True, False)]
-    waiting, done = (bench.memory([work], spec, copies=1, together=3) for work in works)
+    waiting, done = (bench.memory([work], spec, messages=1, together=3) for work in works)
     assert waiting - done == 2 * small
 
 

@@ -23,8 +23,7 @@ from kilofed.units import count, duration, operations, size
 from kilofed.work import Bench, Scene, Work
 
 COPIES = 7
-"""Copies of the trained tensors, float32, that a client has at most while a message arrives or leaves: the message in a
-pipe, whole, decoded, and the reply likewise."""
+"""Copies of a message that a client has at most: what came, from the pipe and decoded, and the reply, put together."""
 FAMILIES = "fedavg,full=fedavg,kd,split,fedpt,fedkseed"
 """One method of each family."""
 OWN: dict[str, Value] = {"full:adapter.kind": "full"}
@@ -165,8 +164,10 @@ class _Round:
         known = len(flops) == len(scene.ids)
         held = []
         if number == min(2, recipe.rounds):
+            longest = max((max(m.up, m.down) // m.exchanges for mine in traffic.values() for m in mine), default=0)
             held = [
-                bench.memory(list(of.values()), spec, copies=COPIES, together=together) for spec, of in works.items()
+                bench.memory(list(of.values()), spec, messages=COPIES * longest, together=together)
+                for spec, of in works.items()
             ]
         served = method.server_work(scene)
         return cls(

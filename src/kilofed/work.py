@@ -158,9 +158,9 @@ class Bench:
         """Bytes of all parameters of a model."""
         return sum(p.numel() * p.element_size() for p in self.outline(spec).parameters())
 
-    def trained_numbers(self, spec: ModelSpec) -> int:
-        """Numbers that are trained in a model."""
-        return sum(p.numel() for p in self.outline(spec).parameters() if p.requires_grad)
+    def trained_bytes(self, spec: ModelSpec) -> int:
+        """Bytes of the parameters that are trained in a model."""
+        return sum(p.numel() * p.element_size() for p in self.outline(spec).parameters() if p.requires_grad)
 
     def operations(self, passes: Iterable[Pass], spec: ModelSpec) -> float:
         """Floating-point operations of `passes` by a party that loads `spec`."""
@@ -179,22 +179,21 @@ class Bench:
         """Operations of one pass, counted on a batch of its very shape."""
         return one.times * self._run(one, spec)[0]
 
-    def memory(self, works: Sequence[Work], spec: ModelSpec, *, copies: int, together: int = 1) -> int:
+    def memory(self, works: Sequence[Work], spec: ModelSpec, *, messages: int, together: int = 1) -> int:
         """Bytes that the process of clients with these works takes, beside what it takes without a model.
 
         Args:
-            copies: of the trained tensors, on their way in and out.
+            messages: bytes while the longest message comes in or goes out.
             together: clients in the process.
         """
-        sent = 4 * self.trained_numbers(spec)
         passes = [one for work in works for one in work.passes]
         learns = any(one.learns for one in passes)
-        moments = {"adamw": 2, "adam": 2, "sgd": 0}[self._train.optimizer] * sent if learns else 0
+        moments = {"adamw": 2, "adam": 2, "sgd": 0}[self._train.optimizer] * self.trained_bytes(spec) if learns else 0
         activations = self.activations(passes, spec)
         busy = moments + activations + max(work.scratch for work in works)
         if any(work.waits for work in works):
             busy += (together - 1) * activations
-        return self.weight_bytes(spec) + max(busy, copies * sent)
+        return self.weight_bytes(spec) + max(busy, messages)
 
     def _operations(self, one: Pass, spec: ModelSpec) -> float:
         kind = replace(one, rows=1, width=1, kept=min(one.kept, 1), times=1.0, model=one.model or spec)
