@@ -9,6 +9,7 @@ showed: `acceptance` is measured first, on the embedded pair after a short local
 All ways are run in turn in one process and give the same tokens (checked); ratios are medians over the turns.
 
     python benchmarks/decoding.py [--quick] [--json] [--acceptance 0.7] [--large 12x1024] [--small 6x384] [--threads 2]
+                                 [--device cuda]
 """
 
 import argparse
@@ -52,8 +53,8 @@ class Followed:
         return torch.where(follows[..., None], tuned, tuned.roll(1, -1)) + 0 * scores
 
 
-def random_model(shape: str, seed: int) -> PreTrainedModel:
-    """A Llama of `layers x width` with heads of 64."""
+def random_model(shape: str, seed: int, device: str) -> PreTrainedModel:
+    """A Llama of `layers x width` with heads of 64; in bfloat16 unless it is on the CPU."""
     layers, width = map(int, shape.split("x"))
     torch.manual_seed(seed)
     config = LlamaConfig(
@@ -67,7 +68,8 @@ def random_model(shape: str, seed: int) -> PreTrainedModel:
         initializer_range=0.1,
         eos_token_id=None,
     )
-    return LlamaForCausalLM(config).eval()
+    model = LlamaForCausalLM(config).eval()
+    return model.to(torch.device(device), torch.float32 if device == "cpu" else torch.bfloat16)  # type: ignore[arg-type]
 
 
 def adapted(base: PreTrainedModel, seed: int) -> nn.Module:
@@ -87,7 +89,8 @@ def naive(
     """Three whole models, a step of each per token."""
     parts = (large, tuned, base)
     caches: list[object] = [None, None, None]
-    ids = torch.tensor([prompt])
+    device = next(large.parameters()).device
+    ids = torch.tensor([prompt], device=device)
     for _ in range(count):
         logits = []
         for number, part in enumerate(parts):
@@ -96,7 +99,7 @@ def naive(
             logits.append(out.logits[0, -1])
         token = int(rule(*logits).argmax())
         yield token
-        ids = torch.tensor([[token]])
+        ids = torch.tensor([[token]], device=device)
 
 
 def acceptance(rows: int, steps: int, tokens: int) -> dict[str, float]:
@@ -137,9 +140,9 @@ def acceptance(rows: int, steps: int, tokens: int) -> dict[str, float]:
 class Ways:
     """The same answer, made in different ways."""
 
-    def __init__(self, large: str, small: str, rate: float) -> None:
-        self.large = random_model(large, 0)
-        self.tuned, self.base = adapted(random_model(small, 1), 2), random_model(small, 1)
+    def __init__(self, large: str, small: str, rate: float, device: str) -> None:
+        self.large = random_model(large, 0, device)
+        self.tuned, self.base = adapted(random_model(small, 1, device), 2), random_model(small, 1, device)
         self.rule = Followed(rate)
         self.proxy = ProxyModel(self.large, self.tuned, rule=self.rule)
         self.ratio = self.large.num_parameters() / self.base.num_parameters()
@@ -197,6 +200,7 @@ def batches(ways: Ways, sizes: list[int], count: int) -> dict[int, float]:
     found = {}
     for size in sizes:
         ids = torch.randint(3, VOCABULARY, (size, PROMPT), generator=torch.Generator().manual_seed(size))
+        ids = ids.to(ways.large.device)
         began = time.perf_counter()
         ways.proxy.generate(input_ids=ids, max_new_tokens=count, min_new_tokens=count, do_sample=False)
         found[size] = 1000 * (time.perf_counter() - began) / (size * count)
@@ -212,11 +216,12 @@ def main() -> None:
     parser.add_argument("--large", default="12x1024", help="layers x width")
     parser.add_argument("--small", default="6x384", help="layers x width")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--device", default="cpu", help="cpu, or cuda")
     asked = parser.parse_args()
     torch.set_num_threads(asked.threads)
     trained = acceptance(*((6, 20, 24) if asked.quick else (60, 200, 48)))
     rate = trained["greedy"] if asked.acceptance is None else asked.acceptance
-    ways = Ways(asked.large, asked.small, rate)
+    ways = Ways(asked.large, asked.small, rate, asked.device)
     figures = race(ways, *((2, 16) if asked.quick else (15, 96)))
     sizes = batches(ways, *(([1, 4], 8) if asked.quick else ([1, 2, 4, 8, 16], 64)))
     row = {"acceptance": trained, "raced_at": rate, "size_ratio": ways.ratio, **figures, "ms_per_token": sizes}

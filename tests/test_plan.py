@@ -47,7 +47,10 @@ CASES: dict[str, Table] = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+FAST = {"fedavg", "kd", "split", "fedpt"}
+
+
+@pytest.mark.parametrize("case", [pytest.param(n, marks=[] if n in FAST else [pytest.mark.slow]) for n in CASES])
 def test_bytes_exchanges_and_operations_are_foreseen_exactly(
     case: str, tiny_table: Table, tiny_large: Path, tmp_path: Path
 ) -> None:
