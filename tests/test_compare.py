@@ -28,6 +28,8 @@ def test_entries_share_model_rows_evaluation_and_budget_and_keep_their_own_metho
     assert found["fedavg"].adapter.kind == "lora"
     assert found["full"].adapter.kind == found["fedkseed"].adapter.kind == "full"  # The latter as its recipe has it.
     assert found["fedkseed"].method.fields["lr"] == 5e-4
+    own = compare.recipes(source, *compare.entries("fedavg,kd", {"kd:train.lr": 0.5}), 1)
+    assert [one.train.lr for one in own.values()] == [0.01, 0.5]  # A budget is shared, a learning rate is not.
     assert [bool(one.evaluate.controls) for one in found.values()] == [True, False, False]
 
 
@@ -45,6 +47,8 @@ def test_public_rows_that_one_needs_are_set_aside_for_all(source: Path) -> None:
         ("", {}, "none twice"),
         ("fedavg", {"fedvag:adapter.kind": "full"}, r"'fedvag', which is not compared \(did you mean fedavg"),
         ("fedavg", {"fedavg:data.max_rows": 3}, "would give fedavg another data"),
+        ("fedavg", {"fedavg:train.steps": 3}, "would give fedavg another train"),
+        ("fedavg,split", {"method.cut": 2}, "say whose, as in fedavg:method.cut"),
     ],
 )
 def test_what_cannot_be_compared_is_refused(names: str, words: dict[str, Value], said: str) -> None:

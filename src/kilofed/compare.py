@@ -100,6 +100,8 @@ def entries(names: str, words: Mapping[str, Value]) -> tuple[list[Entry], dict[s
     common: dict[str, Value] = {}
     for key, value in words.items():
         label, colon, rest = key.partition(":")
+        if not colon and key.split(".")[0] == "method":
+            raise RecipeError(f"{key}: each entry has a method of its own; say whose, as in {next(iter(own))}:{key}")
         if not colon:
             common[key] = value
         elif label not in own:
