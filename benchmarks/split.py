@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from kilofed import evaluate, models, probe, recipe
+from kilofed import plan as plan_of
 from kilofed.engines.inprocess import InProcess
 from kilofed.engines.opener import Opener
 from kilofed.evaluate import interval
@@ -29,6 +30,7 @@ from kilofed.ledger import Ledger
 from kilofed.method import Cohort, Engine, Server
 from kilofed.recipe import Recipe, Value
 from kilofed.site import Sites
+from kilofed.work import Bench
 
 WIDTHS = "float32", "bfloat16", "int8"
 
@@ -153,7 +155,20 @@ def stream(model: str, steps: int) -> dict[str, float]:
             engine.close()
         part = models.load_model(sites.method.client_model(asked, 0), asked.adapter, 0)  # type: ignore[arg-type]
         found["part_bytes"] = sum(p.numel() * p.element_size() for p in part.parameters())
+        found["activation_bytes"] = activations(asked)
     return found
+
+
+def activations(asked: Recipe) -> int:
+    """Bytes that the largest batch of the client's part holds."""
+    sites = Sites(asked)
+    bench = Bench(asked.adapter, asked.train, ())
+    scene = plan_of.scene_of(sites, bench)
+    work = sites.method.client_work(scene, 0)
+    spec = sites.method.client_model(asked, 0)
+    assert work
+    assert spec
+    return bench.activations(work.passes, spec)
 
 
 def peak(pid: int) -> int:
@@ -163,7 +178,7 @@ def peak(pid: int) -> int:
 
 
 def idle() -> int:
-    """Peak resident bytes of a process that has imported what a client imports and read its rows."""
+    """Resident bytes of a process that has what a client has but its model: libraries, rows, one finished training step."""
     import subprocess
     import sys
 
@@ -171,10 +186,10 @@ def idle() -> int:
         "import kilofed.site, kilofed.engines.stream, grpc, peft\n"
         "from kilofed import recipe\nfrom kilofed.site import Sites\n"
         "sites = Sites(recipe.load('split', {'data.options': {'train_rows': 64}}))\nsites.train_examples(0)\n"
-        "print([l for l in open('/proc/self/status') if l.startswith('VmHWM')][0].split()[1])"
+        "from kilofed import work\nprint(work.measure().runtime)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    return int(done.stdout.splitlines()[-1]) * 1024
+    return int(done.stdout.splitlines()[-1])
 
 
 def show(found: Mapping[str, object]) -> None:
@@ -194,6 +209,8 @@ def show(found: Mapping[str, object]) -> None:
         row = found["stream"]
         ratio = row["stream_seconds"] / row["inprocess_seconds"]  # type: ignore[index]
         print(f"\nstream: {ratio:.2f} times the seconds of a step in one process; {json.dumps(row)}")
+        allowed = row["runtime_bytes"] + 1.2 * (row["part_bytes"] + row["activation_bytes"])  # type: ignore[index]
+        print(f"client's peak by runtime + 1.2 (part + activations): {row['client_peak_bytes'] / allowed:.3f}")  # type: ignore[index]
 
 
 if __name__ == "__main__":

@@ -71,6 +71,7 @@ def test_bytes_exchanges_and_operations_are_foreseen_exactly(
     assert page.count("<td>equal</td>") >= 5
 
 
+@pytest.mark.slow
 def test_what_seeds_and_slopes_take_is_foreseen_closely(tiny_table: Table, tmp_path: Path) -> None:
     method = {"name": "fedkseed", "num_seeds": 1024, "steps": 40, "lr": 1e-4}
     table = changed(tiny_table, {"method": method, "adapter": {"kind": "full"}, "rounds": 3})
@@ -85,13 +86,15 @@ def test_what_seeds_and_slopes_take_is_foreseen_closely(tiny_table: Table, tmp_p
 
 def test_seconds_follow_from_device_and_link(tiny_table: Table) -> None:
     sites = Sites(from_table(tiny_table))
-    slow = plan.forecast(sites, DEVICE)
-    fast = plan.forecast(sites, replace(DEVICE, flops=4e9))
+    bench = Bench(sites.recipe.adapter, sites.recipe.train, ())  # It counts a pass once.
+    slow = plan.forecast(sites, DEVICE, bench=bench)
+    fast = plan.forecast(sites, replace(DEVICE, flops=4e9), bench=bench)
     assert slow.compute_seconds == pytest.approx(4 * fast.compute_seconds)
-    near = plan.forecast(sites, replace(DEVICE, latency=0.0, up=8.0, down=8e12))
+    near = plan.forecast(sites, replace(DEVICE, latency=0.0, up=8.0, down=8e12), bench=bench)
     per_round = slow.up / 2
     assert near.link_seconds == pytest.approx(2 * per_round, rel=1e-3)
-    assert plan.forecast(sites, replace(DEVICE, latency=5.0, up=8e12, down=8e12)).link_seconds == pytest.approx(10)
+    far = plan.forecast(sites, replace(DEVICE, latency=5.0, up=8e12, down=8e12), bench=bench)
+    assert far.link_seconds == pytest.approx(10)
 
 
 @pytest.mark.parametrize(

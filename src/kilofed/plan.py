@@ -111,7 +111,7 @@ def forecast(sites: Sites, device: Device, *, bench: Bench | None = None, label:
         KilofedError: it could not run.
     """
     recipe, bench = sites.recipe, bench or _bench(sites)
-    scene = _scene(sites, bench)
+    scene = scene_of(sites, bench)
     sites.method.check(scene.server)
     rounds = [_Round.of(sites, scene, bench, number, device.together) for number in range(1, recipe.rounds + 1)]
     first, ids = rounds[0], sites.client_ids()
@@ -199,7 +199,8 @@ def _bench(sites: Sites) -> Bench:
     return Bench(sites.recipe.adapter, sites.recipe.train, sites.classes)
 
 
-def _scene(sites: Sites, bench: Bench) -> Scene:
+def scene_of(sites: Sites, bench: Bench) -> Scene:
+    """The run of `sites` before its first round. Raises KilofedError."""
     recipe, method = sites.recipe, sites.method
     spec = method.server_model(recipe)
     model = bench.outline(spec) if spec else nn.Identity()
