@@ -146,6 +146,19 @@ def test_a_model_far_larger_than_this_machine_is_planned_without_its_weights(
     assert "a client needs 2" in found.refused
 
 
+def test_rounds_beyond_those_looked_at_are_taken_to_be_like_them(
+    tiny_table: Table, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sites = Sites(from_table(changed(tiny_table, {"rounds": 6})))
+    whole = plan.forecast(sites, DEVICE)
+    monkeypatch.setattr(plan, "MOST", 8)  # Two rounds of four clients.
+    part = plan.forecast(sites, DEVICE)
+    assert whole.exact
+    assert not part.exact
+    assert (part.up, part.down, part.exchanges) == (whole.up, whole.down, whole.exchanges)
+    assert part.compute_seconds == pytest.approx(whole.compute_seconds, rel=0.2)  # Rows differ in length.
+
+
 @pytest.mark.parametrize("part", ["whole", "below", "above", "between", "head"])
 @pytest.mark.parametrize("kind", ["lora", "full"])
 def test_four_probes_tell_the_operations_of_any_batch(part, kind, tiny_model: Path) -> None:

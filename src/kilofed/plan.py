@@ -24,6 +24,8 @@ from kilofed.work import Bench, Scene, Work
 
 COPIES = 7
 """Copies of a message that a client has at most: what came, from the pipe and decoded, and the reply, put together."""
+MOST = 2000
+"""Clients, counted anew in each round, that are looked at one by one; the rounds after them are taken to be like these."""
 FAMILIES = "fedavg,full=fedavg,kd,split,fedpt,fedkseed"
 """One method of each family."""
 OWN: dict[str, Value] = {"full:adapter.kind": "full"}
@@ -61,7 +63,7 @@ class Forecast:
     leaves: str
     """What clients send."""
     exact: bool = True
-    """Whether the ledger will count these very bytes; else they depend a little on numbers that training finds."""
+    """Whether the ledger will count these very bytes; else they depend a little on what training finds, or are scaled up."""
     up: float | None = None
     """Bytes per client in the whole run."""
     down: float | None = None
@@ -113,25 +115,27 @@ def forecast(sites: Sites, device: Device, *, bench: Bench | None = None, label:
     recipe, bench = sites.recipe, bench or _bench(sites)
     scene = scene_of(sites, bench)
     sites.method.check(scene.server)
-    rounds = [_Round.of(sites, scene, bench, number, device.together) for number in range(1, recipe.rounds + 1)]
-    first, ids = rounds[0], sites.client_ids()
+    ids = sites.client_ids()
+    looked = min(recipe.rounds, max(2, MOST // (recipe.cohort or len(ids))))
+    rounds = [_Round.of(sites, scene, bench, number, device.together) for number in range(1, looked + 1)]
+    first, times = rounds[0], recipe.rounds / looked
     memory = next((one.memory for one in rounds if one.memory), None)
     told = all(one.sent is not None for one in rounds)
     known = all(one.flops is not None and one.server_flops is not None for one in rounds)
-    traffic = [sent for one in rounds for client in one.sent or {} for sent in (one.sent or {})[client]]
+    messages = [message for one in rounds for mine in (one.sent or {}).values() for message in mine]
     return Forecast(
         label or recipe.name,
         recipe.method.name,
         type(sites.method).sends,
-        exact=type(sites.method).exact_bytes,
-        up=sum(one.up for one in traffic) / len(ids) if told else None,
-        down=sum(one.down for one in traffic) / len(ids) if told else None,
-        exchanges=sum(one.exchanges for one in rounds) if told else None,
+        exact=type(sites.method).exact_bytes and looked == recipe.rounds,
+        up=times * sum(one.up for one in messages) / len(ids) if told else None,
+        down=times * sum(one.down for one in messages) / len(ids) if told else None,
+        exchanges=round(times * sum(one.exchanges for one in rounds)) if told else None,
         client_flops=statistics.fmean(first.flops.values()) if first.flops else None,
         server_flops=first.server_flops,
         client_memory=device.runtime + memory if memory else None,
-        compute_seconds=sum(one.compute_seconds(device) for one in rounds) if known else None,
-        link_seconds=sum(one.link_seconds(device) for one in rounds) if told else None,
+        compute_seconds=times * sum(one.compute_seconds(device) for one in rounds) if known else None,
+        link_seconds=times * sum(one.link_seconds(device) for one in rounds) if told else None,
     )
 
 
@@ -265,7 +269,7 @@ def text(found: Sequence[Forecast], device: Device) -> str:
         f"For {client}; the server: {operations(device.server_flops)}/s.",
     ]
     if any(not one.exact and one.up for one in found):
-        told.append("~: depends a little on the numbers that training finds.")
+        told.append("~: close, not exact; it depends on what training finds, or later rounds were not looked at.")
     told += [f"{one.label} does not fit: {one.refused}" for one in found if one.refused]
     return "\n".join(told)
 
