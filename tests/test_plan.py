@@ -146,6 +146,22 @@ def test_a_model_far_larger_than_this_machine_is_planned_without_its_weights(
     assert "a client needs 2" in found.refused
 
 
+def test_a_model_that_looks_at_its_numbers_runs_without_a_forecast(
+    tiny_table: Table, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def looks(*_: object) -> torch.Tensor:
+        return torch.ones(1).sum().item() * torch.ones(1)  # As some mixtures of experts do.
+
+    monkeypatch.setattr("kilofed.work._forward", looks)
+    table = changed(tiny_table, {"evaluate": {"costs": True, "generate": 0, "controls": [], "every": 2}})
+    (found,) = plan.plan({"one": from_table(table)}, DEVICE)
+    assert f"cannot foresee what {tiny_table['model']['path']} computes" in found.refused
+    done = kilofed.run(from_table(table), out=tmp_path / "run")
+    assert "plan" not in json.loads((done.folder / "run.json").read_text("utf-8"))
+    assert "the run goes on without a forecast" in caplog.text
+    assert "operations of a client, round 1</th><td>-</td>" in (done.folder / "report.html").read_text("utf-8")
+
+
 def test_rounds_beyond_those_looked_at_are_taken_to_be_like_them(
     tiny_table: Table, monkeypatch: pytest.MonkeyPatch
 ) -> None:

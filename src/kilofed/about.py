@@ -1,12 +1,16 @@
 """What a run is before its first round: clients, bytes to come, what leaves them, where it runs; part of run.json."""
 
+import logging
 from dataclasses import replace
 
 from kilofed import environment, models, plan
+from kilofed.errors import ModelError
 from kilofed.method import Server, forecast, leaving
 from kilofed.payload import Payload
 from kilofed.privacy import Mechanism
 from kilofed.site import Sites
+
+log = logging.getLogger("kilofed")
 
 
 def about(sites: Sites, server: Server, policy: Mechanism) -> dict[str, object]:
@@ -36,11 +40,22 @@ def about(sites: Sites, server: Server, policy: Mechanism) -> dict[str, object]:
             {"action": message.action, **_shapes(leaving(sites.method, message, policy))}
             for message in sites.method.rehearse(fresh)
         ],
-        **({"plan": vars(plan.forecast(sites, _here(sites)))} if sites.recipe.evaluate.costs else {}),
+        **_plan(sites),
         "classes": list(sites.classes),
         "num_trained": sum(p.numel() for p in models.trained(server.model).values()),
         "num_parameters": sum(p.numel() for p in server.model.parameters()),
     }
+
+
+def _plan(sites: Sites) -> dict[str, object]:
+    """What the run should take, where costs are counted; nothing where that cannot be told."""
+    if not sites.recipe.evaluate.costs:
+        return {}
+    try:
+        return {"plan": vars(plan.forecast(sites, _here(sites)))}
+    except ModelError as error:
+        log.warning("the run goes on without a forecast of its costs: %s", error)
+        return {}
 
 
 def _here(sites: Sites) -> plan.Device:

@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from kilofed import consensus, costs, distill, environment, models, train
 from kilofed.data import IGNORED, Example
+from kilofed.errors import ModelError
 from kilofed.halves import Halves, width
 from kilofed.method import Server, generator
 from kilofed.recipe import AdapterSpec, ModelSpec, Recipe, TrainSpec
@@ -213,8 +214,21 @@ class Bench:
         return one.times * round(one.rows * each)
 
     def _run(self, one: Pass, spec: ModelSpec) -> tuple[int, int]:
-        """(operations, bytes held at most) of a pass."""
-        model = self.outline(one.model or spec, plain=one.plain)
+        """(operations, bytes held at most) of a pass. Raises ModelError: the model cannot run without numbers."""
+        place = one.model or spec
+        model = self.outline(place, plain=one.plain)
+        try:
+            return self._measured(model, one)
+        except (RuntimeError, ValueError, TypeError, AttributeError, NotImplementedError) as error:
+            # A model's own code may look at numbers, which are not there.
+            first = str(error).strip().partition("\n")[0]
+            raise ModelError(f"cannot foresee what {place.path} computes ({type(error).__name__}: {first})") from error
+        finally:
+            for parameter in model.parameters():
+                parameter.grad = None
+            model.eval()
+
+    def _measured(self, model: nn.Module, one: Pass) -> tuple[int, int]:
         model.train(one.learns)
         dtype = torch.bfloat16 if self._train.autocast and one.learns else None
         if one.part == "head":  # How blocks hand on what they made is seen when one has run.
@@ -222,13 +236,9 @@ class Bench:
                 _forward(model, replace(one, rows=1, width=1, kept=min(one.kept, 1)))
         with self._mode, _Held(model) as held, costs.counted() as cost:
             with torch.autocast("cpu", dtype, enabled=dtype is not None), torch.set_grad_enabled(one.learns):
-                out = _forward(model, one)
-                loss = _loss(out, one)
+                loss = _loss(_forward(model, one), one)
             if one.learns:
                 loss.backward()  # type: ignore[no-untyped-call]
-        for parameter in model.parameters():
-            parameter.grad = None
-        model.eval()
         return cost.flops, held.most
 
 
