@@ -36,7 +36,6 @@ CASES: dict[str, Table] = {
     "fedavg": {},
     "accumulated": {"train": {"accumulation": 2}, "cohort": 3},
     "full": {"adapter": {"kind": "full"}, "method": {"name": "fedavg", "wire": "bfloat16"}},
-    "fedadam": {"method": {"name": "fedadam"}},
     "kd": {"method": {"name": "kd", "steps": 2, "guide_steps": 1, "top_k": 8, "public_rows": 5}, **PUBLIC},
     "kd all words": {"method": {"name": "kd", "top_k": 0, "score_share": 0.5, "weighting": "entropy"}, **PUBLIC},
     "split": {"method": {"name": "split", "activations": "int8", "average_every": 1}},
