@@ -376,7 +376,7 @@ def test_models_of_other_vocabularies_are_bad_where_tokens_are_learnt(
     tiny_recipe: Recipe, tiny_large: Path, tmp_path: Path
 ) -> None:
     words: dict[str, Value] = {"method": "kd", "data.public_share": 0.2, "method.models": {"3": str(tiny_large)}}
-    assert f"{tiny_large} at 1 clients" in of(check(changed(tiny_recipe, words)), "good")["models"]
+    assert f"{tiny_large} at 1 of 4 clients" in of(check(changed(tiny_recipe, words)), "good")["models"]
     other = json.loads((tiny_large / "tokenizer.json").read_text("utf-8"))
     other["model"]["vocab"] |= {"!": other["model"]["vocab"]["?"], "?": other["model"]["vocab"]["!"]}
     shutil.copytree(tiny_large, tmp_path / "other")

@@ -326,7 +326,9 @@ def _models(look: _Look) -> Iterator[Finding]:
     for spec, number in others.items():
         if spec is not None and spec.path != recipe.model.path:
             sites.renderer_of(spec)  # Refuses a vocabulary in which the others cannot teach it.
-            yield Finding("good", "models", f"{spec.path} at {number} clients: its vocabulary fits")
+            yield Finding(
+                "good", "models", f"{spec.path} at {number} of {len(sites.shares)} clients: its vocabulary fits"
+            )
 
 
 def _bytes(look: _Look) -> Iterator[Finding]:

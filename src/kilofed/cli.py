@@ -50,7 +50,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
-def _amount(unit: str) -> Callable[[str], float]:
+def _amount(unit: str, example: str = "8G") -> Callable[[str], float]:
     """Reads an option such as 8GB."""
 
     def read(text: str) -> float:
@@ -59,7 +59,7 @@ def _amount(unit: str) -> Callable[[str], float]:
         try:
             return quantity(text, unit)
         except ValueError as error:
-            raise argparse.ArgumentTypeError(f"{error}; expected such as 8G{unit}") from error
+            raise argparse.ArgumentTypeError(f"{error}; expected such as {example}{unit}") from error
 
     return read
 
@@ -101,14 +101,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     plan.add_argument("--server-flops", type=_amount("FLOP"), metavar="F", help="of the server (default: as a client)")
     plan.add_argument("--memory", type=_amount("B"), metavar="B", help="of a client, such as 8GB (default: as here)")
+    plan.add_argument("--up", type=_amount("bit"), metavar="R", help="bits per second from a client (default 20Mbit)")
+    plan.add_argument("--down", type=_amount("bit"), metavar="R", help="bits per second to a client (default 100Mbit)")
     plan.add_argument(
-        "--up", type=_amount("bit"), default=20e6, metavar="R", help="bits per second from a client (default 20Mbit)"
-    )
-    plan.add_argument(
-        "--down", type=_amount("bit"), default=100e6, metavar="R", help="bits per second to a client (default 100Mbit)"
-    )
-    plan.add_argument(
-        "--latency", type=_amount("s"), default=0.03, metavar="S", help="of a message and its answer (default 30ms)"
+        "--latency", type=_amount("s", "30m"), metavar="S", help="of a message and its answer (default 30ms)"
     )
     plan.set_defaults(call=_plan)
 
@@ -234,15 +230,9 @@ def _plan(options: argparse.Namespace) -> None:
 
     source, overrides = _split(options.words)
     recipes = plan.recipes(source, options.methods, overrides)
-    device = plan.device(
-        Sites(next(iter(recipes.values()))),
-        flops=options.flops,
-        memory=options.memory,
-        up=options.up,
-        down=options.down,
-        latency=options.latency,
-        server_flops=options.server_flops,
-    )
+    names = ("flops", "memory", "up", "down", "latency", "server_flops")
+    stated = {name: getattr(options, name) for name in names}
+    device = plan.device(Sites(next(iter(recipes.values()))), **stated)
     found = plan.plan(recipes, device)
     if options.json:
         print(json.dumps({"device": vars(device), "methods": [vars(one) for one in found]}))

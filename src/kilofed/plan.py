@@ -53,6 +53,11 @@ class Device:
     together: int = 1
     """Clients in one process, as in a simulation."""
 
+    @property
+    def serving(self) -> float:
+        """Operations per second of the server."""
+        return self.server_flops or self.flops
+
 
 @dataclass(frozen=True)
 class Forecast:
@@ -96,8 +101,8 @@ def plan(recipes: Mapping[str, Recipe], device: Device) -> list[Forecast]:
             sentence = " ".join(str(error).split())
             one = Forecast(label, recipe.method.name, find_method(recipe.method.name).sends, refused=sentence)
         if one.client_memory and one.client_memory > device.memory:
-            needs = f"a client needs {size(one.client_memory)} of memory, the device has {size(device.memory)}"
-            one = replace(one, refused=needs)
+            why = f"a client needs {size(one.client_memory)} of memory, the device has {size(device.memory)}"
+            one = replace(one, refused=why)
         found.append(one)
     return found
 
@@ -189,7 +194,7 @@ class _Round:
     def compute_seconds(self, device: Device) -> float:
         """Clients side by side, then the server."""
         slowest = max((self.flops or {}).values(), default=0.0) / device.flops
-        return slowest + (self.server_flops or 0.0) / (device.server_flops or device.flops)
+        return slowest + (self.server_flops or 0.0) / device.serving
 
     def link_seconds(self, device: Device) -> float:
         """Of the client with most to send and receive."""
@@ -224,26 +229,17 @@ def _messages(method: Method, scene: Scene) -> Mapping[int, list[Message]]:
     return {client: method.messages(scene, client) for client in scene.ids}
 
 
-def device(
-    sites: Sites,
-    *,
-    flops: float | None = None,
-    memory: float | None = None,
-    up: float = 20e6,
-    down: float = 100e6,
-    latency: float = 0.03,
-    server_flops: float | None = None,
-) -> Device:
-    """A device as stated; what is None is that of this machine, measured by a short training of the embedded model.
+def device(sites: Sites, **stated: float | None) -> Device:
+    """A device as stated, by the fields of `Device`; of what is not stated or None, this machine's, as measured here.
 
     Args:
         sites: whose rows a client's process has in memory; before their models are loaded.
     """
     sites.read()
     found = work.measure()
-    speed = flops or found.flops
-    room = memory or needs.free_memory(torch.device("cpu"))
-    return Device(speed, room, up, down, latency, server_flops or speed, found.runtime)
+    here = Device(found.flops, needs.free_memory(torch.device("cpu")), runtime=found.runtime)
+    given = {name: value for name, value in stated.items() if value is not None}
+    return replace(here, **given)  # type: ignore[arg-type]
 
 
 def recipes(source: str | Path, names: str, words: Mapping[str, Value]) -> dict[str, Recipe]:
@@ -266,7 +262,7 @@ def text(found: Sequence[Forecast], device: Device) -> str:
     told += [
         "",
         "Bytes per client, exchanges and seconds are of the whole run, compute is of its first round.",
-        f"For {client}; the server: {operations(device.server_flops)}/s.",
+        f"For {client}; the server: {operations(device.serving)}/s.",
     ]
     if any(not one.exact and one.up for one in found):
         told.append("~: close, not exact; it depends on what training finds, or later rounds were not looked at.")

@@ -7,7 +7,7 @@ _PREFIXES = {"m": 1e-3, "": 1.0, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "P": 1
 
 def quantity(text: str, unit: str) -> float:
     """A number above 0 with or without a unit, such as `8GB`, `20 Mbit`, `30ms`, `2e12`. Raises ValueError."""
-    found = re.fullmatch(rf"\s*([0-9.]+(?:e[+-]?[0-9]+)?)\s*([mkMGTP]?)(?:{unit}(?:/s)?)?\s*", text)
+    found = re.fullmatch(rf"\s*([0-9]*\.?[0-9]+(?:e[+-]?[0-9]{{1,2}})?)\s*([mkMGTP]?)(?:{unit}(?:/s)?)?\s*", text)
     value = float(found[1]) * _PREFIXES[found[2]] if found else 0.0
     if not value > 0:
         raise ValueError(f"{text!r} is no number of {unit}")

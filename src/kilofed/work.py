@@ -180,10 +180,6 @@ class Bench:
         worst = {max(group, key=by) for group in kinds.values() for by in (_tokens, _positions)}
         return max((self._run(one, spec)[1] for one in worst), default=0)
 
-    def counted(self, one: Pass, spec: ModelSpec) -> float:
-        """Operations of one pass, counted on a batch of its very shape."""
-        return one.times * self._run(one, spec)[0]
-
     def memory(self, works: Sequence[Work], spec: ModelSpec, *, messages: int, together: int = 1) -> int:
         """Bytes that the process of clients with these works takes, beside what it takes without a model.
 
