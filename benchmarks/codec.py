@@ -11,9 +11,8 @@ import argparse
 import json
 
 import numpy as np
-
-from kilofed.codec import State, advance, decode_scalars, encode_scalars, encode_state, receive
-from kilofed.directions import SeedPool
+from kilofed.zeroth.codec import State, advance, decode_scalars, encode_scalars, encode_state, receive
+from kilofed.zeroth.directions.pool import SeedPool
 
 TAU, CLIENTS = 200, 10
 

@@ -20,17 +20,18 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
+from kilofed.config.recipe import AdapterSpec, ModelSpec
+from kilofed.federation.parties import generator
+from kilofed.generation.decoding import Sampling, Solo
+from kilofed.proxy.combination import Offset
+from kilofed.proxy.model import ProxyModel
+from kilofed.proxy.speculation import Drafting, Speculation, plain_tokens
+from kilofed.runs.sites import Sites
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from kilofed import models, recipe, train
-from kilofed.decode import Sampling, Solo
-from kilofed.method import generator
-from kilofed.proxy import ProxyModel
-from kilofed.recipe import AdapterSpec, ModelSpec
-from kilofed.site import Sites
-from kilofed.speculate import Drafting, Speculation, plain_tokens
-from kilofed.steering import Offset
+from kilofed.config import recipe
+from kilofed.models import loading, training
 
 VOCABULARY = 32_000
 PROMPT = 32
@@ -74,7 +75,7 @@ def random_model(shape: str, seed: int, device: str) -> PreTrainedModel:
 
 def adapted(base: PreTrainedModel, seed: int) -> nn.Module:
     """The small model with a LoRA adapter that does something."""
-    small = models.add_adapter(base, AdapterSpec(rank=8, alpha=16.0), seed)
+    small = loading.add_adapter(base, AdapterSpec(rank=8, alpha=16.0), seed)
     with torch.no_grad():
         for name, parameter in small.named_parameters():
             if "lora_B" in name:
@@ -115,8 +116,8 @@ def acceptance(rows: int, steps: int, tokens: int) -> dict[str, float]:
         },
     )
     sites = Sites(plan)
-    small = models.load_model(plan.model, plan.adapter, plan.seed)
-    train.fit_round(
+    small = loading.load_model(plan.model, plan.adapter, plan.seed)
+    training.fit_round(
         small,
         sites.train_examples(0),
         plan.train,
@@ -125,7 +126,7 @@ def acceptance(rows: int, steps: int, tokens: int) -> dict[str, float]:
         order=lambda name: generator(plan.seed, 0, 0, name),
         dropout=torch.Generator(),
     )
-    proxy = ProxyModel(models.load_base(ModelSpec("builtin:large")), small, rule=Offset(1.0))
+    proxy = ProxyModel(loading.load_base(ModelSpec("builtin:large")), small, rule=Offset(1.0))
     found = {}
     for name, temperature in (("greedy", 0.0), ("drawn", 1.0)):
         drafted = accepted = 0

@@ -13,13 +13,15 @@ from collections import defaultdict
 from collections.abc import Iterator
 
 import torch
+from kilofed.federation.cohort import Cohort
+from kilofed.federation.ledger import Ledger
+from kilofed.federation.parties import Server
+from kilofed.models.evaluation import interval, score
+from kilofed.runs.sites import Sites
 
-from kilofed import models, recipe
+from kilofed.config import recipe
 from kilofed.engines.inprocess import InProcess
-from kilofed.evaluate import interval, score
-from kilofed.ledger import Ledger
-from kilofed.method import Cohort, Server
-from kilofed.site import Sites
+from kilofed.models import loading
 
 TARGETS = {4096: 2000, 1024: 1000}
 PAPER = 17_988
@@ -71,7 +73,7 @@ def measure(model: str, num_seeds: int, wire: str, seed: int, rounds: int) -> di
         "whole_state": max(len(asked.encode()) for asked in sites.method._asks(server, [10**6]).values()),
         "base": round(base, 5),
         "loss": round(score(sites.method.deliver(server), tests, 32).loss, 5),
-        "trained": sum(p.numel() for p in models.trained(server.model).values()),
+        "trained": sum(p.numel() for p in loading.trained(server.model).values()),
     }
 
 

@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 
 import kilofed
-from kilofed import recipe
+from kilofed.config import recipe
 
 IDLE = "import torch, transformers, peft\nfrom kilofed import environment\nprint(environment.own_peak_memory())"
 

@@ -13,9 +13,10 @@ import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 
-from kilofed import compare
-from kilofed.fields import Value
-from kilofed.reading import dig, read
+from kilofed.config.fields import Value
+from kilofed.reports.reading import dig, read
+
+from kilofed.runs import compare
 from kilofed.units import number
 
 Line = dict[str, object]

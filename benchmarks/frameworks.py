@@ -22,10 +22,10 @@ from pathlib import Path
 from typing import Any
 
 import tomli_w
+from kilofed.config.fields import Table, Value
+from kilofed.reports.reading import dig, items, read
 
-from kilofed import compare
-from kilofed.fields import Table, Value
-from kilofed.reading import dig, items, read
+from kilofed.runs import compare
 from kilofed.units import number
 
 METHODS = "lora=fedavg,full=fedavg,kd,split,fedkseed"

@@ -11,8 +11,9 @@ import json
 import tempfile
 from pathlib import Path
 
+from kilofed.config.fields import Value
+
 import kilofed
-from kilofed.fields import Value
 
 
 def main() -> None:

@@ -20,14 +20,15 @@ from contextlib import ExitStack, closing
 from pathlib import Path
 
 import torch
+from kilofed.config.recipe import Recipe
+from kilofed.federation.cohort import Cohort
+from kilofed.federation.ledger import Ledger
+from kilofed.federation.parties import Server
+from kilofed.runs.sites import Sites
 
-from kilofed import recipe
+from kilofed.config import recipe
 from kilofed.engines import open_engine
-from kilofed.ledger import Ledger
-from kilofed.method import Cohort, Server
 from kilofed.payload import Payload
-from kilofed.recipe import Recipe
-from kilofed.site import Sites
 
 Case = tuple[str, str, bool, int, int]
 """(engine, adapter targets, fresh, number of clients, rounds)."""

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from kilofed.sources import gazetteer, pydocs
+from kilofed.data.sources import gazetteer, pydocs
 
-ASSETS = Path(pydocs.__file__).parents[1] / "assets"
+ASSETS = Path(pydocs.__file__).parents[2] / "assets"
 BATCH = 32
 IGNORED = -100
 

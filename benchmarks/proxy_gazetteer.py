@@ -23,12 +23,13 @@ import torch
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parent))
-from kilofed import models, train
-from kilofed.data import Example
+from kilofed.config.recipe import Recipe, from_table
+from kilofed.data.examples import IGNORED, Example
+from kilofed.data.sources import gazetteer
+from kilofed.proxy.combination import combine
+
 from kilofed.methods.fedpt import FedPT
-from kilofed.recipe import Recipe, from_table
-from kilofed.sources import gazetteer
-from kilofed.steering import combine
+from kilofed.models import loading, training
 from proxy_text import Job, changed, spread
 
 ALPHAS = (0.5, 1.0, 1.5, 2.0)
@@ -97,7 +98,7 @@ class Steered:
         self.public = list(job.server.public)
         self.large, self.targets = logits(base, held_out)
         self.public_large, self.public_targets = logits(base, self.public)
-        with models.without_adapter(job.server.model) as untouched:
+        with loading.without_adapter(job.server.model) as untouched:
             self.base, _ = logits(untouched, held_out)
             self.public_base, _ = logits(untouched, self.public)
 
@@ -128,9 +129,9 @@ def logits(model: nn.Module, rows: Sequence[Example]) -> tuple[list[Tensor], lis
     scores: list[Tensor] = []
     targets: list[Tensor] = []
     for start in range(0, len(rows), BATCH):
-        batch = train.collate(rows[start : start + BATCH])
-        counts = (batch.labels[:, 1:] != train.IGNORED).sum(1).tolist()
-        logits_NV, targets_N = train.token_logits(model, batch)
+        batch = training.collate(rows[start : start + BATCH])
+        counts = (batch.labels[:, 1:] != IGNORED).sum(1).tolist()
+        logits_NV, targets_N = training.token_logits(model, batch)
         scores += logits_NV.split(counts)
         targets += targets_N.split(counts)
     return scores, targets
@@ -159,7 +160,7 @@ def rank_rows(plain: Job, large: Job, base: nn.Module) -> dict[str, float]:
         asked = plain.sites.renderer([{**row, "response": name} for name in names])
         large_scores, targets = logits(base, asked)
         tuned, _ = logits(cast(FedPT, plain.sites.method).trained(plain.server), asked)
-        with models.without_adapter(plain.server.model) as untouched:
+        with loading.without_adapter(plain.server.model) as untouched:
             small, _ = logits(untouched, asked)
         direct, _ = logits(large.sites.method.deliver(large.server), asked)
         joint = [combine(a, b, c, 1.0) for a, b, c in zip(large_scores, tuned, small, strict=True)]

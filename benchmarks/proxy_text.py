@@ -23,17 +23,19 @@ from pathlib import Path
 from typing import cast
 
 import torch
+from kilofed.config.recipe import Recipe, from_table
+from kilofed.data.examples import Example
+from kilofed.data.readers import Row
+from kilofed.federation.cohort import Cohort
+from kilofed.federation.ledger import Ledger
+from kilofed.federation.parties import Server, generator
+from kilofed.proxy.trial import Trio, sweep
+from kilofed.runs.sites import Sites
 from torch import nn
 
-from kilofed import evaluate, models, train
-from kilofed.data import Example, Row
 from kilofed.engines.inprocess import InProcess
-from kilofed.ledger import Ledger
-from kilofed.method import Cohort, Server, generator
 from kilofed.methods.fedpt import FedPT
-from kilofed.prospects import Trio, sweep
-from kilofed.recipe import Recipe, from_table
-from kilofed.site import Sites
+from kilofed.models import evaluation, loading, training
 
 ROUNDS, CLIENTS, BATCH = 4, 6, 4
 TEST_ROWS = 120
@@ -125,10 +127,10 @@ def steered(recipe: Recipe, test_rows: int) -> dict[str, object]:
     plain, distilled = (Job(changed(recipe, distil=kind)) for kind in ("none", "forward"))
     held_out = plain.held_out(test_rows)
     fedpt = cast(FedPT, plain.sites.method)
-    rows: dict[str, evaluate.Scores] = {}
+    rows: dict[str, evaluation.Scores] = {}
 
     def score(row: str, model: nn.Module) -> None:
-        rows[row] = evaluate.score(model, held_out, 16)
+        rows[row] = evaluation.score(model, held_out, 16)
 
     large = fedpt.beside(plain.server)["large base"]
     score("large base", large)
@@ -159,16 +161,16 @@ def direct(recipe: Recipe, test_rows: int) -> dict[str, object]:
     large = replace(recipe.model, path=str(recipe.method.fields["large"]))
     job = Job(replace(recipe, model=large, method=replace(recipe.method, name="fedavg", fields={})))
     held_out = job.held_out(test_rows)
-    rows = {"large central": evaluate.score(job.central(), held_out, 16)}
+    rows = {"large central": evaluation.score(job.central(), held_out, 16)}
     job.rounds()
-    rows["large FedAvg"] = evaluate.score(job.sites.method.deliver(job.server), held_out, 16)
+    rows["large FedAvg"] = evaluation.score(job.sites.method.deliver(job.server), held_out, 16)
     return {**both(rows), "bytes_per_client": job.bytes}
 
 
 PARTS = {"steered": steered, "direct": direct}
 
 
-def both(rows: Mapping[str, evaluate.Scores]) -> dict[str, object]:
+def both(rows: Mapping[str, evaluation.Scores]) -> dict[str, object]:
     """Loss and accuracy by row."""
     return {name: {row: vars(scores)[name] for row, scores in rows.items()} for name in ("loss", "accuracy")}
 
@@ -199,7 +201,7 @@ class Job:
     def central(self) -> nn.Module:
         """The model tuned on all rows in one place, as many of them as the federation sees."""
         model, recipe = self.server.model, self.recipe
-        models.write_trained(model, models.read_trained(self.fresh()))
+        loading.write_trained(model, loading.read_trained(self.fresh()))
         rows = [e for client in self.sites.client_ids() for e in self.sites.train_examples(client)]
         steps = recipe.rounds * recipe.train.steps
         spec = replace(recipe.train, steps=steps, batch_size=recipe.train.batch_size * CLIENTS, accumulation=CLIENTS)
@@ -207,12 +209,12 @@ class Job:
         def order(name: str) -> torch.Generator:
             return generator(recipe.seed, 0, 0, name)
 
-        train.fit_round(model, rows, spec, round=1, num_rounds=1, order=order, dropout=order("dropout"))
+        training.fit_round(model, rows, spec, round=1, num_rounds=1, order=order, dropout=order("dropout"))
         return model
 
     def fresh(self) -> nn.Module:
         """The model before any training."""
-        return models.load_model(self.recipe.model, self.recipe.adapter, self.recipe.seed)
+        return loading.load_model(self.recipe.model, self.recipe.adapter, self.recipe.seed)
 
     def held_out(self, number: int) -> list[Example]:
         """The same rows for every seed."""
@@ -349,7 +351,7 @@ def number(line: Mapping[str, object], table: str, row: str) -> float:
 
 def spread(values: list[float], digits: int = 3) -> str:
     """Mean and 95 % interval over seeds."""
-    ends = evaluate.interval(values)
+    ends = evaluation.interval(values)
     range_ = f" [{ends[0]:.{digits}f}, {ends[1]:.{digits}f}]" if ends else ""
     return f"{statistics.fmean(values):.{digits}f}{range_}"
 

@@ -19,18 +19,22 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
+from kilofed.config.fields import Value
+from kilofed.config.recipe import Recipe
+from kilofed.costs.counter import Bench
+from kilofed.federation.cohort import Cohort, Engine
+from kilofed.federation.ledger import Ledger
+from kilofed.federation.parties import Server
+from kilofed.models.evaluation import interval
+from kilofed.runs.sites import Sites
 from torch import Tensor
 
-from kilofed import evaluate, models, probe, recipe
-from kilofed import plan as plan_of
+from kilofed.config import recipe
 from kilofed.engines.inprocess import InProcess
 from kilofed.engines.opener import Opener
-from kilofed.evaluate import interval
-from kilofed.ledger import Ledger
-from kilofed.method import Cohort, Engine, Server
-from kilofed.recipe import Recipe, Value
-from kilofed.site import Sites
-from kilofed.work import Bench
+from kilofed.models import evaluation, loading
+from kilofed.runs import plan as plan_of
+from kilofed.split import reconstruction
 
 WIDTHS = "float32", "bfloat16", "int8"
 
@@ -103,7 +107,7 @@ def widths(model: str, seeds: int, steps: int, quick: bool) -> list[dict[str, ob
             asked = plan(model, {"seed": seed, **size, **narrow})
             sites, server, ledger = federate(asked)
             found = sites.method.deliver(server)
-            each = [evaluate.score(found, sites.test_examples(c), 32) for c in sites.client_ids()]
+            each = [evaluation.score(found, sites.test_examples(c), 32) for c in sites.client_ids()]
             scores[width].append((statistics.fmean(s.accuracy for s in each), statistics.fmean(s.loss for s in each)))
             moved[width] = sum(row.bytes for row in ledger.rows() if row.action == "forward" and row.exchange)
     rows = []
@@ -120,11 +124,11 @@ def widths(model: str, seeds: int, steps: int, quick: bool) -> list[dict[str, ob
     return rows
 
 
-def read(model: str, rows: int) -> Iterator[probe.Recovered]:
+def read(model: str, rows: int) -> Iterator[reconstruction.Recovered]:
     """The base model of the recipe; the server's own text is another party's."""
     sites = Sites(plan(model, {}))
     known, secret = (sites.train_examples(client)[:rows] for client in (0, 1))
-    yield from probe.every_cut(sites.model(sites.recipe.model), known, secret)
+    yield from reconstruction.every_cut(sites.model(sites.recipe.model), known, secret)
 
 
 def stream(model: str, steps: int) -> dict[str, float]:
@@ -136,7 +140,7 @@ def stream(model: str, steps: int) -> dict[str, float]:
     with TemporaryDirectory() as folder:
         asked = plan(model, few)
         text = json.dumps(recipe.to_table(asked))
-        opener = Opener("kilofed.site:open_handler", (text, str(Path(folder, "stream"))), 1)
+        opener = Opener("kilofed.runs.sites:open_handler", (text, str(Path(folder, "stream"))), 1)
         for name in ("inprocess", "stream"):
             sites = Sites(asked, Path(folder, name))
             engine = Stream([0], opener) if name == "stream" else InProcess([0], sites.handle)
@@ -153,7 +157,7 @@ def stream(model: str, steps: int) -> dict[str, float]:
                 found["client_peak_bytes"] = peak(pid or os.getpid())
                 found["runtime_bytes"] = idle()
             engine.close()
-        part = models.load_model(sites.method.client_model(asked, 0), asked.adapter, 0)  # type: ignore[arg-type]
+        part = loading.load_model(sites.method.client_model(asked, 0), asked.adapter, 0)  # type: ignore[arg-type]
         found["part_bytes"] = sum(p.numel() * p.element_size() for p in part.parameters())
         found["activation_bytes"] = activations(asked)
     return found
@@ -183,8 +187,8 @@ def idle() -> int:
     import sys
 
     code = (
-        "import kilofed.site, kilofed.engines.stream, grpc, peft\n"
-        "from kilofed import recipe\nfrom kilofed.site import Sites\n"
+        "import kilofed.runs.sites, kilofed.engines.stream, grpc, peft\n"
+        "from kilofed import recipe\nfrom kilofed.runs.sites import Sites\n"
         "sites = Sites(recipe.load('split', {'data.options': {'train_rows': 64}}))\nsites.train_examples(0)\n"
         "from kilofed import work\nprint(work.measure().runtime)"
     )

@@ -11,14 +11,15 @@ import json
 from collections.abc import Callable
 
 import torch
+from kilofed.config.recipe import ModelSpec
+from kilofed.data.examples import IGNORED
+from kilofed.federation.parties import generator
+from kilofed.proxy.combination import combine, complete
+from kilofed.runs.sites import Sites
 from torch import Tensor
 
-from kilofed import models, recipe, train
-from kilofed.data import IGNORED
-from kilofed.method import generator
-from kilofed.recipe import ModelSpec
-from kilofed.site import Sites
-from kilofed.steering import combine, complete
+from kilofed.config import recipe
+from kilofed.models import loading, training
 
 Rule = Callable[[Tensor, Tensor], Tensor]
 RULES: dict[str, Rule] = {
@@ -47,8 +48,8 @@ def scores(rows: int, steps: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         },
     )
     sites = Sites(plan)
-    small = models.load_model(plan.model, plan.adapter, plan.seed)
-    train.fit_round(
+    small = loading.load_model(plan.model, plan.adapter, plan.seed)
+    training.fit_round(
         small,
         sites.train_examples(0),
         plan.train,
@@ -57,8 +58,8 @@ def scores(rows: int, steps: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         order=lambda name: generator(plan.seed, 0, 0, name),
         dropout=torch.Generator(),
     )
-    large = models.load_base(ModelSpec("builtin:large"))
-    batch = train.collate(sites.test_examples(0)[:rows])
+    large = loading.load_base(ModelSpec("builtin:large"))
+    batch = training.collate(sites.test_examples(0)[:rows])
     learnt = batch.labels[:, 1:] != IGNORED
 
     @torch.no_grad()
@@ -66,7 +67,7 @@ def scores(rows: int, steps: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         out = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
         return out[:, :-1][learnt].float()
 
-    with models.without_adapter(small):
+    with loading.without_adapter(small):
         base = at_answers(small)
     return at_answers(large), at_answers(small), base, batch.labels[:, 1:][learnt]
 

@@ -23,13 +23,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from kilofed.config.fields import Value
+from kilofed.config.recipe import Recipe
+from kilofed.federation.cohort import Cohort
+from kilofed.federation.ledger import Ledger
+from kilofed.federation.parties import Server, generator
+from kilofed.runs.sites import Sites
 
-from kilofed import evaluate, models, recipe, train
+from kilofed.config import recipe
 from kilofed.engines.inprocess import InProcess
-from kilofed.ledger import Ledger
-from kilofed.method import Cohort, Server, generator
-from kilofed.recipe import Recipe, Value
-from kilofed.site import Sites
+from kilofed.models import evaluation, loading, training
 
 VARIANTS = (
     "structured 4096",
@@ -134,7 +137,7 @@ def curve(spec: Recipe, task: Task, variant: str) -> list[Point]:
     tests = [e for c in sites.client_ids() for e in sites.test_examples(c)]
     model = sites.model(spec.model)
     points, seconds, bytes_moved = [], 0.0, 0.0
-    with models.without_adapter(model):
+    with loading.without_adapter(model):
         points.append(point(0, task, 0.0, 0.0, model, tests))
     play = gaussian(sites, task, variant) if variant.split()[0] in ("gaussian", "fresh") else method(sites)
     for number in range(1, spec.rounds + 1):
@@ -146,7 +149,7 @@ def curve(spec: Recipe, task: Task, variant: str) -> list[Point]:
 
 
 def point(number: int, task: Task, moved: float, seconds: float, model: torch.nn.Module, tests: list) -> Point:
-    found = evaluate.score(model, tests, 32)
+    found = evaluation.score(model, tests, 32)
     return {
         "round": number,
         "forwards": 2 * number * task.steps,
@@ -181,8 +184,8 @@ def gaussian(sites: Sites, task: Task, variant: str) -> Play:
     """Walks in place along normal directions; the walked models are averaged by their examples."""
     spec = sites.recipe
     model = sites.model(spec.model).eval()
-    held = models.trained(model)
-    state = models.read_trained(model)
+    held = loading.trained(model)
+    state = loading.read_trained(model)
     num_seeds = 0 if variant == "fresh" else int(variant.split()[1])
 
     def play(number: int) -> tuple[float, Callable[[], torch.nn.Module]]:
@@ -190,17 +193,17 @@ def gaussian(sites: Sites, task: Task, variant: str) -> Play:
         weight = 0
         for client in sites.client_ids():
             examples = sites.train_examples(client)
-            models.write_trained(model, state)
-            stretch = train.batches(
+            loading.write_trained(model, state)
+            stretch = training.batches(
                 examples, replace(spec.train, batch_size=task.batch_size), first=(number - 1) * task.steps,
                 count=task.steps, order=lambda purpose, client=client: generator(spec.seed, 0, client, purpose),
             )  # fmt: skip
             walk(model, held, stretch, seeds(spec.seed, number, client, num_seeds), task.lr)
-            for name, tensor in models.read_trained(model).items():
+            for name, tensor in loading.read_trained(model).items():
                 total[name].add_(tensor, alpha=len(examples))
             weight += len(examples)
         state.update({name: (tensor / weight).float() for name, tensor in total.items()})
-        models.write_trained(model, state)
+        loading.write_trained(model, state)
         return 0.0, lambda: model
 
     return play
@@ -221,12 +224,12 @@ def walk(
         for examples, name in zip(stretch, names, strict=False):
             source = torch.Generator().manual_seed(name)
             direction = [torch.randn(p.shape, generator=source) for p in held.values()]
-            batch = train.collate(examples)
+            batch = training.collate(examples)
             losses = []
             for move in (EPS, -2 * EPS):
                 for parameter, z in zip(held.values(), direction, strict=True):
                     parameter.add_(z, alpha=move)
-                losses.append(float(train.loss(model, batch)))
+                losses.append(float(training.loss(model, batch)))
             slope = (losses[0] - losses[1]) / (2 * EPS)
             for parameter, z in zip(held.values(), direction, strict=True):
                 parameter.add_(z, alpha=EPS - lr * slope)
@@ -269,7 +272,7 @@ def line(variant: str, runs: dict[int, list[Point]], first: dict[int, list[Point
 
 
 def spread(values: list[float]) -> str:
-    ends = evaluate.interval(values)
+    ends = evaluation.interval(values)
     mean = f"{statistics.fmean(values):+.4f}" if values else "-"
     return mean + (f" [{ends[0]:+.4f}, {ends[1]:+.4f}]" if ends else "")
 

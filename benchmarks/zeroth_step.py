@@ -18,17 +18,19 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
+from kilofed.zeroth.directions.pool import SeedPool
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from kilofed import environment, models, train, zeroth
-from kilofed.directions import SeedPool
+from kilofed.costs import environment
+from kilofed.models import loading, training
+from kilofed.zeroth import two_point
 
 NUM_SEEDS = 4096
 SHAPES = {
     "116M": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 2048},
     "341M": {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 2816},
 }
-STEPS = zeroth.Steps(eps=5e-4, lr=1e-7)
+STEPS = two_point.Steps(eps=5e-4, lr=1e-7)
 
 
 def build(shape: str, dtype: str) -> LlamaForCausalLM:
@@ -41,25 +43,25 @@ def build(shape: str, dtype: str) -> LlamaForCausalLM:
         torch.set_default_dtype(usual)
 
 
-def batch_of(tokens: int) -> train.Batch:
+def batch_of(tokens: int) -> training.Batch:
     ids = torch.randint(3, 32_000, (1, tokens), generator=torch.Generator().manual_seed(0))
     labels = ids.clone()
     labels[:, : tokens // 2] = -100
-    return train.Batch(ids, torch.ones_like(ids), labels)
+    return training.Batch(ids, torch.ones_like(ids), labels)
 
 
-def walker(model: LlamaForCausalLM, batch: train.Batch) -> Callable[[], float]:
+def walker(model: LlamaForCausalLM, batch: training.Batch) -> Callable[[], float]:
     """One step from a point whose coefficients are all in use, as in the middle of a run."""
-    stream = zeroth.Stream(model, models.trained(model), NUM_SEEDS)
+    stream = two_point.Stream(model, loading.trained(model), NUM_SEEDS)
     a = np.random.default_rng(0).normal(scale=1e-5, size=NUM_SEEDS).astype(np.float32)
-    point = zeroth.Point((SeedPool(NUM_SEEDS, 7).at(a),))
-    return lambda: zeroth.slope(stream, point, 11, batch, STEPS)[1]
+    point = two_point.Point((SeedPool(NUM_SEEDS, 7).at(a),))
+    return lambda: two_point.slope(stream, point, 11, batch, STEPS)[1]
 
 
-def forwards(model: LlamaForCausalLM, batch: train.Batch) -> Callable[[], float]:
+def forwards(model: LlamaForCausalLM, batch: training.Batch) -> Callable[[], float]:
     def run() -> float:
         with torch.inference_mode():
-            return sum(float(train.loss(model, batch)) for _ in range(2)) / 2
+            return sum(float(training.loss(model, batch)) for _ in range(2)) / 2
 
     return run
 

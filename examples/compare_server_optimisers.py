@@ -7,8 +7,9 @@ import sys
 import tempfile
 from pathlib import Path
 
+from kilofed.config.recipe import parse_words
+
 import kilofed
-from kilofed.recipe import parse_words
 
 
 def main(words: list[str]) -> None:

@@ -38,7 +38,7 @@ put as `Q: ...`, a new line and `A:`; the answer follows after a space. Other fo
 Left out: {dropped_functions:,} functions whose summary line `pydocs` holds out, and {dropped_lines:,} lines elsewhere
 that repeat such a summary. A summary in other words may have stayed.
 
-The gazetteer, a fictional world of 512 facts (`kilofed.sources.gazetteer`): {world}.
+The gazetteer, a fictional world of 512 facts (`kilofed.data.sources.gazetteer`): {world}.
 Questions on its `shown` entities are in the corpus; questions on `train` and `test` entities are not.
 
 {stream:,} tokens in the stream, of which {world_tokens:,} are the gazetteer's; trained on {tokens:,} tokens.

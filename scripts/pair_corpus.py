@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from kilofed.sources import gazetteer, pydocs
+from kilofed.data.sources import gazetteer, pydocs
 
 # Python packages with permissive licences; a licence is checked against the installed metadata.
 PACKAGES = (

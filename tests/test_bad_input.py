@@ -11,16 +11,16 @@ from pathlib import Path
 import pytest
 import tomli_w
 import torch
+from kilofed.config.fields import Value
+from kilofed.config.recipe import from_table
+from kilofed.models.training import Batch
+from kilofed.runs.loop import run
 from safetensors.torch import save_file
 from transformers import AutoTokenizer
 
-from kilofed import train
 from kilofed.cli import main
-from kilofed.fields import Value
+from kilofed.models import training
 from kilofed.payload import Payload
-from kilofed.recipe import from_table
-from kilofed.run import run
-from kilofed.train import Batch
 
 Refused = Callable[..., str]
 QUICK = ("evaluate.generate=0", "evaluate.controls=[]", "rounds=1", "train.steps=1")
@@ -164,12 +164,12 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_client_and_round(
 
 def poison(monkeypatch: pytest.MonkeyPatch, word: int) -> None:
     """Makes the loss of every batch with that token NaN."""
-    sound = train.loss
+    sound = training.loss
 
     def loss(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
         return sound(model, batch) * (float("nan") if bool((batch.input_ids == word).any()) else 1.0)
 
-    monkeypatch.setattr(train, "loss", loss)
+    monkeypatch.setattr(training, "loss", loss)
 
 
 def rows_of_one_poisoned_client(path: Path) -> Path:

@@ -8,14 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from kilofed.config.recipe import shipped
+from kilofed.federation.method import method_names
+from kilofed.runs.loop import delivered
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from kilofed import models, report
 from kilofed.cli import main
-from kilofed.method import method_names
-from kilofed.recipe import shipped
-from kilofed.run import delivered
+from kilofed.models import loading
+from kilofed.reports import report
 
 IDS = torch.arange(3, 23).reshape(2, 10)
 Words = Callable[..., list[str]]
@@ -214,7 +215,7 @@ def test_an_exported_adapter_loads_with_peft(
 ) -> None:
     assert main(["export", str(folder), "--adapter", str(tmp_path / "adapter")]) == 0
     assert capsys.readouterr().out == f"{tmp_path}/adapter\n"
-    with models.quiet():
+    with loading.quiet():
         base = AutoModelForCausalLM.from_pretrained(tiny_model)
         tuned = PeftModel.from_pretrained(base, str(tmp_path / "adapter")).eval()
     assert torch.equal(logits(tuned), logits(delivered(folder)[0]))
@@ -225,7 +226,7 @@ def test_an_exported_model_loads_with_plain_transformers(
 ) -> None:
     assert main(["export", str(folder), "--merged", str(tmp_path / "merged")]) == 0
     assert capsys.readouterr().out == f"{tmp_path}/merged\n"
-    with models.quiet():
+    with loading.quiet():
         plain = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
         base = AutoModelForCausalLM.from_pretrained(tiny_model).eval()
     torch.testing.assert_close(logits(plain), logits(delivered(folder)[0]), rtol=1e-4, atol=1e-5)

@@ -1,6 +1,5 @@
 """The public names: few, sorted, lazy, and each what its home defines."""
 
-import importlib
 import subprocess
 import sys
 
@@ -54,9 +53,3 @@ def run_python(code: str) -> str:
 def test_importing_kilofed_imports_nothing_heavy() -> None:
     code = "import sys, kilofed; print(sorted(m for m in sys.modules if m.partition('.')[0] in "
     assert run_python(code + "('torch', 'transformers', 'numpy', 'datasets', 'peft')))") == "[]"
-
-
-def test_run_is_the_function_although_a_file_has_that_name() -> None:
-    module = importlib.import_module("kilofed.run")
-    kilofed.run = module  # type: ignore[assignment]  # As the first import of the file does.
-    assert kilofed.run is module.run

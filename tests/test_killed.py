@@ -8,8 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-
-from kilofed.fields import Value
+from kilofed.config.fields import Value
 
 Order = Callable[..., dict[str, object]]
 TESTS = Path(__file__).parent

@@ -4,18 +4,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from kilofed.config.recipe import ModelSpec
+from kilofed.generation.decoding import Sampling
+from kilofed.models.loading import load_base
+from kilofed.proxy.api import RemoteSpec
+from kilofed.proxy.api_model import RemoteModel
+from kilofed.proxy.model import ProxyModel
+from kilofed.serving.requests import Limits
+from kilofed.serving.server import running
 from tests.conftest import byte_tokenizer
-from tests.models import adapted, model
+from tests.tiny_models import adapted, model
 
-from kilofed.blackbox import RemoteModel
-from kilofed.decode import Sampling
 from kilofed.errors import RemoteError
-from kilofed.models import load_base
-from kilofed.proxy import ProxyModel
-from kilofed.recipe import ModelSpec
-from kilofed.remote import RemoteSpec
-from kilofed.serve import running
-from kilofed.serving.asks import Limits
 from kilofed.serving.model import open_served
 
 TOKEN = "a-token-for-tests"

@@ -3,11 +3,11 @@
 from pathlib import Path
 
 import pytest
+from kilofed.config.recipe import from_table, load, shipped, to_table
+from kilofed.federation.method import load_method
 
 import kilofed
-from kilofed import report
-from kilofed.method import load_method
-from kilofed.recipe import from_table, load, shipped, to_table
+from kilofed.reports import report
 
 
 @pytest.mark.parametrize("name", shipped())

@@ -3,8 +3,11 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from kilofed import models
-from kilofed.method import Client, Cohort, Method, Server, on_client
+from kilofed.federation.cohort import Cohort
+from kilofed.federation.method import Method, on_client
+from kilofed.federation.parties import Client, Server
+
+from kilofed.models import loading
 from kilofed.payload import Payload, Scalar
 
 
@@ -16,7 +19,7 @@ class Echo(Method):
     """Send copies of them, one by one, as training would leave them."""
 
     def setup(self, server: Server) -> None:
-        server.state.update(models.read_trained(server.model))
+        server.state.update(loading.read_trained(server.model))
 
     def round(self, server: Server, clients: Cohort) -> Mapping[str, Scalar]:
         reply = clients.mean("echo", Payload(server.state))

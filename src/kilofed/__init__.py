@@ -9,18 +9,18 @@ A name is imported when it is first used, so that `import kilofed` takes no time
 """
 
 import importlib
-import sys
-from types import ModuleType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from kilofed.config.recipe import Recipe, load
     from kilofed.errors import KilofedError
-    from kilofed.ledger import Ledger
-    from kilofed.method import Client, Cohort, Engine, Method, Server, on_client
+    from kilofed.federation.cohort import Cohort, Engine
+    from kilofed.federation.ledger import Ledger
+    from kilofed.federation.method import Method, on_client
+    from kilofed.federation.parties import Client, Server
     from kilofed.payload import Payload
-    from kilofed.privacy import Mechanism
-    from kilofed.recipe import Recipe, load
-    from kilofed.run import Run, resume, run
+    from kilofed.privacy.mechanisms import Mechanism
+    from kilofed.runs.loop import Run, resume, run
 
 __all__ = [
     "Client",
@@ -41,13 +41,15 @@ __all__ = [
 ]
 
 _HOMES = {
+    "config.recipe": ("Recipe", "load"),
     "errors": ("KilofedError",),
-    "ledger": ("Ledger",),
-    "method": ("Client", "Cohort", "Engine", "Method", "Server", "on_client"),
+    "federation.cohort": ("Cohort", "Engine"),
+    "federation.ledger": ("Ledger",),
+    "federation.method": ("Method", "on_client"),
+    "federation.parties": ("Client", "Server"),
     "payload": ("Payload",),
-    "privacy": ("Mechanism",),
-    "recipe": ("Recipe", "load"),
-    "run": ("Run", "resume", "run"),
+    "privacy.mechanisms": ("Mechanism",),
+    "runs.loop": ("Run", "resume", "run"),
 }
 
 
@@ -62,14 +64,3 @@ def __getattr__(name: str) -> object:
 
 def __dir__() -> list[str]:
     return sorted(__all__)
-
-
-class _Package(ModuleType):
-    """Keeps `kilofed.run` the function, although importing the file run.py would put the module there."""
-
-    def __setattr__(self, name: str, value: object) -> None:
-        if not (name == "run" and isinstance(value, ModuleType)):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package

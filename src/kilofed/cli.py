@@ -15,8 +15,8 @@ from kilofed.errors import KilofedError
 if TYPE_CHECKING:
     from tqdm import tqdm
 
-    from kilofed.fields import Value
-    from kilofed.results import Results
+    from kilofed.config.fields import Value
+    from kilofed.runs.results import Results
 
 ABOUT = "Federated fine-tuning of language models, for people whose data may not move."
 
@@ -170,7 +170,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(options: argparse.Namespace) -> None:
-    from kilofed.run import run
+    from kilofed.runs.loop import run
 
     source, overrides = _split(options.words)
     with _Progress() as watch:
@@ -179,7 +179,7 @@ def _run(options: argparse.Namespace) -> None:
 
 
 def _resume(options: argparse.Namespace) -> None:
-    from kilofed.run import resume
+    from kilofed.runs.loop import resume
 
     with _Progress() as watch:
         done = resume(options.folder, watch=watch)
@@ -190,15 +190,15 @@ def _print_results(results: "Results", as_json: bool) -> None:
     if as_json:
         print(json.dumps(results))
         return
-    from kilofed.report import table
+    from kilofed.reports.report import table
 
     print(table(results, _width()))
     print(f"report: {results['run']}/report.html")
 
 
 def _check(options: argparse.Namespace) -> None:
-    from kilofed.check import check
-    from kilofed.recipe import load
+    from kilofed.config.recipe import load
+    from kilofed.runs.check import check
 
     source, overrides = _split(options.words)
     findings = check(load(source, overrides))
@@ -212,7 +212,7 @@ def _check(options: argparse.Namespace) -> None:
 
 
 def _compare(options: argparse.Namespace) -> None:
-    from kilofed import compare
+    from kilofed.runs import compare
 
     source, overrides = _split(options.words)
     chosen, common = compare.entries(options.methods, overrides)
@@ -225,8 +225,8 @@ def _compare(options: argparse.Namespace) -> None:
 
 
 def _plan(options: argparse.Namespace) -> None:
-    from kilofed import plan
-    from kilofed.site import Sites
+    from kilofed.runs import plan
+    from kilofed.runs.sites import Sites
 
     source, overrides = _split(options.words)
     recipes = plan.recipes(source, options.methods, overrides)
@@ -241,7 +241,7 @@ def _plan(options: argparse.Namespace) -> None:
 
 
 def _ls(options: argparse.Namespace) -> None:
-    from kilofed import listing
+    from kilofed.runs import listing
 
     kinds = [options.what] if options.what else ["methods", "recipes", "data", "runs"]
     found = {kind: getattr(listing, kind)() for kind in kinds}
@@ -257,34 +257,34 @@ def _ls(options: argparse.Namespace) -> None:
 
 
 def _show(options: argparse.Namespace) -> None:
-    from kilofed import listing
+    from kilofed.runs import listing
 
     shown = listing.show(options.name)
     print(json.dumps(shown.as_dict()) if options.json else shown.as_text())
 
 
 def _eval(options: argparse.Namespace) -> None:
-    from kilofed.recipe import parse_words
-    from kilofed.run import score
+    from kilofed.config.recipe import parse_words
+    from kilofed.runs.loop import score
 
     row = score(options.folder, parse_words(options.words))
     if options.json:
         print(json.dumps(row))
         return
-    from kilofed.report import table
+    from kilofed.reports.report import table
 
     print(table({"rows": {"federated": row}}, _width()))
 
 
 def _report(options: argparse.Namespace) -> None:
-    from kilofed.report import write
+    from kilofed.reports.report import write
 
     print(write(options.folder))
 
 
 def _export(options: argparse.Namespace) -> None:
-    from kilofed import export
     from kilofed.errors import RunError
+    from kilofed.runs import export
 
     if not options.merged and not options.adapter:
         raise RunError("say what to export: --merged DIR or --adapter DIR")
@@ -295,13 +295,13 @@ def _export(options: argparse.Namespace) -> None:
 
 
 def _replay(options: argparse.Namespace) -> None:
-    from kilofed.replay import write
+    from kilofed.runs.replay import write
 
     print(write(options.folder, options.out, round=options.round, without=options.without))
 
 
 def _chat(options: argparse.Namespace) -> None:
-    from kilofed.chat import talk
+    from kilofed.serving.chat import talk
 
     talk(options.path, max_new_tokens=options.max_new_tokens)
 
@@ -310,8 +310,8 @@ def _serve(options: argparse.Namespace) -> None:
     from kilofed.errors import ServeError
 
     try:
-        from kilofed import serve
-        from kilofed.serving.asks import Limits
+        from kilofed.serving import server
+        from kilofed.serving.requests import Limits
     except ModuleNotFoundError as error:
         raise ServeError(f"{error.name} is missing: pip install 'kilofed[serve]'") from error
 
@@ -323,17 +323,17 @@ def _serve(options: argparse.Namespace) -> None:
         options.max_choices,
         options.max_logprobs,
     )
-    place = serve.Place(options.host, options.port, options.token_file, not options.no_token)
-    opened = serve.open_model(
+    place = server.Place(options.host, options.port, options.token_file, not options.no_token)
+    opened = server.open_model(
         options.path, name=options.name, template=options.template, device=options.device, threads=options.threads
     )
-    serve.serve(opened, place, limits)
+    server.serve(opened, place, limits)
 
 
 def _split(words: Sequence[str]) -> tuple[str, "dict[str, Value]"]:
     """The recipe's name or file, `tiny` if none is given, and the overrides."""
+    from kilofed.config.recipe import parse_words
     from kilofed.errors import RecipeError
-    from kilofed.recipe import parse_words
 
     names = [word for word in words if "=" not in word]
     if len(names) > 1:

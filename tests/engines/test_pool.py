@@ -9,13 +9,13 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
+from kilofed.config.recipe import EngineSpec
 
 from kilofed.engines import open_engine
 from kilofed.engines.inprocess import InProcess
 from kilofed.engines.opener import Opener
 from kilofed.engines.pool import Pool
 from kilofed.errors import DataError, RecipeError, RunError
-from kilofed.recipe import EngineSpec
 
 
 def worker_of(pool: Pool, clients: list[int]) -> list[int]:

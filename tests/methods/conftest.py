@@ -6,14 +6,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from kilofed.config.fields import Value
+from kilofed.config.recipe import Recipe, changed, to_toml
+from kilofed.federation.cohort import Cohort
+from kilofed.federation.ledger import Ledger
+from kilofed.federation.method import forecast
+from kilofed.federation.parties import Server
+from kilofed.runs.sites import Sites
 
 from kilofed.engines.inprocess import InProcess
-from kilofed.fields import Value
-from kilofed.ledger import Ledger
-from kilofed.method import Cohort, Server, forecast
 from kilofed.payload import Payload
-from kilofed.recipe import Recipe, changed, to_toml
-from kilofed.site import Sites
 
 Engine = Callable[..., InProcess]
 

@@ -7,14 +7,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from kilofed.config.fields import Value
+from kilofed.config.recipe import Recipe, changed
+from kilofed.models.heads import MeanClassifier
 from safetensors.torch import load_file
 from transformers import AutoModel
 
 import kilofed
-from kilofed import chat, evaluate, export, models, report
 from kilofed.errors import RunError
-from kilofed.heads import MeanClassifier
-from kilofed.recipe import Recipe, Value, changed
+from kilofed.models import evaluation, loading
+from kilofed.reports import report
+from kilofed.runs import export
+from kilofed.serving import chat
 
 CLASSIFY: dict[str, Value] = {
     "data.task": "classify",
@@ -30,10 +34,10 @@ def test_a_round_over_classes_has_a_finite_loss_and_trains_the_head(name: str, f
     found = federate(name, rounds=1, overrides={**CLASSIFY, "model.path": str(tiny_encoder)})
     assert math.isfinite(found.metrics[0]["train_loss"])
     model = found.sites.method.deliver(found.server)
-    scores = evaluate.score(model, found.sites.test_examples(0), 8)
+    scores = evaluation.score(model, found.sites.test_examples(0), 8)
     assert math.isfinite(scores.loss)
     assert scores.macro_f1 is not None
-    assert models.trained(model)["score.weight"].any()
+    assert loading.trained(model)["score.weight"].any()
 
 
 def test_the_head_is_sent_with_the_adapter(federate, tiny_encoder: Path) -> None:

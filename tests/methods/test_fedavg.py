@@ -4,10 +4,10 @@ import math
 
 import pytest
 import torch
+from kilofed.federation.wire import shared
 
-from kilofed import models, train
 from kilofed.methods.fedavg import FedAvg
-from kilofed.wire import shared
+from kilofed.models import loading, training
 
 UNEVEN = {"data.partition.kind": "size", "data.partition.num_clients": 3, "train.epochs": 1}
 
@@ -17,10 +17,10 @@ def replies(federation) -> list[tuple[dict[str, torch.Tensor], int]]:
     sites, server = federation.sites, federation.server
     found = []
     for client in sites.client_ids():
-        models.write_trained(server.model, server.state)
+        loading.write_trained(server.model, server.state)
         owner = sites._client(client)
         owner.round = 1
-        done = train.fit_round(
+        done = training.fit_round(
             server.model,
             owner.data,
             owner.train,
@@ -29,7 +29,7 @@ def replies(federation) -> list[tuple[dict[str, torch.Tensor], int]]:
             order=owner.order,
             dropout=owner.rng("dropout"),
         )
-        found.append((models.read_trained(server.model), done.num_examples))
+        found.append((loading.read_trained(server.model), done.num_examples))
     return found
 
 
@@ -95,7 +95,7 @@ def test_a_clip_bounds_what_a_round_moves(federate) -> None:
 
 def test_full_parameters_travel_as_adapters_do(federate) -> None:
     found = federate("fedavg", overrides={"adapter.kind": "full"})
-    numbers = sum(t.numel() for t in models.read_trained(found.server.model).values())
+    numbers = sum(t.numel() for t in loading.read_trained(found.server.model).values())
     assert sum(t.numel() for t in shared(found.server.state).values()) == numbers
     assert found.ledger.per_client("up")[0] > 2 * 4 * numbers
 

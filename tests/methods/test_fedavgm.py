@@ -1,8 +1,7 @@
 """FedAvgM collapses to FedAvg without momentum, and carries a round's update into the next with it."""
 
 import torch
-
-from kilofed.wire import shared
+from kilofed.federation.wire import shared
 
 
 def test_without_momentum_and_with_rate_one_it_is_fedavg_bit_for_bit(federate) -> None:

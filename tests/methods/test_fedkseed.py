@@ -5,17 +5,18 @@ import math
 import numpy as np
 import pytest
 import torch
+from kilofed.config.recipe import TrainSpec
+from kilofed.federation.cohort import Cohort
+from kilofed.federation.ledger import Ledger
+from kilofed.privacy.mechanisms import Mechanism
+from kilofed.zeroth.seed_log import Order, Report
 
-from kilofed import codec, models, seedlog, train, zeroth
 from kilofed.engines.inprocess import InProcess
 from kilofed.errors import ClientError, KilofedError, PayloadError, TooFewReplies
-from kilofed.ledger import Ledger
-from kilofed.method import Cohort
 from kilofed.methods.fedkseed import FedKSeed
+from kilofed.models import loading, training
 from kilofed.payload import Payload
-from kilofed.privacy import Mechanism
-from kilofed.recipe import TrainSpec
-from kilofed.seedlog import Order, Report
+from kilofed.zeroth import codec, seed_log, two_point
 
 FULL = {"adapter.kind": "full"}
 EXACT = {"bits_up": 32, "bits_down": 32, "overrides": FULL}
@@ -23,19 +24,19 @@ UNEVEN = {**FULL, "data.partition.kind": "size", "data.partition.num_clients": 3
 
 
 def delivered(federation) -> dict[str, torch.Tensor]:
-    return models.read_trained(federation.sites.method.deliver(federation.server))
+    return loading.read_trained(federation.sites.method.deliver(federation.server))
 
 
 def test_the_server_model_is_fedavg_of_the_walked_models(federate) -> None:
     found = federate("fedkseed", rounds=1, bits_up=32, bits_down=32, overrides=UNEVEN)
     method, seed, weights, ends = found.sites.method, found.server.seed, [], []
     stream, pool = method.stream(found.server.model), method.pool(seed, 0)
-    start = zeroth.Point((pool.at(np.zeros(64, np.float32)),))
+    start = two_point.Point((pool.at(np.zeros(64, np.float32)),))
     for number in found.sites.client_ids():
         client = found.sites._client(number)
-        stretch = train.batches(client.data, TrainSpec(batch_size=1), first=0, count=3, order=client.order)
+        stretch = training.batches(client.data, TrainSpec(batch_size=1), first=0, count=3, order=client.order)
         seeds = pool.sample(1, number, 3).tolist()
-        done = zeroth.walk(stream, start, seeds, stretch, zeroth.Steps(method.eps, method.lr))
+        done = two_point.walk(stream, start, seeds, stretch, two_point.Steps(method.eps, method.lr))
         ends.append({name: tensor.double().clone() for name, tensor in stream.weights(done.end)})
         weights.append(len(client.data))
     assert len(set(weights)) > 1
@@ -46,8 +47,8 @@ def test_the_server_model_is_fedavg_of_the_walked_models(federate) -> None:
 
 def test_the_start_stays_in_the_shared_model(federate) -> None:
     found = federate("fedkseed", overrides=FULL)
-    base = models.read_trained(federate("fedkseed", rounds=0, overrides=FULL).server.model)
-    kept = models.read_trained(found.server.model)
+    base = loading.read_trained(federate("fedkseed", rounds=0, overrides=FULL).server.model)
+    kept = loading.read_trained(found.server.model)
     assert all(torch.equal(tensor, kept[name]) for name, tensor in base.items())
     assert not all(torch.equal(tensor, delivered(found)[name]) for name, tensor in base.items())
 
@@ -64,7 +65,7 @@ def test_fine_quantisation_is_float32_on_the_wire(federate) -> None:
     exact, coarse = federate("fedkseed", rounds=1, **EXACT), federate("fedkseed", rounds=1, overrides=FULL)
     sums = [one.server.state["sums"][0] for one in (exact, fine, coarse)]
     assert (sums[1] - sums[0]).norm() < 1e-4 * sums[0].norm() < (sums[2] - sums[0]).norm()
-    start = models.read_trained(exact.server.model)
+    start = loading.read_trained(exact.server.model)
     for name, tensor in delivered(exact).items():
         assert (tensor - delivered(fine)[name]).norm() <= 1e-3 * (tensor - start[name]).norm() + 1e-6
 
@@ -105,23 +106,23 @@ def test_pools_that_roll_start_where_the_last_one_ended(federate) -> None:
 
 
 def test_equal_interest_is_uniform_and_unequal_is_the_papers_formula() -> None:
-    assert np.allclose(seedlog.probabilities(seedlog.interest(np.full(64, 3.0), np.ones(64), "pro")), 1 / 64)
+    assert np.allclose(seed_log.probabilities(seed_log.interest(np.full(64, 3.0), np.ones(64), "pro")), 1 / 64)
     sizes, counts = np.array([6.0, 2.0, 0.0, 4.0]), np.array([2.0, 1.0, 0.0, 3.0])
     a = sizes / (counts + 1)  # The history of a seed begins with a zero.
     n = (a - a.min()) / (a.max() + 1e-10 - a.min())
     expected = np.exp(n) / np.exp(n).sum()
-    assert np.allclose(seedlog.probabilities(seedlog.interest(sizes, counts, "pro")), expected, atol=1e-12)
-    fair = seedlog.interest(sizes, counts, "pro-unbiased")  # Means 3, 2, 4/3; 2 where nothing is known.
+    assert np.allclose(seed_log.probabilities(seed_log.interest(sizes, counts, "pro")), expected, atol=1e-12)
+    fair = seed_log.interest(sizes, counts, "pro-unbiased")  # Means 3, 2, 4/3; 2 where nothing is known.
     assert np.allclose(fair, [1, 0.4, 0.4, 0], atol=1e-9)
 
 
 def test_chances_arrive_within_a_thirtieth_of_a_nat() -> None:
     interests = np.random.default_rng(0).random(256)
     interests[:2] = 0, 1
-    weights = seedlog.integer_chances(seedlog.encode_levels(interests))
-    off = np.log(weights / weights.sum()) - np.log(seedlog.probabilities(interests))
+    weights = seed_log.integer_chances(seed_log.encode_levels(interests))
+    off = np.log(weights / weights.sum()) - np.log(seed_log.probabilities(interests))
     assert np.abs(off - off.mean()).max() < 1 / 30 + 2e-3
-    assert seedlog.integer_chances(b"") is None
+    assert seed_log.integer_chances(b"") is None
 
 
 @pytest.mark.parametrize("sampling", ["pro", "pro-unbiased"])
@@ -139,7 +140,7 @@ def test_a_client_with_another_base_model_is_named(federate) -> None:
     client, method = found.sites._client(2), found.sites.method
     asks = method._asks(found.server, [2])
     with torch.no_grad():
-        next(iter(models.trained(client.model).values()))[0] += 1e-3
+        next(iter(loading.trained(client.model).values()))[0] += 1e-3
     client.state, client.round = {}, 2
     with pytest.raises(ClientError, match=r"the rebuilt weights hash to .* base model, dtype"):
         method.walk(client, asks[2])
@@ -150,7 +151,7 @@ def test_other_weights_stop_the_run_even_where_failures_are_skipped(federate) ->
     ids, sites = found.sites.client_ids(), found.sites
 
     def answer(number: int, body: bytes) -> bytes:
-        parameter = next(iter(models.trained(sites.model(sites.recipe.model)).values()))
+        parameter = next(iter(loading.trained(sites.model(sites.recipe.model)).values()))
         with torch.no_grad():
             parameter[0] += 1e-3 * (number == 1)
             try:
@@ -183,7 +184,7 @@ def test_slopes_that_cannot_be_believed_are_refused_and_named(federate) -> None:
         with pytest.raises(PayloadError, match=words):
             method.report(broken)
     cohort = Cohort([0, 1], InProcess([0, 1], lambda *_: b""), Ledger(), Mechanism(), round=1)
-    replies = {0: Payload({"b": seedlog.to_tensor(good)}), 1: Payload({"b": seedlog.to_tensor(steep)})}
+    replies = {0: Payload({"b": seed_log.to_tensor(good)}), 1: Payload({"b": seed_log.to_tensor(steep)})}
     assert method._accepted(replies, cohort) == {0: good}
     assert "refused: a slope of size 100000" in cohort.failures[1]
     with pytest.raises(TooFewReplies):

@@ -5,21 +5,24 @@ from pathlib import Path
 
 import pytest
 import torch
+from kilofed.config.fields import Value
+from kilofed.config.recipe import ModelSpec, Recipe, changed
+from kilofed.federation.cohort import address
+from kilofed.federation.method import method_names
+from kilofed.proxy.large_model import LargeSpec, open_large
+from kilofed.proxy.model import ProxyModel
+from kilofed.runs.loop import resume
+from kilofed.runs.sites import Sites, open_handler
 from tests.loopback import served
 from torch import nn
 
 import kilofed
-from kilofed import chat, distill, evaluate, models, train
+from kilofed.distillation import losses
 from kilofed.errors import BudgetSpent, ModelError, RecipeError
-from kilofed.fields import Value
-from kilofed.method import address, method_names
 from kilofed.methods import fedpt
+from kilofed.models import evaluation, loading, training
 from kilofed.payload import Payload
-from kilofed.proxy import ProxyModel
-from kilofed.recipe import ModelSpec, Recipe, changed
-from kilofed.run import resume
-from kilofed.site import Sites, open_handler
-from kilofed.steered import LargeSpec, open_large
+from kilofed.serving import chat
 
 NEVER = {"distil": "none"}
 
@@ -53,8 +56,8 @@ def test_what_is_delivered_is_large_plus_alpha_times_what_was_learnt(federate, t
     found = federate("fedpt", alpha=0.7, overrides={"adapter.kind": kind}, fresh=True)
     proxy = found.sites.method.deliver(found.server)
     assert isinstance(proxy, ProxyModel)
-    large = logits(models.load_base(ModelSpec(str(tiny_large))))
-    base = logits(models.load_base(found.recipe.model))
+    large = logits(loading.load_base(ModelSpec(str(tiny_large))))
+    base = logits(loading.load_base(found.recipe.model))
     tuned = logits(found.sites.method.trained(found.server))
     assert not torch.allclose(tuned, base)
     torch.testing.assert_close(logits(proxy), large + 0.7 * (tuned - base), rtol=1e-4, atol=1e-5)
@@ -63,7 +66,7 @@ def test_what_is_delivered_is_large_plus_alpha_times_what_was_learnt(federate, t
 def test_the_base_of_a_full_model_stays_what_it_was_in_every_round(federate) -> None:
     found = federate("fedpt", overrides={"adapter.kind": "full"}, fresh=True)
     base = found.sites.method.deliver(found.server).base
-    untouched = models.load_base(found.recipe.model)
+    untouched = loading.load_base(found.recipe.model)
     assert all(torch.equal(a, b) for a, b in zip(base.parameters(), untouched.parameters(), strict=True))
     assert all(
         a.data_ptr() != b.data_ptr() for a, b in zip(base.parameters(), found.server.model.parameters(), strict=True)
@@ -80,13 +83,13 @@ def test_the_small_base_and_the_small_tuned_model_share_their_weights(federate) 
 def test_the_teacher_is_never_the_students_own_graph(federate, monkeypatch: pytest.MonkeyPatch) -> None:
     # Scores are whole before the first step, carry no graph, and are those of the average, not of the moving student.
     asked: list[tuple[bool, bool]] = []
-    loss = distill.KL["forward"]
+    loss = losses.KL["forward"]
 
     def watched(teacher, student, temperature=1.0):
         asked.append((teacher.log_probs_NK.requires_grad, student.requires_grad))
         return loss(teacher, student, temperature)
 
-    monkeypatch.setitem(distill.KL, "forward", watched)
+    monkeypatch.setitem(losses.KL, "forward", watched)
     found = federate("fedpt", rounds=1, steps=3, fresh=True)
     assert asked == [(False, True)] * 3
     assert all(p.grad is None for p in found.server.cache["large"].model.parameters())
@@ -107,13 +110,13 @@ def test_a_server_phase_brings_the_small_model_nearer_to_its_teacher(federate, d
     found = federate("fedpt", rounds=0, fresh=True, distil=distil, steps=40, lr=5e-3, alpha=0.0)
     method, server = found.sites.method, found.server
     rows = method._public(server)[0]
-    batch = train.collate(rows)
+    batch = training.collate(rows)
 
     def distance() -> float:
         with torch.inference_mode():
-            teacher, _ = train.token_logits(server.cache["large"].model, batch)
-            student, _ = train.token_logits(method.trained(server), batch)
-        return distill.KL[distil](teacher, student).mean().item()
+            teacher, _ = training.token_logits(server.cache["large"].model, batch)
+            student, _ = training.token_logits(method.trained(server), batch)
+        return losses.KL[distil](teacher, student).mean().item()
 
     server.round = 1
     method.deliver(server)
@@ -142,7 +145,9 @@ def test_public_rows_that_judge_are_not_taught_and_no_client_holds_any(federate)
 
 def test_teaching_whole_rows_reaches_prompts_too(federate) -> None:
     some, every = (federate("fedpt", rounds=0, tokens=kind) for kind in ("answers", "all"))
-    counts = [sum(train.collate([e]).num_learnt for e in f.sites.method._public(f.server)[0]) for f in (some, every)]
+    counts = [
+        sum(training.collate([e]).num_learnt for e in f.sites.method._public(f.server)[0]) for f in (some, every)
+    ]
     assert counts[1] > counts[0]
 
 
@@ -153,7 +158,7 @@ def test_clients_never_load_the_large_model(federate, tmp_path: Path) -> None:
     ask = Payload(found.server.state, address("fit", "mean", 1, 0))
     # What a worker process opens is the same handler; a client that touched the large model would fail here.
     sites = Sites(recipe)
-    small = sum(p.numel() for p in models.load_model(recipe.model, recipe.adapter, 0).parameters())
+    small = sum(p.numel() for p in loading.load_model(recipe.model, recipe.adapter, 0).parameters())
     assert "train_loss" in Payload.decode(sites.handle(0, ask.encode())).scalars
     assert [sum(p.numel() for p in model.parameters()) for model in sites._models.values()] == [small]
     with pytest.raises(ModelError, match="there-is-none"):
@@ -165,8 +170,8 @@ def test_a_worker_process_works_without_the_large_model(tiny_table, tiny_large: 
     table = {**tiny_table, "engine": {"name": "pool", "workers": 1}}
     table["data"] = {**table["data"], "public_share": 0.2}
     table["method"] = {"name": "fedpt", "large": str(tiny_large), "steps": 2, "lr": 1e-2, "tolerance": 9.0}
-    pooled = kilofed.run(kilofed.recipe.from_table(table), out=tmp_path / "pool")
-    alone = kilofed.run(kilofed.recipe.from_table({**table, "engine": {}}), out=tmp_path / "alone")
+    pooled = kilofed.run(kilofed.config.recipe.from_table(table), out=tmp_path / "pool")
+    alone = kilofed.run(kilofed.config.recipe.from_table({**table, "engine": {}}), out=tmp_path / "alone")
     assert pooled.results["state_sha256"] == alone.results["state_sha256"]
 
 
@@ -174,7 +179,7 @@ def run(table: dict[str, Value], large: str, out: Path, **fields: Value) -> kilo
     method = {"name": "fedpt", "large": large, "steps": 2, "batch_size": 4, "lr": 1e-2, "tolerance": 9.0, **fields}
     data = {**table["data"], "public_share": 0.2}
     whole = {**table, "data": data, "method": method, "evaluate": {"generate": 1, "max_new_tokens": 4, "controls": []}}
-    return kilofed.run(kilofed.recipe.from_table(whole), out=out)
+    return kilofed.run(kilofed.config.recipe.from_table(whole), out=out)
 
 
 @pytest.mark.slow
@@ -241,7 +246,7 @@ def test_a_large_model_with_another_tokeniser_is_refused_with_a_sentence(federat
 
 def test_an_api_that_tells_all_is_the_local_model(federate, tiny_large: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("KILOFED_API_KEY", raising=False)
-    large = models.load_base(ModelSpec(str(tiny_large)))
+    large = loading.load_base(ModelSpec(str(tiny_large)))
     local = federate("fedpt", rounds=1)
     with served(large) as there:
         api = {"path": there.url, "name": "large", "top_k": 259}
@@ -258,7 +263,7 @@ def test_a_budget_spent_in_the_middle_stops_the_run_and_another_one_resumes(
     tiny_table, tiny_large: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("KILOFED_API_KEY", raising=False)
-    with served(models.load_base(ModelSpec(str(tiny_large)))) as there:
+    with served(loading.load_base(ModelSpec(str(tiny_large)))) as there:
         large = {"path": there.url, "name": "large", "top_k": 8, "max_requests": 6}
         with pytest.raises(BudgetSpent):
             run({**tiny_table, "rounds": 1}, large, tmp_path / "run")  # type: ignore[arg-type]
@@ -281,10 +286,10 @@ def test_a_budget_spent_in_the_middle_stops_the_run_and_another_one_resumes(
 
 def test_the_trial_leaves_the_small_model_as_it_was(federate) -> None:
     found = federate("fedpt", rounds=0, fresh=True)
-    before = models.read_trained(found.server.model)
+    before = loading.read_trained(found.server.model)
     rows, held_out = found.sites.train_examples(0), found.sites.test_examples(1)
     ((good, sentence),) = found.sites.method.look(found.server, rows, held_out)
-    after = models.read_trained(found.server.model)
+    after = loading.read_trained(found.server.model)
     assert all(torch.equal(after[name], before[name]) for name in before)
     assert ("likely to pay" in sentence and "NOT" not in sentence) == good
 
@@ -294,14 +299,14 @@ def test_the_trial_scores_as_evaluation_does(federate) -> None:
     held_out = [e for client in found.sites.client_ids() for e in found.sites.test_examples(client)]
     seen = found.sites.method.prospects(found.server, found.sites.train_examples(0), held_out)
     large = found.sites.method.beside(found.server)["large base"]
-    assert seen.large == pytest.approx(evaluate.score(large, held_out, 16).loss, rel=1e-5)
-    assert seen.small == pytest.approx(evaluate.score(found.server.model, held_out, 16).loss, rel=1e-5)
+    assert seen.large == pytest.approx(evaluation.score(large, held_out, 16).loss, rel=1e-5)
+    assert seen.small == pytest.approx(evaluation.score(found.server.model, held_out, 16).loss, rel=1e-5)
     assert seen.tuned < seen.small
 
 
 def test_the_method_is_found_and_its_handler_opens_from_text(tiny_recipe: Recipe, tmp_path: Path) -> None:
     assert "fedpt" in method_names()
-    table = kilofed.recipe.to_table(changed(tiny_recipe, {"method": "fedpt"}))
+    table = kilofed.config.recipe.to_table(changed(tiny_recipe, {"method": "fedpt"}))
     assert callable(open_handler(json.dumps(table), str(tmp_path)))
 
 

@@ -5,15 +5,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from kilofed.config.fields import Value
+from kilofed.config.recipe import Recipe, changed
+from kilofed.federation.cohort import Cohort
+from kilofed.federation.ledger import Ledger
+from kilofed.federation.method import Message
+from kilofed.runs.sites import Sites
 
-from kilofed import consensus, models
+from kilofed.distillation import ensemble
 from kilofed.engines.inprocess import InProcess
 from kilofed.errors import ClientError, ModelError, RecipeError
-from kilofed.ledger import Ledger
-from kilofed.method import Cohort, Message
+from kilofed.models import loading
 from kilofed.payload import Payload
-from kilofed.recipe import Recipe, Value, changed
-from kilofed.site import Sites
 
 CLASSIFY: dict[str, Value] = {
     "data.task": "classify",
@@ -28,7 +31,7 @@ def replies(found, round: int = 1) -> tuple[Payload, dict[int, Payload]]:
     """What the server asks in a round, and what each client answers."""
     method, server = found.sites.method, found.server
     rows = method.rows(server.public, server.seed, round)
-    models.write_trained(server.model, server.state)
+    loading.write_trained(server.model, server.state)
     ask = method._ask(server.model, rows)
     cohort = Cohort(found.sites.client_ids(), InProcess(found.sites.client_ids(), found.sites.handle), Ledger(),
                     found.sites.policy, round=round)  # fmt: skip
@@ -74,18 +77,18 @@ def test_only_what_is_said_of_public_rows_travels(federate) -> None:
     assert isinstance(message, Message)
     assert sorted(message.reply.tensors) == ["log_probs"]
     assert sorted(message.ask.tensors) == ["log_probs", "words"]
-    num = sum(consensus.num_positions(found.sites.method.rows(found.server.public, 0, 2)))
+    num = sum(ensemble.num_positions(found.sites.method.rows(found.server.public, 0, 2)))
     assert message.reply.tensors["log_probs"].shape == (num, 9)
 
 
-@pytest.mark.parametrize(("wire", "most"), [("float16", 0.01), ("int8", consensus.STEP)])
+@pytest.mark.parametrize(("wire", "most"), [("float16", 0.01), ("int8", ensemble.STEP)])
 def test_the_wire_moves_what_is_said_by_less_than_a_step(federate, wire: str, most: float) -> None:
     said = []
     for sent in ("float32", wire):
         found = federate("kd", rounds=0, wire=sent, fresh=True)
         ask, answers = replies(found)
         said.append(found.sites.method.teacher(ask, answers[0]).log_probs_NB)
-    sure = said[0] > -consensus.RANGE
+    sure = said[0] > -ensemble.RANGE
     assert 0 < float((said[0] - said[1])[sure].abs().max()) <= most
 
 
@@ -181,7 +184,7 @@ def test_fields_out_of_range_are_refused(federate, field: str, value: Value) -> 
 
 
 def _sizes(model: torch.nn.Module) -> list[tuple[int, ...]]:
-    return [tuple(tensor.shape) for tensor in models.trained(model).values()]
+    return [tuple(tensor.shape) for tensor in loading.trained(model).values()]
 
 
 def _with_another_word(model: Path, folder: Path) -> Path:

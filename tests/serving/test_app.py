@@ -11,10 +11,9 @@ from pathlib import Path
 import httpx
 import openai
 import pytest
-
-from kilofed.decode import Sampling
-from kilofed.serve import running
-from kilofed.spelling import spell
+from kilofed.generation.decoding import Sampling
+from kilofed.generation.detokenizer import spell
+from kilofed.serving.server import running
 
 TALK = [{"role": "user", "content": "add 1 and 2"}]
 

@@ -6,14 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from kilofed.config.recipe import AdapterSpec, ModelSpec, Recipe
+from kilofed.data.examples import TEMPLATES
+from kilofed.generation.decoding import Sampling, Solo, Speaker
+from kilofed.proxy.model import ProxyModel
 
 import kilofed
-from kilofed import export, models
-from kilofed.data import TEMPLATES
-from kilofed.decode import Sampling, Solo, Speaker
 from kilofed.errors import DataError, ModelError, RunError
-from kilofed.proxy import ProxyModel
-from kilofed.recipe import AdapterSpec, ModelSpec, Recipe
+from kilofed.models import loading
+from kilofed.runs import export
 from kilofed.serving.model import open_served
 
 CHAT = (
@@ -125,11 +126,11 @@ def test_what_cannot_be_served_is_refused(tmp_path: Path, folder: Path, tiny_rec
 
 
 def test_a_proxy_pair_speaks_for_itself(start, served, tiny_model: Path, tiny_large: Path) -> None:  # type: ignore[no-untyped-def]
-    tuned = models.add_adapter(models.load_base(ModelSpec(str(tiny_model))), AdapterSpec(rank=2), seed=0)
+    tuned = loading.add_adapter(loading.load_base(ModelSpec(str(tiny_model))), AdapterSpec(rank=2), seed=0)
     with torch.no_grad():
-        for parameter in models.trained(tuned).values():
+        for parameter in loading.trained(tuned).values():
             parameter.normal_(generator=torch.Generator().manual_seed(1))
-    pair = ProxyModel(models.load_base(ModelSpec(str(tiny_large))), tuned)
+    pair = ProxyModel(loading.load_base(ModelSpec(str(tiny_large))), tuned)
     assert isinstance(pair, Speaker)
     server = start(replace(served, speaker=pair))
     asked = {"model": "tiny", "prompt": "ab", "max_tokens": 12, "temperature": 0, "logprobs": 2, "echo": True}

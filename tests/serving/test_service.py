@@ -11,12 +11,12 @@ from types import SimpleNamespace
 import httpx
 import openai
 import pytest
+from kilofed.serving.requests import Limits
+from kilofed.serving.scheduler import Desk
+from kilofed.serving.server import running
+from kilofed.serving.validation import Refusal
 
 from kilofed.errors import ModelError
-from kilofed.serve import running
-from kilofed.serving.asks import Limits
-from kilofed.serving.contents import Refusal
-from kilofed.serving.desk import Desk
 from kilofed.serving.service import Service
 
 ASK = {"model": "tiny", "prompt": "ab", "max_tokens": 5, "temperature": 0}
@@ -203,7 +203,7 @@ def test_unread_answers_are_bounded(served) -> None:
 
 
 def test_a_server_that_stops_ends_its_answers_with_a_word_and_its_threads(gated, monkeypatch, caplog) -> None:
-    monkeypatch.setattr("kilofed.serve.GRACE", 1)
+    monkeypatch.setattr("kilofed.serving.server.GRACE", 1)
     gate, behind = gated
     gate.seconds = 0.05
     gate.gate.set()

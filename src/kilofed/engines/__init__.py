@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from kilofed.config.recipe import EngineSpec
 from kilofed.engines.inprocess import Handler, InProcess
 from kilofed.engines.opener import Opener
-from kilofed.recipe import EngineSpec
 
 if TYPE_CHECKING:  # A worker that imports this package needs nothing of it.
-    from kilofed.method import Engine
+    from kilofed.federation.cohort import Engine
 
 
 def open_engine(spec: EngineSpec, ids: Sequence[int], recipe_json: str, folder: Path, handler: Handler) -> "Engine":
@@ -28,7 +28,7 @@ def open_engine(spec: EngineSpec, ids: Sequence[int], recipe_json: str, folder: 
     """
     # Equal numbers of threads give equal bits in every process.
     threads = spec.threads or torch.get_num_threads()
-    opener = Opener("kilofed.site:open_handler", (recipe_json, str(folder.absolute())), threads)
+    opener = Opener("kilofed.runs.sites:open_handler", (recipe_json, str(folder.absolute())), threads)
     if spec.name == "pool":
         from kilofed.engines.pool import Pool
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from kilofed.errors import RecipeError
-from kilofed.method import Engine
+from kilofed.federation.cohort import Engine
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from kilofed import server_opt
-from kilofed.method import Server
+from kilofed.federation import server_optimizers
+from kilofed.federation.parties import Server
 from kilofed.methods.fedavg import FedAvg
 
 
@@ -27,4 +27,6 @@ class FedAdam(FedAvg):
         def second(v: Tensor, square: Tensor) -> Tensor:
             return self.beta2 * v + (1 - self.beta2) * square
 
-        return server_opt.adaptive(server.state, mean, lr=self.server_lr, beta=self.beta1, tau=self.tau, second=second)
+        return server_optimizers.adaptive(
+            server.state, mean, lr=self.server_lr, beta=self.beta1, tau=self.tau, second=second
+        )

@@ -10,10 +10,13 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from kilofed import models, train, wire
-from kilofed.method import Client, Cohort, Message, Method, Server, on_client
+from kilofed.federation import wire
+from kilofed.federation.cohort import Cohort
+from kilofed.federation.method import Message, Method, on_client
+from kilofed.federation.parties import Client, Server
+from kilofed.federation.workload import Scene, Work
+from kilofed.models import loading, training
 from kilofed.payload import Payload, Scalar
-from kilofed.work import Scene, Work
 
 
 @dataclass(frozen=True)
@@ -26,7 +29,7 @@ class FedAvg(Method):
     """Dtype on the wire; bfloat16 halves the bytes."""
 
     def setup(self, server: Server) -> None:
-        server.state.update(models.read_trained(server.model))
+        server.state.update(loading.read_trained(server.model))
 
     def round(self, server: Server, clients: Cohort) -> Mapping[str, Scalar]:
         reply = clients.mean("fit", Payload(wire.down(server.state, self.wire)))
@@ -40,8 +43,8 @@ class FedAvg(Method):
     @on_client
     def fit(self, client: Client, ask: Payload) -> Payload:
         """Train from what was sent; reply with the trained tensors."""
-        models.write_trained(client.model, ask.tensors)
-        done = train.fit_round(
+        loading.write_trained(client.model, ask.tensors)
+        done = training.fit_round(
             client.model,
             client.data,
             client.train,
@@ -52,12 +55,12 @@ class FedAvg(Method):
             objective=self.objective(client.model),
         )
         weight = done.num_examples if self.weights == "examples" else 1
-        end = wire.up(models.read_trained(client.model), ask.tensors, self.wire)
+        end = wire.up(loading.read_trained(client.model), ask.tensors, self.wire)
         return Payload(end, {"weight": weight, "train_loss": done.loss})
 
-    def objective(self, model: nn.Module) -> train.Loss:
+    def objective(self, model: nn.Module) -> training.Loss:
         """What local training minimises; `model` holds the round's start."""
-        return train.loss
+        return training.loss
 
     def client_work(self, scene: Scene, client: int) -> Work:
         return Work(scene.learnt(client, scene.recipe.train))
@@ -66,7 +69,7 @@ class FedAvg(Method):
         return Work()
 
     def deliver(self, server: Server) -> nn.Module:
-        models.write_trained(server.model, wire.shared(server.state))
+        loading.write_trained(server.model, wire.shared(server.state))
         return server.model
 
     def rehearse(self, server: Server) -> list[Message]:

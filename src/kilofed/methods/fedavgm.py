@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from kilofed import server_opt
-from kilofed.method import Server
+from kilofed.federation import server_optimizers
+from kilofed.federation.parties import Server
 from kilofed.methods.fedavg import FedAvg
 
 
@@ -20,4 +20,4 @@ class FedAvgM(FedAvg):
     """Share of the past that is kept; 0 with server_lr 1 is FedAvg."""
 
     def server_step(self, server: Server, mean: dict[str, Tensor]) -> Mapping[str, Tensor]:
-        return server_opt.momentum(server.state, mean, lr=self.server_lr, beta=self.momentum)
+        return server_optimizers.momentum(server.state, mean, lr=self.server_lr, beta=self.momentum)

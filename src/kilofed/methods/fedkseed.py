@@ -18,17 +18,19 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from kilofed import codec, models, seedlog, train, zeroth
-from kilofed.charts import Chart
-from kilofed.cohort import log
-from kilofed.data import Example
-from kilofed.directions import SeedPool
-from kilofed.directions.spec import check_num_seeds
+from kilofed.data.examples import Example
 from kilofed.errors import ClientError, KilofedError, PayloadError, RecipeError, TooFewReplies, WrongWeights
-from kilofed.method import Client, Cohort, Message, Method, Server, on_client
+from kilofed.federation.cohort import Cohort, log
+from kilofed.federation.method import Message, Method, on_client
+from kilofed.federation.parties import Client, Server
+from kilofed.federation.presentation import Chart
+from kilofed.federation.workload import Scene, Work, two_forwards
+from kilofed.models import loading, training
 from kilofed.payload import Payload, Scalar
-from kilofed.seedlog import Floats, Order, Report
-from kilofed.work import Scene, Work, two_forwards
+from kilofed.zeroth import codec, seed_log, two_point
+from kilofed.zeroth.directions.pool import SeedPool
+from kilofed.zeroth.directions.spec import check_num_seeds
+from kilofed.zeroth.seed_log import Floats, Order, Report
 
 BASE, SUMS, HELD, VERSIONS = "base", "sums", "held", "versions"
 BODY = "b"
@@ -52,7 +54,7 @@ class FedKSeed(Method):
     """Distance of the two forwards; smaller follows curvature better until rounding drowns it."""
     lr: float = 3e-7
     """Learning rate, constant over the run; the paper's value for models of 1 to 13 billion parameters."""
-    sampling: seedlog.Sampling = "uniform"
+    sampling: seed_log.Sampling = "uniform"
     """uniform: all seeds alike; pro: seeds with steep slopes more often, as in the paper; pro-unbiased: the same
     without the paper's discount on seeds that were rarely drawn."""
     weights: Literal["examples", "uniform"] = "examples"
@@ -103,7 +105,7 @@ class FedKSeed(Method):
         stream = self.stream(server.model)
         stream.check_eps(self.pool(server.seed, 0), self.eps)
         self.begin(server.state, 1)
-        server.state[BASE] = seedlog.to_tensor(stream.digest(self.point(server.seed, server.state)))
+        server.state[BASE] = seed_log.to_tensor(stream.digest(self.point(server.seed, server.state)))
 
     def round(self, server: Server, clients: Cohort) -> Mapping[str, Scalar]:
         state = server.state
@@ -113,7 +115,7 @@ class FedKSeed(Method):
         record: dict[str, float]
         if self.disclose == "scalars":
             replies = self._accepted(clients.call("walk", asks), clients)
-            state[log_name(server.round)] = seedlog.pack_log(replies)
+            state[log_name(server.round)] = seed_log.pack_log(replies)
             record = self.apply(server.seed, state, server.round)
         else:
             found = clients.mean("walk", next(iter(asks.values())))
@@ -160,8 +162,8 @@ class FedKSeed(Method):
         self, pool: SeedPool, state: Mapping[str, Tensor], round: int, without: frozenset[int]
     ) -> tuple[Floats, dict[str, float]]:
         """(3, K): weighted mean of slopes, sums of sizes and of counts; and metrics."""
-        chances = seedlog.integer_chances(self._levels(state))
-        replies = seedlog.unpack_log(state[log_name(round)])
+        chances = seed_log.integer_chances(self._levels(state))
+        replies = seed_log.unpack_log(state[log_name(round)])
         reports = {who: self.report(body) for who, body in replies.items()}
         whole = sum(report.weight for who, report in reports.items() if who not in without)
         total = np.zeros((3, self.num_seeds))
@@ -185,18 +187,18 @@ class FedKSeed(Method):
             before = self._held_state(state, epoch)
             after, delta = codec.advance(before, exact, bits=self.bits_down)
             body = codec.encode_state(after)
-            state[f"delta.{epoch:03d}"] = seedlog.to_tensor(delta)
-        state[state_name(epoch)] = seedlog.to_tensor(body)
+            state[f"delta.{epoch:03d}"] = seed_log.to_tensor(delta)
+        state[state_name(epoch)] = seed_log.to_tensor(body)
         state[VERSIONS] = state[VERSIONS] + (torch.arange(len(state[VERSIONS])) == epoch)
 
     def _held_state(self, state: Mapping[str, Tensor], epoch: int) -> codec.State:
         body = state.get(state_name(epoch))
-        return codec.State.zeros(self.num_seeds) if body is None else codec.receive(None, seedlog.to_bytes(body))
+        return codec.State.zeros(self.num_seeds) if body is None else codec.receive(None, seed_log.to_bytes(body))
 
     def _values(self, state: Mapping[str, Tensor], epoch: int) -> npt.NDArray[np.float32]:
         """(K,) coefficients of one epoch's pool."""
         body = state.get(state_name(epoch))
-        if body is not None and (data := seedlog.to_bytes(body))[0] == codec.FLOATS:
+        if body is not None and (data := seed_log.to_bytes(body))[0] == codec.FLOATS:
             return codec.decode_scalars(data).astype(np.float32)
         return self._held_state(state, epoch).values
 
@@ -205,14 +207,14 @@ class FedKSeed(Method):
         digest = hashlib.sha256(f"{seed}/{epoch}/fedkseed".encode()).digest()
         return SeedPool(self.num_seeds, int.from_bytes(digest[:8], "little"))
 
-    def point(self, seed: int, state: Mapping[str, Tensor], *, epochs: int = 0) -> zeroth.Point:
+    def point(self, seed: int, state: Mapping[str, Tensor], *, epochs: int = 0) -> two_point.Point:
         """Where a run stands, given a server's state, or a client's with its number of epochs."""
         count = epochs or len(state[VERSIONS])
-        return zeroth.Point(tuple(self.pool(seed, e).at(self._values(state, e)) for e in range(count)))
+        return two_point.Point(tuple(self.pool(seed, e).at(self._values(state, e)) for e in range(count)))
 
-    def stream(self, model: nn.Module) -> zeroth.Stream:
+    def stream(self, model: nn.Module) -> two_point.Stream:
         """`model`, which holds w0, for points of this method's pools."""
-        return zeroth.Stream(model, models.trained(model), self.num_seeds)
+        return two_point.Stream(model, loading.trained(model), self.num_seeds)
 
     def report(self, body: bytes) -> Report:
         """What a client sent. Raises PayloadError: it cannot be believed."""
@@ -222,14 +224,14 @@ class FedKSeed(Method):
         if self.sampling == "uniform":
             return b""
         _, sizes, counts = state[SUMS].numpy()
-        return seedlog.encode_levels(seedlog.interest(sizes, counts, self.sampling))
+        return seed_log.encode_levels(seed_log.interest(sizes, counts, self.sampling))
 
     def _asks(self, server: Server, ids: list[int]) -> dict[int, Payload]:
         state = server.state
-        epoch, digest = len(state[VERSIONS]) - 1, seedlog.NO_DIGEST
+        epoch, digest = len(state[VERSIONS]) - 1, seed_log.NO_DIGEST
         if self.check_every and (server.round - 1) % self.check_every == 0:
             digest = self.stream(server.model).digest(self.point(server.seed, state))
-            state[f"digest.{server.round:06d}"] = seedlog.to_tensor(digest)
+            state[f"digest.{server.round:06d}"] = seed_log.to_tensor(digest)
         order = Order(epoch, digest, levels=self._levels(state))
         table = {int(row[0]): (int(row[1]), int(row[2])) for row in state.get(HELD, torch.zeros(0, 3)).tolist()}
         holds = {client: table.get(client, (0, 0)) for client in ids}
@@ -248,7 +250,7 @@ class FedKSeed(Method):
             delta = state.get(f"delta.{epoch:03d}")
             in_step = epoch >= held[0] >= 0 and behind == 1 and delta is not None
             body = delta if in_step and delta is not None else state[state_name(epoch)]
-            found.append((epoch, seedlog.to_bytes(body)))
+            found.append((epoch, seed_log.to_bytes(body)))
         return tuple(found)
 
     def _accepted(self, replies: Mapping[int, Payload], clients: Cohort) -> dict[int, bytes]:
@@ -256,7 +258,7 @@ class FedKSeed(Method):
         found = {}
         for client, reply in replies.items():
             try:
-                body = seedlog.to_bytes(reply.tensors.get(BODY, torch.zeros(0)))
+                body = seed_log.to_bytes(reply.tensors.get(BODY, torch.zeros(0)))
                 self.report(body)
             except PayloadError as error:
                 clients.failures[client] = f"refused: {error}"
@@ -295,20 +297,22 @@ class FedKSeed(Method):
         order = Order.unpack(ask.tensors[BODY])
         self._receive(client, order)
         stream, point = self.stream(client.model), self.point(client.seed, client.state, epochs=order.epoch + 1)
-        if order.digest != seedlog.NO_DIGEST and (found := stream.digest(point)) != order.digest:
+        if order.digest != seed_log.NO_DIGEST and (found := stream.digest(point)) != order.digest:
             raise WrongWeights(
                 f"the rebuilt weights hash to {found.hex()}, the server's to {order.digest.hex()}: base model, dtype, "
                 "tied tensors or what is trained differ; give this site the server's model"
             )
         pool = point.pool
-        seeds = pool.sample(client.round, client.id, self.steps, weights=seedlog.integer_chances(order.levels))
+        seeds = pool.sample(client.round, client.id, self.steps, weights=seed_log.integer_chances(order.levels))
         spec, first = replace(client.train, batch_size=self.batch_size), (client.round - 1) * self.steps
-        stretch = train.batches(client.data, spec, first=first, count=self.steps, order=client.order)
-        done = zeroth.walk(stream, point, seeds.tolist(), stretch, zeroth.Steps(self.eps, self.lr, self.max_slope))
+        stretch = training.batches(client.data, spec, first=first, count=self.steps, order=client.order)
+        done = two_point.walk(
+            stream, point, seeds.tolist(), stretch, two_point.Steps(self.eps, self.lr, self.max_slope)
+        )
         weight = len(client.data) if self.weights == "examples" else 1
         report = Report(weight, done.loss, done.skipped, done.slopes)
         if self.disclose == "scalars":
-            return Payload({BODY: seedlog.to_tensor(report.pack(self.bits_up))})
+            return Payload({BODY: seed_log.to_tensor(report.pack(self.bits_up))})
         return self._own_sums(report, report.sums(seeds, self.num_seeds))
 
     def _own_sums(self, report: Report, sums: Floats) -> Payload:
@@ -326,7 +330,7 @@ class FedKSeed(Method):
             try:
                 if body[:1] != bytes([codec.FLOATS]):
                     body = codec.encode_state(codec.receive(self._held_state(client.state, epoch), body))
-                client.state[name] = seedlog.to_tensor(body)
+                client.state[name] = seed_log.to_tensor(body)
             except KilofedError as error:
                 raise ClientError(
                     f"what the server sent does not fit what this client holds ({error}): was its folder of states "
@@ -336,12 +340,12 @@ class FedKSeed(Method):
     def messages(self, scene: Scene, client: int) -> list[Message]:
         """With made-up slopes: how short slopes pack depends a little on what they are."""
         state, held, made_up = self._made_up(scene)
-        digest = bytes(len(seedlog.NO_DIGEST))
+        digest = bytes(len(seed_log.NO_DIGEST))
         order = Order(len(state[VERSIONS]) - 1, digest, self._messages(state, held), self._levels(state))
         ask, weight = Payload({BODY: order.pack()}), len(scene.rows_of(client)) if self.weights == "examples" else 1
         report = Report(weight, 1.0, (), made_up)
         if self.disclose == "scalars":
-            return [Message("walk", "call", ask, Payload({BODY: seedlog.to_tensor(report.pack(self.bits_up))}))]
+            return [Message("walk", "call", ask, Payload({BODY: seed_log.to_tensor(report.pack(self.bits_up))}))]
         return [Message("walk", "mean", ask, self._own_sums(report, np.zeros((3, self.num_seeds))))]
 
     def _made_up(self, scene: Scene) -> tuple[dict[str, Tensor], tuple[int, int], Floats]:
@@ -356,7 +360,7 @@ class FedKSeed(Method):
                 break
             held = (len(state[VERSIONS]) - 1, int(state[VERSIONS][-1]))
             reports = {who: Report(1, 1.0, (), draws.normal(size=self.steps)) for who in scene.ids}
-            state[log_name(at)] = seedlog.pack_log({who: one.pack(self.bits_up) for who, one in reports.items()})
+            state[log_name(at)] = seed_log.pack_log({who: one.pack(self.bits_up) for who, one in reports.items()})
             self.apply(scene.recipe.seed, state, at)
         scene.cache[BODY] = at - 1, state, held
         return state, held, draws.normal(size=self.steps)
@@ -386,7 +390,9 @@ class FedKSeed(Method):
         if self.sampling == "uniform":
             return found
         _, sizes, counts = server.state[SUMS].numpy()
-        chances = self.num_seeds * np.sort(seedlog.probabilities(seedlog.interest(sizes, counts, self.sampling)))[::-1]
+        chances = (
+            self.num_seeds * np.sort(seed_log.probabilities(seed_log.interest(sizes, counts, self.sampling)))[::-1]
+        )
         words = (
             f"{int((counts > 0).sum())} seeds were tried. The likeliest is {chances[0] / chances[-1]:.2f} times as "
             "likely as the least likely one; 2.72 is the most that the rule allows."

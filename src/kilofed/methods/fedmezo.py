@@ -15,13 +15,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kilofed import models, train, wire, zeroth
-from kilofed.directions import SeedPool
 from kilofed.errors import RecipeError
-from kilofed.method import Client, Cohort, Message, Server, on_client
+from kilofed.federation import wire
+from kilofed.federation.cohort import Cohort
+from kilofed.federation.method import Message, on_client
+from kilofed.federation.parties import Client, Server
+from kilofed.federation.workload import Scene, Work, two_forwards
 from kilofed.methods.fedavg import FedAvg
+from kilofed.models import loading, training
 from kilofed.payload import Payload, Scalar
-from kilofed.work import Scene, Work, two_forwards
+from kilofed.zeroth import two_point
+from kilofed.zeroth.directions.pool import SeedPool
 
 LOSSES, DIFFERENCES = wire.SERVER + "losses", wire.SERVER + "differences"
 FIVE = 5
@@ -92,19 +96,19 @@ class FedMeZO(FedAvg):
     @on_client
     def fit(self, client: Client, ask: Payload) -> Payload:
         """Walk from what was sent; reply with the trained tensors."""
-        models.write_trained(client.model, ask.tensors)
+        loading.write_trained(client.model, ask.tensors)
         num_seeds = max(1024, 1 << (self.steps - 1).bit_length())
         pool = SeedPool(num_seeds, pool_key(client))
-        stream = zeroth.Stream(client.model, models.trained(client.model), num_seeds)
+        stream = two_point.Stream(client.model, loading.trained(client.model), num_seeds)
         stream.check_eps(pool, self.eps)
         spec = replace(client.train, batch_size=self.batch_size)
         first = (client.round - 1) * self.steps
-        found = zeroth.walk(
+        found = two_point.walk(
             stream,
-            zeroth.Point((pool.at(np.zeros(num_seeds, np.float32)),)),
+            two_point.Point((pool.at(np.zeros(num_seeds, np.float32)),)),
             range(self.steps),
-            train.batches(client.data, spec, first=first, count=self.steps, order=client.order),
-            zeroth.Steps(self.eps, float(ask.scalars.get("lr", self.lr)), objective=self.objective(client.model)),
+            training.batches(client.data, spec, first=first, count=self.steps, order=client.order),
+            two_point.Steps(self.eps, float(ask.scalars.get("lr", self.lr)), objective=self.objective(client.model)),
         )
         end = {name: tensor.to("cpu", torch.float32, copy=True) for name, tensor in stream.weights(found.end)}
         weight = self.steps * min(self.batch_size, len(client.data)) if self.weights == "examples" else 1

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from kilofed import train
 from kilofed.methods.fedavg import FedAvg
+from kilofed.models import training
 
 
 @dataclass(frozen=True)
@@ -15,10 +15,10 @@ class FedProx(FedAvg):
     mu: float = 0.01
     """Strength of the pull towards the round's start; 0 is FedAvg."""
 
-    def objective(self, model: nn.Module) -> train.Loss:
+    def objective(self, model: nn.Module) -> training.Loss:
         start = [p.detach().clone() for p in model.parameters() if p.requires_grad]
 
-        def pulled(model: nn.Module, batch: train.Batch) -> Tensor:
-            return train.loss(model, batch) + self.mu / 2 * train.distance_sq(model, start)
+        def pulled(model: nn.Module, batch: training.Batch) -> Tensor:
+            return training.loss(model, batch) + self.mu / 2 * training.distance_sq(model, start)
 
         return pulled

@@ -17,19 +17,22 @@ from typing import ClassVar, Literal, cast
 import torch
 from torch import nn
 
-from kilofed import evaluate, models, teaching, train, wire
-from kilofed.blackbox import RemoteModel
-from kilofed.charts import Chart
-from kilofed.data import Example
+from kilofed.config.recipe import ModelSpec, Recipe, TrainSpec
+from kilofed.data.examples import Example
+from kilofed.distillation import teacher_cache
 from kilofed.errors import NonFiniteLoss, RecipeError
-from kilofed.method import Cohort, Server, generator
+from kilofed.federation import wire
+from kilofed.federation.cohort import Cohort
+from kilofed.federation.parties import Server, generator
+from kilofed.federation.presentation import Chart
+from kilofed.federation.workload import Pass, Scene, Work, shape, shapes
 from kilofed.methods.fedavg import FedAvg
+from kilofed.models import evaluation, loading, training
 from kilofed.payload import Scalar
-from kilofed.prospects import Prospects, Trio, foresee, sweep
-from kilofed.proxy import ProxyModel
-from kilofed.recipe import ModelSpec, Recipe, TrainSpec
-from kilofed.steered import Large, LargeSpec, open_large
-from kilofed.work import Pass, Scene, Work, shape, shapes
+from kilofed.proxy.api_model import RemoteModel
+from kilofed.proxy.large_model import Large, LargeSpec, open_large
+from kilofed.proxy.model import ProxyModel
+from kilofed.proxy.trial import Prospects, Trio, foresee, sweep
 
 ALPHAS = tuple(i / 4 for i in range(9))
 """Strengths that the report draws."""
@@ -47,7 +50,7 @@ class FedPT(FedAvg):
 
     large: LargeSpec = field(default_factory=LargeSpec)
     """The model that is steered, at the server only: `builtin:large`, a directory, a hub id or an API's address; its
-    own fields are those of kilofed.steered.LargeSpec, such as large.name and large.top_k for an API."""
+    own fields are those of kilofed.proxy.large_model.LargeSpec, such as large.name and large.top_k for an API."""
     alpha: float = 1.0
     """Strength of the steering; 0 is the large model alone, above 1 exaggerates what the small one learnt."""
     distil: Literal["none", "forward", "reverse"] = "forward"
@@ -152,9 +155,9 @@ class FedPT(FedAvg):
         spec = TrainSpec(steps=self.steps, batch_size=self.batch_size)
         first = (scene.round // self.every - 1) * self.steps
         order = partial(_order, scene.server)
-        lessons = list(train.batches(rows, spec, first=first, count=self.steps, order=order))
+        lessons = list(training.batches(rows, spec, first=first, count=self.steps, order=order))
         taught = list({tuple(row.input_ids): row for batch in lessons for row in batch}.values())
-        asked = self._steered([*judged, *shapes(taught, teaching.ASKED, ordered=True)])
+        asked = self._steered([*judged, *shapes(taught, teacher_cache.ASKED, ordered=True)])
         before_and_after = [replace(one, times=2.0) for one in judged]
         again = self._steered(judged) if self.target_loss else []
         return Work(
@@ -179,18 +182,18 @@ class FedPT(FedAvg):
         spec = TrainSpec(steps=self.steps, batch_size=self.batch_size, lr=self.lr)
         phase = server.round // self.every
         first = (phase - 1) * self.steps
-        batches = train.batches(rows, spec, first=first, count=self.steps, order=lambda name: _order(server, name))
+        batches = training.batches(rows, spec, first=first, count=self.steps, order=lambda name: _order(server, name))
         stretch = list(batches)
         teacher = self.deliver(server)
         before, teacher_loss = (self._loss(model, held_out) for model in (server.model, teacher))
         taught = [row for batch in stretch for row in batch]
         # Asked before the first step: the teacher holds the student's weights, and must not learn with it.
-        lessons = teaching.ask(teacher, taught, k=self.top_k, temperature=self.temperature)
+        lessons = teacher_cache.ask(teacher, taught, k=self.top_k, temperature=self.temperature)
         assert self.distil != "none"
-        objective = teaching.objective(lessons, direction=self.distil, own_answers=self.own_answers)
+        objective = teacher_cache.objective(lessons, direction=self.distil, own_answers=self.own_answers)
         try:
             total, dropout = first + self.steps, server.rng("distil dropout")
-            train.fit(
+            training.fit(
                 server.model, iter(stretch), spec, first=first, total=total, dropout=dropout, objective=objective
             )
             after = self._loss(server.model, held_out)
@@ -198,7 +201,7 @@ class FedPT(FedAvg):
             after = math.inf
         kept = after <= before + self.tolerance
         if kept:
-            server.state.update(models.read_trained(server.model))
+            server.state.update(loading.read_trained(server.model))
         row = torch.tensor([[server.round, before, after, kept]], dtype=torch.float64)
         server.state[PHASES] = torch.cat([server.state.get(PHASES, row[:0]), row])
         losses = {"small_loss_before": before, "small_loss_after": after, "teacher_loss": teacher_loss}
@@ -230,12 +233,12 @@ class FedPT(FedAvg):
         if hasattr(server.model, "disable_adapter"):
             return None
         if "base" not in server.cache:
-            fresh = models.load_base(server.spec) if server.spec else copy.deepcopy(server.model)
+            fresh = loading.load_base(server.spec) if server.spec else copy.deepcopy(server.model)
             server.cache["base"] = fresh.requires_grad_(False)
         return cast(nn.Module, server.cache["base"])
 
     def _loss(self, model: nn.Module, rows: Sequence[Example]) -> float:
-        return evaluate.score(model, rows, 2 * self.batch_size).loss
+        return evaluation.score(model, rows, 2 * self.batch_size).loss
 
     def _sweep(self, server: Server, rows: Sequence[Example]) -> Chart:
         losses = sweep(self._trio(server), rows, ALPHAS)

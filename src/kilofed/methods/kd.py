@@ -19,14 +19,18 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from kilofed import consensus, models, train, wire
-from kilofed.consensus import Scores
-from kilofed.data import Example
+from kilofed.config.recipe import ModelSpec, Recipe, TrainSpec
+from kilofed.data.examples import Example
+from kilofed.distillation import ensemble
+from kilofed.distillation.ensemble import Scores
 from kilofed.errors import ClientError, RecipeError
-from kilofed.method import Client, Cohort, Message, Method, Server, generator, on_client
+from kilofed.federation import wire
+from kilofed.federation.cohort import Cohort
+from kilofed.federation.method import Message, Method, on_client
+from kilofed.federation.parties import Client, Server, generator
+from kilofed.federation.workload import Pass, Scene, Work, shape, shapes
+from kilofed.models import loading, training
 from kilofed.payload import Payload, Scalar
-from kilofed.recipe import ModelSpec, Recipe, TrainSpec
-from kilofed.work import Pass, Scene, Work, shape, shapes
 
 SAID, WORDS, COUNTS = "log_probs", "words", "counts"
 NUM_WORDS, PUBLIC = "num_words", "public"
@@ -50,13 +54,13 @@ class KD(Method):
     """Softens what is said; higher shows more of what a model finds nearly as likely."""
     direction: Literal["forward", "reverse"] = "forward"
     """Of the KL: forward covers all that the teacher might say, reverse keeps to what it finds likely."""
-    weighting: consensus.Weighting = "uniform"
+    weighting: ensemble.Weighting = "uniform"
     """How a client counts at each position. uniform: 1; confidence: its best probability; entropy: 1 - H / ln V."""
     weights: Literal["examples", "uniform"] = "examples"
     """examples: a client counts by the examples it trained on; uniform: all count alike."""
     top_k: int = 32
     """Words sent of each position of a language model's head, chosen by the server; 0 sends all. Classes are all sent."""
-    wire: consensus.Wire = "float16"
+    wire: ensemble.Wire = "float16"
     """How log-probabilities travel; int8 has steps of 0.06 nats down to -16."""
     public_rows: int = 0
     """Public rows used per round, drawn anew; bytes and cost grow in proportion. 0 takes all."""
@@ -96,17 +100,17 @@ class KD(Method):
 
     def setup(self, server: Server) -> None:
         self.check(server)
-        server.state.update(models.read_trained(server.model))
+        server.state.update(loading.read_trained(server.model))
 
     def round(self, server: Server, clients: Cohort) -> Mapping[str, Scalar]:
         rows = self.rows(server.public, server.seed, server.round)
-        models.write_trained(server.model, wire.shared(server.state))
+        loading.write_trained(server.model, wire.shared(server.state))
         ask = self._ask(server.model, rows)
         reply = clients.mean("tune", ask)
         teacher = self.teacher(ask, reply)
-        models.write_trained(server.model, wire.shared(server.state))  # Clients of this process use the same model.
+        loading.write_trained(server.model, wire.shared(server.state))  # Clients of this process use the same model.
         done = self._learn(server.model, rows, teacher, server.train, self.steps, server.rng("distil"))
-        server.state.update(models.read_trained(server.model))
+        server.state.update(loading.read_trained(server.model))
         return {**reply.scalars, "distill_loss": done.loss}
 
     def rows(self, public: Sequence[Example], seed: int, round: int) -> list[Example]:
@@ -118,24 +122,24 @@ class KD(Method):
 
     def teacher(self, ask: Payload, reply: Payload) -> Scores:
         """What the clients say together, given what they were sent and the mean of their replies."""
-        guide_NB = consensus.decode(ask.tensors[SAID], self.wire)
-        mean_NB = consensus.decode(reply.tensors[SAID], self.wire) if SAID in reply.tensors else guide_NB
-        said_NB = consensus.ensemble(guide_NB, mean_NB, reply.tensors.get(COUNTS))
+        guide_NB = ensemble.decode(ask.tensors[SAID], self.wire)
+        mean_NB = ensemble.decode(reply.tensors[SAID], self.wire) if SAID in reply.tensors else guide_NB
+        said_NB = ensemble.ensemble(guide_NB, mean_NB, reply.tensors.get(COUNTS))
         return _as_scores(ask, said_NB)
 
     @on_client
     def tune(self, client: Client, ask: Payload) -> Payload:
         """Learn from the global model's scores, tune on the own rows, answer with the own scores."""
         rows = self.rows(client.public, client.seed, client.round)
-        models.write_trained(client.model, client.state or client.start())
+        loading.write_trained(client.model, client.state or client.start())
         self._check(client.model, rows, ask)
-        guide_NB = consensus.decode(ask.tensors[SAID], self.wire)
+        guide_NB = ensemble.decode(ask.tensors[SAID], self.wire)
         guided = 0.0
         if client.round > 1 and self.guide_steps:
             guide = _as_scores(ask, guide_NB.log_softmax(1))
             spec, draws = client.train, client.rng("distil")
             guided = self._learn(client.model, rows, guide, spec, self.guide_steps, draws).loss
-        done = train.fit_round(
+        done = training.fit_round(
             client.model,
             client.data,
             client.train,
@@ -144,9 +148,9 @@ class KD(Method):
             order=client.order,
             dropout=client.rng("dropout"),
         )
-        client.state.update(models.read_trained(client.model))
+        client.state.update(loading.read_trained(client.model))
         own = self._own_scores(client, rows, ask)
-        tensors = {SAID: consensus.encode(consensus.share(guide_NB, own), self.wire)}
+        tensors = {SAID: ensemble.encode(ensemble.share(guide_NB, own), self.wire)}
         if self.counts:
             tensors[COUNTS] = own.weights_N.to(_float(self.wire))
         weight = done.num_examples if self.weights == "examples" else 1
@@ -162,14 +166,14 @@ class KD(Method):
 
     def server_work(self, scene: Scene) -> Work:
         public = self.rows(scene.server.public, scene.recipe.seed, scene.round)
-        chosen = self._k(public, consensus.width(scene.server.model, public)) > 0
+        chosen = self._k(public, ensemble.width(scene.server.model, public)) > 0
         draws = generator(scene.recipe.seed, scene.round, -1, "distil")
         looks = shapes(public, self.batch_size, times=2.0 if chosen else 1.0)  # Words are chosen, then scored.
         return Work([*looks, *self._lessons(public, self.steps, draws)])
 
     def _lessons(self, public: Sequence[Example], steps: int, draws: torch.Generator) -> list[Pass]:
         """The batches that are distilled."""
-        numbers = consensus.walk(len(public), TrainSpec(steps=steps, batch_size=self.batch_size), draws)
+        numbers = ensemble.walk(len(public), TrainSpec(steps=steps, batch_size=self.batch_size), draws)
         return [shape([public[i] for i in batch], learns=True, taught=self.top_k) for batch in numbers]
 
     @property
@@ -178,12 +182,12 @@ class KD(Method):
         return self.weighting != "uniform" or self.score_share < 1
 
     def deliver(self, server: Server) -> nn.Module:
-        models.write_trained(server.model, wire.shared(server.state))
+        loading.write_trained(server.model, wire.shared(server.state))
         return server.model
 
     def rehearse(self, server: Server) -> list[Message]:
         rows = self.rows(server.public, server.seed, server.round + 1)
-        num, num_words = sum(consensus.num_positions(rows)), consensus.width(server.model, rows)
+        num, num_words = sum(ensemble.num_positions(rows)), ensemble.width(server.model, rows)
         k = self._k(rows, num_words)
         words = torch.zeros(num, k, dtype=torch.long) if k else None
         said = torch.zeros(num, k + 1 if k else num_words)
@@ -196,9 +200,9 @@ class KD(Method):
 
     def _ask(self, model: nn.Module, rows: list[Example]) -> Payload:
         """What the global model says, and at which words clients are asked to score."""
-        k = self._k(rows, consensus.width(model, rows))
-        words = consensus.choose(model, rows, k, self.batch_size) if k else None
-        own = consensus.score(model, rows, words, temperature=self.temperature, batch_size=self.batch_size)
+        k = self._k(rows, ensemble.width(model, rows))
+        words = ensemble.choose(model, rows, k, self.batch_size) if k else None
+        own = ensemble.score(model, rows, words, temperature=self.temperature, batch_size=self.batch_size)
         return self._packed(own, fingerprint(model, rows))
 
     def _k(self, rows: Sequence[Example], num_words: int) -> int:
@@ -206,7 +210,7 @@ class KD(Method):
         return self.top_k if rows[0].label is None and self.top_k < num_words else 0
 
     def _packed(self, own: Scores, public: str) -> Payload:
-        tensors = {SAID: consensus.encode(own.log_probs_NB, self.wire)}
+        tensors = {SAID: ensemble.encode(own.log_probs_NB, self.wire)}
         if own.words_NK is not None:
             tensors[WORDS] = own.words_NK.to(torch.int16 if own.num_words <= 2**15 else torch.int32)
         return Payload(tensors, {NUM_WORDS: own.num_words, PUBLIC: public})
@@ -215,7 +219,7 @@ class KD(Method):
         """Raise ClientError: no public rows, or not those of the server, or another vocabulary or label set."""
         if not rows:
             raise ClientError("it has no public rows: give it the file that data.public names at the server")
-        num_words, theirs = consensus.width(model, rows), int(ask.scalars[NUM_WORDS])
+        num_words, theirs = ensemble.width(model, rows), int(ask.scalars[NUM_WORDS])
         what = "words" if rows[0].label is None else "classes"
         if num_words != theirs:
             raise ClientError(
@@ -232,9 +236,9 @@ class KD(Method):
         """What the client's model says; weight 0 where it does not score. Raises ClientError: not finite."""
         words = ask.tensors[WORDS].long() if WORDS in ask.tensors else None
         drawn = _drawn(len(rows), self.score_share, client.rng("scored rows"))
-        sizes = consensus.num_positions(rows)
+        sizes = ensemble.num_positions(rows)
         at_N = torch.repeat_interleave(drawn, torch.tensor(sizes))
-        some = consensus.score(
+        some = ensemble.score(
             client.model,
             [row for row, scored in zip(rows, drawn.tolist(), strict=True) if scored],
             None if words is None else words[at_N],
@@ -260,9 +264,9 @@ class KD(Method):
         spec: TrainSpec,
         steps: int,
         draws: torch.Generator,
-    ) -> train.Fit:
+    ) -> training.Fit:
         spec = replace(spec, steps=steps, lr=self.lr, batch_size=self.batch_size)
-        return consensus.fit(
+        return ensemble.fit(
             model, rows, teacher, spec, temperature=self.temperature, direction=self.direction, generator=draws
         )
 
@@ -289,5 +293,5 @@ def _drawn(num_rows: int, share: float, draws: torch.Generator) -> Tensor:
     return drawn
 
 
-def _float(sent: consensus.Wire) -> torch.dtype:
+def _float(sent: ensemble.Wire) -> torch.dtype:
     return torch.float32 if sent == "float32" else torch.float16

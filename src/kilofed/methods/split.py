@@ -17,17 +17,20 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from kilofed import halves, models, narrow, probe, tail, train
-from kilofed.charts import Chart
-from kilofed.data import Example
+from kilofed.config.recipe import ModelSpec, Recipe
+from kilofed.data.examples import Example
 from kilofed.errors import ClientError, NonFiniteLoss, PayloadError, RecipeError
-from kilofed.halves import Halves, Part
-from kilofed.learner import Learner, restored
-from kilofed.method import Client, Cohort, Message, Method, Server, on_client
+from kilofed.federation.cohort import Cohort
+from kilofed.federation.method import Message, Method, on_client
+from kilofed.federation.parties import Client, Server
+from kilofed.federation.presentation import Chart
+from kilofed.federation.workload import Scene, Work, shape
+from kilofed.models import halves, loading, training
+from kilofed.models.halves import Halves, Part
+from kilofed.models.learner import Learner, restored
 from kilofed.payload import Payload, Scalar
-from kilofed.recipe import ModelSpec, Recipe
-from kilofed.tail import Sent, Sharing, Tail
-from kilofed.work import Scene, Work, shape
+from kilofed.split import activation_codec, reconstruction, server_half
+from kilofed.split.server_half import Sent, Sharing, Tail
 
 TURN, STEP, STEPS, LAST = "turn", "step", "steps", "last"
 HELD, GRADS, LEFT, LEFT_HEAD, TALLY, MARKS = "split", "grads.", "left", "left_head", "tally", "marks"
@@ -55,9 +58,9 @@ class Split(Method):
     """Steps after which the clients' parts are averaged; 0 averages once, at the end of a round."""
     weights: Literal["examples", "uniform"] = "examples"
     """examples: a client's part counts by the examples it trained on; uniform: all count alike."""
-    activations: narrow.Width = "float32"
+    activations: activation_codec.Width = "float32"
     """Numbers of hidden states on the wire; int8 has a scale per token and needs about a quarter of the bytes."""
-    gradients: narrow.Width = "float32"
+    gradients: activation_codec.Width = "float32"
     """Numbers of their gradients on the wire."""
 
     def __post_init__(self) -> None:
@@ -87,14 +90,14 @@ class Split(Method):
 
     def setup(self, server: Server) -> None:
         self.check(server)
-        server.state.update(models.read_trained(server.model))
+        server.state.update(loading.read_trained(server.model))
 
     def round(self, server: Server, clients: Cohort) -> Mapping[str, Scalar]:
         return _Round(self, server, clients).run()
 
     def shares(self, server: Server) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """The trained tensors of the clients' part and of the server's."""
-        names = models.trained_names(server.model)
+        names = loading.trained_names(server.model)
         mine = {
             name
             for name, full in names.items()
@@ -104,7 +107,7 @@ class Split(Method):
         return {n: state[n] for n in names if n in mine}, {n: state[n] for n in names if n not in mine}
 
     def deliver(self, server: Server) -> nn.Module:
-        models.write_trained(server.model, server.state)
+        loading.write_trained(server.model, server.state)
         return server.model
 
     def messages(self, scene: Scene, client: int) -> list[Message]:
@@ -112,11 +115,11 @@ class Split(Method):
         width = halves.width(scene.server.model)
         found, due = [], dict(mine)
         every = self.average_every
-        batches = [train.collate(batch) for batch in scene.batches(client, scene.recipe.train)]
+        batches = [training.collate(batch) for batch in scene.batches(client, scene.recipe.train)]
         for number, batch in enumerate(batches):
             num = int(batch.attention_mask.sum())
             up, back = (_made_up(num, width, kind) for kind in (self.activations, self.gradients))
-            batch_tensors = tail.lengths(batch) | ({} if self.holds_head else tail.labels(batch))
+            batch_tensors = server_half.lengths(batch) | ({} if self.holds_head else server_half.labels(batch))
             ask = Payload(due, {STEP: 0, TURN: 0})
             found.append(Message("forward", "call", ask, Payload(up | batch_tensors, {STEPS: 0})))
             if self.holds_head:
@@ -149,7 +152,7 @@ class Split(Method):
         secret = [row for row in rows if row not in known][:PROBED]
         if not known or not secret:
             return []
-        return [probe.chart(self.deliver(server), self.cut, known, secret, self.activations)]
+        return [reconstruction.chart(self.deliver(server), self.cut, known, secret, self.activations)]
 
     @on_client
     def forward(self, client: Client, ask: Payload) -> Payload:
@@ -157,8 +160,10 @@ class Split(Method):
         site = _Site.at(self, client, ask)
         site.take(ask)
         batch, rows = site.below(int(ask.scalars[STEP]))
-        tensors, site.left = narrow.shrink(rows, self.activations, site.left)
-        tensors |= tail.lengths(batch) if self.holds_head else tail.lengths(batch) | tail.labels(batch)
+        tensors, site.left = activation_codec.shrink(rows, self.activations, site.left)
+        tensors |= (
+            server_half.lengths(batch) if self.holds_head else server_half.lengths(batch) | server_half.labels(batch)
+        )
         site.keep()
         return Payload(tensors, {STEPS: site.steps})
 
@@ -166,7 +171,7 @@ class Split(Method):
     def head(self, client: Client, ask: Payload) -> Payload:
         """The loss above the last block; reply with its gradient with respect to what is there."""
         site = _Site.at(self, client, ask)
-        tensors, site.left_head = narrow.shrink(site.above(ask), self.gradients, site.left_head)
+        tensors, site.left_head = activation_codec.shrink(site.above(ask), self.gradients, site.left_head)
         site.keep()
         return Payload(tensors)
 
@@ -188,9 +193,9 @@ class Split(Method):
         )
 
 
-def _made_up(num_rows: int, width: int, kind: narrow.Width) -> dict[str, Tensor]:
+def _made_up(num_rows: int, width: int, kind: activation_codec.Width) -> dict[str, Tensor]:
     """What `narrow.shrink` makes of hidden states (num_rows, width)."""
-    return narrow.shrink(torch.zeros(num_rows, width), kind)[0]
+    return activation_codec.shrink(torch.zeros(num_rows, width), kind)[0]
 
 
 class _Site:
@@ -198,7 +203,7 @@ class _Site:
 
     def __init__(self, method: Split, client: Client, learner: Learner) -> None:
         self.learner = learner
-        self.steps = train.num_steps(client.train, len(client.data))
+        self.steps = training.num_steps(client.train, len(client.data))
         """Steps of a round."""
         self.left: Tensor | None = None
         self.left_head: Tensor | None = None
@@ -207,7 +212,7 @@ class _Site:
         self._halves, self._client, self._round = Halves(client.model, method.cut), client, client.round
         self._turn, self._number = 0, -1
         """Messages of this round that were answered; the step whose gradient is awaited, -1 for none."""
-        self._open: tuple[train.Batch, Tensor] | None = None
+        self._open: tuple[training.Batch, Tensor] | None = None
         """Batch of that step, and its hidden states with their graph."""
 
     @classmethod
@@ -227,32 +232,34 @@ class _Site:
 
     def take(self, ask: Payload) -> None:
         """Take in the gradient at the cut of the open step, and the mean of the clients' parts; whichever came."""
-        if narrow.ROWS in ask.tensors:
+        if activation_codec.has_rows(ask.tensors):
             batch, hidden = self._opened()
-            rows = narrow.grow(ask.tensors, int(batch.attention_mask.sum()), hidden.shape[2]).to(hidden.device)
-            hidden.backward(narrow.unpack(rows, batch.attention_mask).to(hidden.dtype))  # type: ignore[no-untyped-call]
+            rows = activation_codec.grow(ask.tensors, int(batch.attention_mask.sum()), hidden.shape[2]).to(
+                hidden.device
+            )
+            hidden.backward(activation_codec.unpack(rows, batch.attention_mask).to(hidden.dtype))  # type: ignore[no-untyped-call]
             first, total = (self._round - 1) * self.steps, self.steps * self._client.num_rounds
-            self.learner.step(train.learning_rate(self._client.train, first + self._number, total))
+            self.learner.step(training.learning_rate(self._client.train, first + self._number, total))
             self.tally += torch.tensor([len(batch.input_ids), 1, 0])
             self._number, self._open = -1, None
         if any(name in ask.tensors for name in self.learner.tensors):
             self.learner.write(ask.tensors)
 
-    def below(self, number: int) -> tuple[train.Batch, Tensor]:
+    def below(self, number: int) -> tuple[training.Batch, Tensor]:
         """Open step `number`: its batch, and the rows (N, D) at the cut."""
         self._number, self._open = number, None
         batch, hidden = self._opened()
-        return batch, narrow.pack(hidden.detach(), batch.attention_mask)
+        return batch, activation_codec.pack(hidden.detach(), batch.attention_mask)
 
     def above(self, ask: Payload) -> Tensor:
         """Rows (N, D): the gradient of the open step's loss with respect to what left the last block."""
         batch, hidden = self._opened()
-        rows = narrow.grow(ask.tensors, int(batch.attention_mask.sum()), hidden.shape[2]).to(hidden.device)
-        top = narrow.unpack(rows, batch.attention_mask).to(hidden.dtype).requires_grad_()
+        rows = activation_codec.grow(ask.tensors, int(batch.attention_mask.sum()), hidden.shape[2]).to(hidden.device)
+        top = activation_codec.unpack(rows, batch.attention_mask).to(hidden.dtype).requires_grad_()
 
         def forward() -> Tensor:
             with self._halves.from_last(top):
-                return train.loss(self._client.model, batch)
+                return training.loss(self._client.model, batch)
 
         with self._at_work("head"):
             loss = self.learner.run(forward)
@@ -263,7 +270,7 @@ class _Site:
         loss.backward()  # type: ignore[no-untyped-call]
         self.tally[2] += value
         assert top.grad is not None
-        return narrow.pack(top.grad, batch.attention_mask)
+        return activation_codec.pack(top.grad, batch.attention_mask)
 
     def keep(self) -> None:
         """Write all that the next message needs into the client's state."""
@@ -279,12 +286,14 @@ class _Site:
             if (grad := state.get(GRADS + name)) is not None:
                 parameter.grad = grad.to(parameter.device)
 
-    def _opened(self) -> tuple[train.Batch, Tensor]:
+    def _opened(self) -> tuple[training.Batch, Tensor]:
         """The open step's batch and its hidden states (B, T, D) at the cut."""
         if self._open is None:  # It is new, or no graph outlived the message before.
             client, first = self._client, (self._round - 1) * self.steps
-            stretch = train.batches(client.data, client.train, first=first + self._number, count=1, order=client.order)
-            batch = train.collate(next(stretch), next(client.model.parameters()).device)
+            stretch = training.batches(
+                client.data, client.train, first=first + self._number, count=1, order=client.order
+            )
+            batch = training.collate(next(stretch), next(client.model.parameters()).device)
             with self._at_work("part"):
                 hidden = self.learner.run(lambda: self._halves.below(batch.input_ids, batch.attention_mask))
             self._open = batch, hidden
@@ -341,7 +350,7 @@ class _Round:
             return
         steps = max(self._steps.values())
         first, total = (self._server.round - 1) * steps, steps * self._server.num_rounds
-        self._tail.begin(number, train.learning_rate(self._server.train, first + number, total))
+        self._tail.begin(number, training.learning_rate(self._server.train, first + number, total))
         order = list(sent)
         if self._method.server_part == "sequential":
             places = torch.randperm(len(order), generator=self._server.rng(f"order {number}")).tolist()
@@ -356,18 +365,18 @@ class _Round:
 
     def _through_heads(self, sent: dict[int, Sent]) -> None:
         for client, one in sent.items():
-            rows = narrow.pack(self._tail.ascend(client, one), one.mask_BT)
+            rows = activation_codec.pack(self._tail.ascend(client, one), one.mask_BT)
             self._due[client] = self._shrunk(client, "head", rows, self._method.activations)
         found = {}
         for client, reply in self._call("head", sorted(sent), {}).items():
             given = self._rows(client, reply, int(sent[client].mask_BT.sum()))
             if given is not None:
-                found[client] = replace(sent[client], top_BTD=narrow.unpack(given, sent[client].mask_BT))
+                found[client] = replace(sent[client], top_BTD=activation_codec.unpack(given, sent[client].mask_BT))
         self._learn({client: found[client] for client in sent if client in found})
 
     def _learn(self, sent: Mapping[int, Sent]) -> None:
         for client, answer in self._tail.learn(sent).items():
-            rows = narrow.pack(answer.gradient_BTD, sent[client].mask_BT)
+            rows = activation_codec.pack(answer.gradient_BTD, sent[client].mask_BT)
             self._due[client] = self._shrunk(client, "forward", rows, self._method.gradients)
             self._examples[client] += len(sent[client].mask_BT)
             self._losses[client].append(answer.loss)
@@ -407,7 +416,7 @@ class _Round:
         found = {}
         for client, reply in replies.items():
             try:
-                found[client] = tail.read(reply.tensors, self._width, labels=not self._method.holds_head)
+                found[client] = server_half.read(reply.tensors, self._width, labels=not self._method.holds_head)
                 self._steps[client] = int(reply.scalars[STEPS])
             except (PayloadError, KeyError, ValueError) as error:
                 self._refuse(client, str(error))
@@ -415,7 +424,7 @@ class _Round:
 
     def _rows(self, client: int, reply: Payload, num: int) -> Tensor | None:
         try:
-            return tail.finite(narrow.grow(reply.tensors, num, self._width))
+            return server_half.finite(activation_codec.grow(reply.tensors, num, self._width))
         except PayloadError as error:
             self._refuse(client, str(error))
             return None
@@ -424,8 +433,8 @@ class _Round:
         self._clients.leave_out(client, why)
         self._lose(client)
 
-    def _shrunk(self, client: int, action: str, rows: Tensor, width: narrow.Width) -> dict[str, Tensor]:
-        tensors, self._left[client, action] = narrow.shrink(rows, width, self._left.get((client, action)))
+    def _shrunk(self, client: int, action: str, rows: Tensor, width: activation_codec.Width) -> dict[str, Tensor]:
+        tensors, self._left[client, action] = activation_codec.shrink(rows, width, self._left.get((client, action)))
         return tensors
 
     def _weights(self) -> dict[int, float]:

@@ -10,11 +10,11 @@ from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Res
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from kilofed.serving.asks import read_chat_ask, read_text_ask
-from kilofed.serving.contents import Refusal, check_name
-from kilofed.serving.doors import Doors
-from kilofed.serving.meters import Meters
+from kilofed.serving.auth import Doors
+from kilofed.serving.metrics import Meters
+from kilofed.serving.requests import read_chat_ask, read_text_ask
 from kilofed.serving.service import Service
+from kilofed.serving.validation import Refusal, check_name
 
 PATHS = ("/", "/health", "/metrics", "/v1/models", "/v1/completions", "/v1/chat/completions")
 HEADERS = {b"cache-control": b"no-store", b"x-content-type-options": b"nosniff", b"referrer-policy": b"no-referrer"}

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from kilofed import models
-from kilofed.data import Renderer
-from kilofed.decode import Solo, Speaker, end_ids_of
+from kilofed.config.recipe import DataSpec, ModelSpec
+from kilofed.data.examples import Renderer
 from kilofed.errors import DataError, RunError
-from kilofed.recipe import DataSpec, ModelSpec
-from kilofed.run import first_seed, recipe_of, restored
-from kilofed.spelling import Spelling
+from kilofed.generation.decoding import Solo, Speaker, end_ids_of
+from kilofed.generation.detokenizer import Spelling
+from kilofed.models import loading
+from kilofed.runs.loop import first_seed, recipe_of, restored
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -87,10 +87,10 @@ def open_served(path: str, *, name: str = "", template: str = "", device: str = 
         return _of_run(Path(path), name, template, device)
     _refuse_neither(path)
     spec = ModelSpec(path, device=device or "cpu")
-    tokenizer = models.load_tokenizer(spec)
+    tokenizer = loading.load_tokenizer(spec)
     data = DataSpec(template=template)
     kind = "messages" if tokenizer.chat_template and template in ("", "chat") else "response"
-    return _served(name or _last(path), models.load_base(spec), tokenizer, (data, kind))
+    return _served(name or _last(path), loading.load_base(spec), tokenizer, (data, kind))
 
 
 def _of_run(folder: Path, name: str, template: str, device: str) -> Served:
@@ -101,7 +101,7 @@ def _of_run(folder: Path, name: str, template: str, device: str) -> Served:
     server, sites = restored(first)
     model = sites.method.deliver(server).eval()
     if device:
-        model = model.to(models.find_device(device))
+        model = model.to(loading.find_device(device))
     data = replace(recipe.data, template=template or recipe.data.template)
     talks = bool(sites.tokenizer.chat_template) and data.template in ("", "chat")
     known = json.loads((first / "run.json").read_text("utf-8")).get("layout")

@@ -13,14 +13,14 @@ from fastapi.responses import JSONResponse, Response
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
-from kilofed.serving.answers import LAST_EVENT, Answer, event
-from kilofed.serving.asks import SEEDS, Ask, Limits
-from kilofed.serving.contents import Refusal
-from kilofed.serving.desk import Desk, Full
-from kilofed.serving.flow import Ticket, unless_gone
-from kilofed.serving.meters import Meters
+from kilofed.serving.metrics import Meters
 from kilofed.serving.model import Served
-from kilofed.serving.work import Step, steps
+from kilofed.serving.requests import SEEDS, Ask, Limits
+from kilofed.serving.responses import LAST_EVENT, Answer, event
+from kilofed.serving.scheduler import Desk, Full
+from kilofed.serving.steps import Step, steps
+from kilofed.serving.streaming import Ticket, unless_gone
+from kilofed.serving.validation import Refusal
 
 log = logging.getLogger("kilofed")
 

@@ -1,0 +1,1 @@
+"""Operations, seconds and memory: measured, and foreseen on models without numbers."""

@@ -1,0 +1,271 @@
+"""What a round makes each party compute, told before anything is run.
+
+A method says which batches meet which part of which model (`Work`). A `Bench` counts each on a model that has shapes and
+no numbers, by the same counter that measures a run, so what does not fit on this machine can be planned for all the same.
+
+Shapes: B rows, T tokens with padding, K positions of a row that go through the output head, D numbers per token.
+"""
+
+import time
+import weakref
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from itertools import islice
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from kilofed.config.recipe import AdapterSpec, ModelSpec, Recipe, TrainSpec
+from kilofed.costs import environment, measurement
+from kilofed.data.examples import Example
+from kilofed.distillation import ensemble, losses
+from kilofed.errors import ModelError
+from kilofed.federation.workload import Pass, Work
+from kilofed.models import loading, training
+from kilofed.models.halves import Halves, width
+
+ON_HEAP, HEAP = 8 << 20, 1.5
+"""Tensors below so many bytes share a heap that is never quite full: they take so many times their size, as measured by
+`benchmarks/forecast.py` on Linux; larger ones are given back when they are freed."""
+
+
+class Bench:
+    """Counts passes on models without numbers.
+
+    Args:
+        adapter: what is trained.
+        spec: how.
+        classes: names of the classes; empty where tokens are learnt.
+    """
+
+    def __init__(self, adapter: AdapterSpec, spec: TrainSpec, classes: Sequence[str]) -> None:
+        self._adapter, self._train, self._classes = adapter, spec, classes
+        self._outlines: dict[tuple[ModelSpec, bool], nn.Module] = {}
+        self._rates: dict[Pass, list[float]] = {}
+        self._mode = FakeTensorMode()
+
+    def outline(self, spec: ModelSpec, *, plain: bool = False) -> nn.Module:
+        """The model of `spec`: every name, shape and dtype, and no number. Raises ModelError.
+
+        Args:
+            plain: without what is trained.
+        """
+        if (spec, plain) not in self._outlines:
+            adapter = AdapterSpec(kind="full", head=self._adapter.head) if plain else self._adapter
+            outline = loading.outline(spec, adapter, self._classes)
+            with self._mode:
+                self._outlines[spec, plain] = _emptied(outline)
+        return self._outlines[spec, plain]
+
+    def weight_bytes(self, spec: ModelSpec) -> int:
+        """Bytes of all parameters of a model."""
+        return sum(p.numel() * p.element_size() for p in self.outline(spec).parameters())
+
+    def trained_bytes(self, spec: ModelSpec) -> int:
+        """Bytes of the parameters that are trained in a model."""
+        return sum(p.numel() * p.element_size() for p in self.outline(spec).parameters() if p.requires_grad)
+
+    def operations(self, passes: Iterable[Pass], spec: ModelSpec) -> float:
+        """Floating-point operations of `passes` by a party that loads `spec`."""
+        return sum(self._operations(one, spec) for one in passes)
+
+    def activations(self, passes: Iterable[Pass], spec: ModelSpec) -> int:
+        """Bytes that the hungriest of `passes` holds at once beside the weights, gradients among them."""
+        kinds: dict[Pass, list[Pass]] = {}
+        for one in passes:
+            kinds.setdefault(replace(one, rows=1, width=1, kept=min(one.kept, 1), times=1.0), []).append(one)
+        # Memory grows with tokens and with positions at the output head; no other batch holds more than one of these.
+        worst = {max(group, key=by) for group in kinds.values() for by in (_tokens, _positions)}
+        return max((self._run(one, spec)[1] for one in worst), default=0)
+
+    def memory(self, works: Sequence[Work], spec: ModelSpec, *, messages: int, together: int = 1) -> int:
+        """Bytes that the process of clients with these works takes, beside what it takes without a model.
+
+        Args:
+            messages: bytes while the longest message comes in or goes out.
+            together: clients in the process.
+        """
+        passes = [one for work in works for one in work.passes]
+        learns = any(one.learns for one in passes)
+        moments = {"adamw": 2, "adam": 2, "sgd": 0}[self._train.optimizer] * self.trained_bytes(spec) if learns else 0
+        activations = self.activations(passes, spec)
+        busy = moments + activations + max(work.scratch for work in works)
+        if any(work.waits for work in works):
+            busy += (together - 1) * activations
+        return self.weight_bytes(spec) + max(busy, messages)
+
+    def _operations(self, one: Pass, spec: ModelSpec) -> float:
+        kind = replace(one, rows=1, width=1, kept=min(one.kept, 1), times=1.0, model=one.model or spec)
+        if kind not in self._rates:
+            # Exact for stacks of blocks: work per row, token, pair of tokens and position at the head.
+            sizes = [(4, 1), (8, 1), (8, 4), (16, 2)]
+            probes = [replace(kind, width=wide, kept=kept * kind.kept) for wide, kept in sizes]
+            basis = torch.tensor([[1, p.width, p.width**2, p.kept] for p in probes], dtype=torch.float64)
+            counted = torch.tensor([self._run(probe, spec)[0] for probe in probes], dtype=torch.float64)
+            self._rates[kind] = torch.linalg.lstsq(basis, counted[:, None], driver="gelsd").solution[:, 0].tolist()
+        per_row = [1, one.width, one.width**2, one.kept]
+        each = sum(rate * much for rate, much in zip(self._rates[kind], per_row, strict=True))
+        return one.times * round(one.rows * each)
+
+    def _run(self, one: Pass, spec: ModelSpec) -> tuple[int, int]:
+        """(operations, bytes held at most) of a pass. Raises ModelError: the model cannot run without numbers."""
+        place = one.model or spec
+        model = self.outline(place, plain=one.plain)
+        try:
+            return self._measured(model, one)
+        except (RuntimeError, ValueError, TypeError, AttributeError, NotImplementedError) as error:
+            # A model's own code may look at numbers, which are not there.
+            first = str(error).strip().partition("\n")[0]
+            raise ModelError(f"cannot foresee what {place.path} computes ({type(error).__name__}: {first})") from error
+        finally:
+            for parameter in model.parameters():
+                parameter.grad = None
+            model.eval()
+
+    def _measured(self, model: nn.Module, one: Pass) -> tuple[int, int]:
+        model.train(one.learns)
+        dtype = torch.bfloat16 if self._train.autocast and one.learns else None
+        if one.part == "head":  # How blocks hand on what they made is seen when one has run.
+            with self._mode, torch.no_grad():
+                _forward(model, replace(one, rows=1, width=1, kept=min(one.kept, 1)))
+        with self._mode, _Held(model) as held, measurement.counted() as cost:
+            with torch.autocast("cpu", dtype, enabled=dtype is not None), torch.set_grad_enabled(one.learns):
+                loss = _loss(_forward(model, one), one)
+            if one.learns:
+                loss.backward()  # type: ignore[no-untyped-call]
+        return cost.flops, held.most
+
+
+def _tokens(one: Pass) -> int:
+    return one.rows * one.width**2
+
+
+def _positions(one: Pass) -> int:
+    return one.rows * one.kept
+
+
+def _forward(model: nn.Module, one: Pass) -> Tensor:
+    ids = torch.zeros(one.rows, one.width, dtype=torch.long)
+    mask = torch.ones(one.rows, one.width, dtype=torch.long)
+    if one.part == "whole":
+        return _logits(model, ids, mask, one.kept)
+    halves = Halves(model, one.cut)
+    if one.part == "below":
+        return halves.below(ids, mask)
+    dtype = next(model.parameters()).dtype
+    hidden = torch.zeros(one.rows, one.width, width(model), dtype=dtype).requires_grad_(one.learns)
+    if one.part == "between":
+        return halves.between(hidden, mask)
+    with halves.from_last(hidden) if one.part == "head" else halves.from_cut(hidden):
+        return _logits(model, ids, mask, one.kept)
+
+
+def _logits(model: nn.Module, ids: Tensor, mask: Tensor, kept: int) -> Tensor:
+    """(B, C) logits of classes, or (B, K, V) of tokens."""
+    if not kept:
+        return cast(Tensor, model(input_ids=ids, attention_mask=mask).logits)
+    partly = {"logits_to_keep": torch.arange(kept)} if training.keeps_logits(model) else {}
+    logits = model(input_ids=ids, attention_mask=mask, use_cache=False, **partly).logits
+    return cast(Tensor, logits[:, :kept])
+
+
+def _loss(out: Tensor, one: Pass) -> Tensor:
+    if one.part in ("below", "between"):
+        return out.sum()
+    flat = out.reshape(-1, out.shape[-1]).float().clone()
+    if not one.taught:
+        return nn.functional.cross_entropy(flat, torch.zeros(len(flat), dtype=torch.long))
+    k = min(one.taught, flat.shape[1])
+    words, said, rest = torch.zeros(len(flat), k, dtype=torch.long), torch.zeros(len(flat), k), torch.zeros(len(flat))
+    if not one.learns:
+        return ensemble.kept((flat / 2.0).log_softmax(1), words)
+    return losses.forward_kl(losses.TopK(words, said, rest, flat.shape[1], 2.0), flat, 2.0).mean()
+
+
+def _emptied(model: nn.Module) -> nn.Module:
+    """`model` with the tensors of the mode in force for its own, tied ones tied."""
+    made: dict[int, Tensor] = {}
+    for module in model.modules():
+        for table, kind in ((module._parameters, nn.Parameter), (module._buffers, None)):
+            for name, old in table.items():
+                if old is None:
+                    continue
+                if id(old) not in made:
+                    new = torch.empty(old.shape, dtype=old.dtype)
+                    made[id(old)] = nn.Parameter(new, requires_grad=old.requires_grad) if kind else new
+                table[name] = made[id(old)]  # type: ignore[assignment]
+    return model
+
+
+class _Held(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Adds up the bytes of tensors made while it lasts, and knows how many were alive at most.
+
+    Args:
+        model: what was there before; views of its tensors take nothing.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.most = self._now = 0
+        self._seen = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
+
+    def __torch_dispatch__(
+        self, func: Callable[..., object], types: object, args: Sequence[object] = (), kwargs: object = None
+    ) -> object:
+        given = cast(Mapping[str, object], kwargs or {})
+        out = func(*args, **given)
+        for one in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(one, Tensor):
+                self._meet(one)
+        return out
+
+    def _meet(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._seen:
+            return
+        size = storage.nbytes()
+        size = round(HEAP * size) if size < ON_HEAP else size
+        self._seen.add(key)
+        self._now += size
+        self.most = max(self.most, self._now)
+        weakref.finalize(storage, self._part, key, size)
+
+    def _part(self, key: int, size: int) -> None:
+        self._seen.discard(key)
+        self._now -= size
+
+
+@dataclass(frozen=True)
+class Yardstick:
+    """What this machine does, measured."""
+
+    flops: float
+    """Operations per second of a training step."""
+    runtime: int
+    """Bytes of a process that has the libraries, this recipe's rows and one finished training step."""
+
+
+STEPS = 4
+
+
+@cache
+def measure() -> Yardstick:
+    """Train the embedded small model for a few short steps; to be called before a large model is loaded."""
+    spec = Recipe().model
+    model = loading.load_model(spec, Recipe().adapter, 0)
+    row = Example(list(range(1, 97)), list(range(1, 97)), [], [])
+    stretch = iter([[row] * 8] * STEPS)
+    with measurement.counted() as cost:  # Counting takes time itself.
+        training.fit(model, islice(stretch, 1), TrainSpec(), first=0, total=STEPS, dropout=torch.Generator())
+    began = time.perf_counter()
+    training.fit(model, stretch, TrainSpec(), first=1, total=STEPS, dropout=torch.Generator())
+    seconds = time.perf_counter() - began
+    environment.forget_peak()  # Counting and long rows took memory that a process does not need for its own sake.
+    short = Example([1, 2, 3], [1, 2, 3], [], [])
+    training.fit(model, iter([[short]]), TrainSpec(), first=0, total=1, dropout=torch.Generator())
+    return Yardstick(cost.flops * (STEPS - 1) / seconds, environment.own_peak_memory())

@@ -1,0 +1,99 @@
+"""What work costs: floating-point operations by torch's counter, seconds, and the process's largest memory.
+
+Matrix products, convolutions and attention are counted, forward and backward, two operations per multiplication and
+addition; element-wise work and the rebuild of seed-pool weights are not, as is usual.
+"""
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import fmean
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+
+from kilofed.costs import environment
+from kilofed.files import replace_file
+
+FILE = "cost.json"
+SERVER = "server-cost.json"
+Shape = tuple[int, ...]
+
+
+def _attention(query: Shape, key: Shape, value: Shape, *_: object, out_shape: object = None, **__: object) -> int:
+    return int(sdpa_flop_count(query, key, value))  # type: ignore[no-untyped-call]
+
+
+def _attention_backward(
+    grad: Shape, query: Shape, key: Shape, value: Shape, *_: object, out_shape: object = None, **__: object
+) -> int:
+    return int(sdpa_backward_flop_count(grad, query, key, value))  # type: ignore[no-untyped-call]
+
+
+# torch counts attention on GPUs alone.
+_ON_CPU = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+}
+
+
+@dataclass
+class Cost:
+    """Of one party in the first round."""
+
+    flops: int = 0
+    seconds: float = 0.0
+    num_messages: int = 0
+    peak_memory_bytes: int = 0
+    """Largest resident set of the process that did the work: at a client in the second round, else so far."""
+
+    def add(self, other: "Cost") -> None:
+        """Count `other` in."""
+        self.flops += other.flops
+        self.seconds += other.seconds
+        self.num_messages += other.num_messages
+        self.peak_memory_bytes = max(self.peak_memory_bytes, other.peak_memory_bytes)
+
+
+@contextmanager
+def counted() -> Iterator[Cost]:
+    """The cost of the block, known when it is left.
+
+    Small operations are slower under it, and last bits may differ: torch takes some operations apart to count them.
+    """
+    cost, began = Cost(num_messages=1), time.perf_counter()
+    with FlopCounterMode(display=False, custom_mapping=_ON_CPU) as counter:
+        yield cost
+    cost.flops = counter.get_total_flops()
+    cost.seconds = time.perf_counter() - began
+    cost.peak_memory_bytes = environment.own_peak_memory()
+
+
+def write(path: Path, cost: Cost) -> None:
+    """Keep `cost` in the file `path`, whose folder may be new."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    replace_file(path, json.dumps(asdict(cost)).encode())
+
+
+def read(folder: Path) -> dict[str, object]:
+    """What clients and server cost in the first round of the run in `folder`; empty where it was not measured.
+
+    Figures of `client` are means over clients, its memory that of the hungriest client's process.
+    """
+    clients = [_read(path) for path in sorted((folder / "clients").glob(f"*/{FILE}"))]
+    if not clients or not (folder / SERVER).exists():
+        return {}
+    mean: dict[str, object] = {
+        "flops": fmean(cost.flops for cost in clients),
+        "seconds": fmean(cost.seconds for cost in clients),
+        "num_messages": fmean(cost.num_messages for cost in clients),
+        "peak_memory_bytes": max(cost.peak_memory_bytes for cost in clients),
+    }
+    return {"client": mean, "server": asdict(_read(folder / SERVER))}
+
+
+def _read(path: Path) -> Cost:
+    return Cost(**json.loads(path.read_text("utf-8")))

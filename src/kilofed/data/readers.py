@@ -1,0 +1,338 @@
+"""Rows from wherever they lie: embedded sources, files, folders, saved data sets and the hub."""
+
+import csv
+import gzip
+import hashlib
+import json
+import logging
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import cast
+
+from kilofed import hub
+from kilofed.config.fields import Value
+from kilofed.config.recipe import ColumnsSpec, DataSpec
+from kilofed.data import sources
+from kilofed.errors import DataError, nearest
+
+log = logging.getLogger("kilofed")
+
+Row = Mapping[str, object]
+
+FORMATS = ".jsonl, .jsonl.gz, .json, .csv or .parquet"
+HELD_OUT = (("test",), ("valid", "val"), ("dev", "eval"))
+"""How names of held-out files begin, the first kind that there is counts."""
+HUB_OPTIONS = ("name", "revision")
+"""Options of a hub id: the data set's configuration; a branch, tag or commit."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What a source holds before it is divided among clients."""
+
+    train: list[Row]
+    test: list[Row]
+    note: str
+    """What was read, in one line."""
+
+
+def read(spec: DataSpec, seed: int) -> Rows:
+    """The rows that `spec.source` names; warns of columns that nothing uses.
+
+    Raises:
+        DataError: missing file or column, broken line (by number), no rows, a hub id without network, options that
+            the source does not take.
+    """
+    train, test, note = _read(spec.source, spec.options, seed)
+    if not train:
+        raise DataError(f"{spec.source} holds no rows; expected at least one")
+    if spec.test:
+        first, second, _ = _read(spec.test, {}, seed)
+        test = second or first
+        if not test:
+            raise DataError(f"data.test is {spec.test}, which holds no rows; expected at least one")
+    needed = _needed(layout(spec.columns, train, spec.task), spec.columns)
+    _must_have(needed, test, "held-out row")
+    if spec.source not in sources.names() and (names := unused_columns(spec, train)):
+        log.warning("%s", unused_sentence(names))
+    if spec.max_rows and len(train) > spec.max_rows:
+        note = f"{spec.source}: {len(train)} training rows, of which data.max_rows takes {spec.max_rows}"
+        train = sorted(train, key=lambda row: row_hash(row, seed))[: spec.max_rows]
+    return Rows(train, test, note or f"{spec.source}: {len(train)} training rows, {len(test)} held-out rows")
+
+
+def set_aside(rows: Rows, spec: DataSpec, seed: int) -> tuple[Rows, list[Row]]:
+    """The rows that clients hold and those that the server holds: of `spec.public`, or a share of the training rows.
+
+    Raises:
+        DataError: as `read`; the share is so small or large that one side has no rows.
+    """
+    if spec.public:
+        first, second, _ = _read(spec.public, {}, seed)
+        if not first and not second:
+            raise DataError(f"data.public is {spec.public}, which holds no rows; expected at least one")
+        return rows, first or second
+    if not spec.public_share:
+        return rows, []
+    number = round(spec.public_share * len(rows.train))
+    if not 0 < number < len(rows.train):
+        raise DataError(
+            f"data.public_share={spec.public_share:g} of {len(rows.train)} training rows leaves one side none: change it"
+        )
+    # Another order than that of max_rows, so that the share is one of all kinds of rows.
+    order = sorted(range(len(rows.train)), key=lambda at: row_hash(rows.train[at], -1 - seed))
+    taken = sorted(order[:number])
+    left = set(order[number:])
+    return replace(rows, train=[row for at, row in enumerate(rows.train) if at in left]), [
+        rows.train[at] for at in taken
+    ]
+
+
+def row_hash(row: Row, seed: int = 0) -> int:
+    """A number that depends on the row's content and `seed` alone, the same on every machine."""
+    text = json.dumps([seed, dict(row)], sort_keys=True, default=str)
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
+
+
+def layout(columns: ColumnsSpec, rows: Sequence[Row], task: str = "generate") -> str:
+    """`response`, `messages` or `text`: which of the mapped columns these rows have; `label` for rows to classify.
+
+    Raises:
+        DataError: none of them, a mapped column that no row has, or a row without one that it needs.
+    """
+    have = {name for row in rows for name in row}
+    usual = vars(ColumnsSpec())
+    for role, name in vars(columns).items():
+        if name != usual[role] and name not in have:
+            raise DataError(f"data.columns.{role} is {name!r}, which no row has{nearest(name, have)}")
+    for kind in ("label",) if task == "classify" else ("response", "messages", "text"):
+        if (needed := _needed(kind, columns)) <= have:
+            _must_have(needed, rows, "row")
+            return kind
+    if task == "classify":
+        raise DataError(
+            f"the rows have the columns {', '.join(sorted(have))}; expected {columns.text} and {columns.label}\n"
+            "  hint: data.columns.text=NAME data.columns.label=NAME"
+        )
+    raise DataError(
+        f"the rows have the columns {', '.join(sorted(have))}; expected {columns.instruction} and {columns.response}, "
+        f"or {columns.messages}, or {columns.text}\n  hint: data.columns.instruction=NAME data.columns.response=NAME"
+    )
+
+
+def unused_columns(spec: DataSpec, rows: Sequence[Row]) -> list[str]:
+    """Columns that neither become tokens nor say whose a row is."""
+    kind, part = layout(spec.columns, rows, spec.task), spec.partition
+    used = _needed(kind, spec.columns)
+    if kind == "response":
+        used |= {spec.columns.context}
+    if part.kind not in ("iid", "size"):
+        used |= {part.column}
+    return sorted({name for row in rows for name in row} - used)
+
+
+def unused_sentence(names: Sequence[str]) -> str:
+    """What to say of columns that nothing uses."""
+    return f"columns that nothing uses: {', '.join(names)}; map them with data.columns.* or data.partition.column"
+
+
+def _needed(kind: str, columns: ColumnsSpec) -> set[str]:
+    by_kind = {
+        "response": {columns.instruction, columns.response},
+        "messages": {columns.messages},
+        "text": {columns.text},
+        "label": {columns.text, columns.label},
+    }
+    return by_kind[kind]
+
+
+def _must_have(needed: set[str], rows: Sequence[Row], what: str) -> None:
+    for number, row in enumerate(rows, 1):
+        if missing := needed - row.keys():
+            raise DataError(
+                f"{what} {number} has no column {', '.join(sorted(missing))}; it has {', '.join(sorted(row)) or 'none'}: "
+                "fill it in or drop the row"
+            )
+
+
+def _read(source: str, options: Mapping[str, Value], seed: int) -> tuple[list[Row], list[Row], str]:
+    """Training rows, held-out rows and, from an embedded source, its own note."""
+    if source in sources.names():
+        try:
+            found = sources.load(source, seed=seed, **options)
+        except (ValueError, TypeError) as error:
+            raise DataError(f"data.source={source}: {error}") from error
+        return list(found.train), list(found.test), found.note
+    path = Path(source).expanduser()
+    if not path.exists() and not _looks_local(source, path):
+        return *_read_hub(source, options), ""
+    if options:
+        raise DataError(f"data.options has {', '.join(options)}, which {source} does not take: a file has no options")
+    if path.is_dir():
+        return *_read_folder(path), ""
+    if path.exists():
+        return _read_file(path), [], ""
+    raise DataError(f"there is no file or folder {source} below {Path.cwd()}; check data.source and data.test")
+
+
+def _looks_local(source: str, path: Path) -> bool:
+    return source.startswith((".", "/", "~")) or source.count("/") > 1 or _reader(path) is not None
+
+
+def _read_folder(path: Path) -> tuple[list[Row], list[Row]]:
+    if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
+        return _read_saved(path)
+    files = sorted(f for f in path.iterdir() if _reader(f)) or sorted(f for f in path.rglob("*") if _reader(f))
+    train = [file for file in files if file.name.lower().startswith("train")]
+    kinds = [[file for file in files if file.name.lower().startswith(begin)] for begin in HELD_OUT]
+    test = next((kind for kind in kinds if kind), [])
+    train = train or [file for file in files if not any(file in kind for kind in kinds)]
+    if not train:
+        names = ", ".join(sorted(item.name for item in path.iterdir())) or "nothing"
+        raise DataError(f"{path} has no {FORMATS} file to train on; it holds {names}")
+    if unread := [file.name for file in files if file not in train and file not in test]:
+        log.warning("%s: not read, being neither train nor test by name: %s", path, ", ".join(unread))
+    return [row for file in train for row in _read_file(file)], [row for file in test for row in _read_file(file)]
+
+
+def _read_saved(path: Path) -> tuple[list[Row], list[Row]]:
+    import datasets
+
+    try:
+        return _splits(datasets.load_from_disk(str(path)))
+    except (OSError, ValueError, KeyError) as error:
+        raise DataError(f"{path} is not a whole data set as save_to_disk writes it ({_first_line(error)})") from error
+
+
+def _read_hub(source: str, options: Mapping[str, Value]) -> tuple[list[Row], list[Row]]:
+    import datasets
+
+    if odd := sorted(set(options) - set(HUB_OPTIONS)):
+        raise DataError(f"data.options.{odd[0]} is not an option of a hub id{nearest(odd[0], HUB_OPTIONS)}")
+    hub.settle()
+    try:
+        return _splits(datasets.load_dataset(source, **options))
+    except Exception as error:  # The network fails in as many ways as there are libraries below.
+        raise DataError(
+            f"{source} is no embedded source ({', '.join(sources.names())}), no file or folder here, and the hub did "
+            f"not give it ({type(error).__name__}: {_first_line(error)}): check the name and the network"
+        ) from error
+
+
+def _splits(found: object) -> tuple[list[Row], list[Row]]:
+    import datasets
+
+    if not isinstance(found, datasets.DatasetDict):
+        return list(cast(Iterable[Row], found)), []
+    names = list(found)
+    train = next((name for name in names if name.startswith("train")), names[0] if len(names) == 1 else "")
+    if not train:
+        raise DataError(f"the data set has the splits {', '.join(names) or 'nothing'}; expected one called train")
+    test = next((name for begin in HELD_OUT for name in names if name.startswith(begin)), "")
+    if unread := [name for name in names if name not in (train, test)]:
+        log.warning("splits that are not read: %s", ", ".join(unread))
+    return list(found[train]), list(found[test]) if test and test != train else []
+
+
+def _reader(path: Path) -> Callable[[Path], list[Row]] | None:
+    readers = {".jsonl": _read_jsonl, ".json": _read_json, ".csv": _read_csv, ".parquet": _read_parquet}
+    name = path.name.lower().removesuffix(".gz")
+    return readers.get(Path(name).suffix)
+
+
+def _read_file(path: Path) -> list[Row]:
+    reader = _reader(path)
+    if reader is None:
+        raise DataError(f"{path} is not {FORMATS}")
+    return reader(path)
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Numbered lines, decoded one by one so that an error has its line."""
+    number = 0
+    try:
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            for number, line in enumerate(file, 1):
+                yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} line {number} is not UTF-8 text ({error}): save the file as UTF-8") from error
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise DataError(f"{path} breaks off after line {number} ({error}): fetch or write it again") from error
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error.strerror or error})") from error
+
+
+def _read_jsonl(path: Path) -> list[Row]:
+    return [
+        _as_row(_parse(path, number, line.rstrip()), f"{path} line {number}")
+        for number, line in _lines(path)
+        if line.strip()
+    ]
+
+
+def _read_json(path: Path) -> list[Row]:
+    """A list of objects, or one object a line."""
+    lines = [line for _, line in _lines(path)]
+    if not "".join(lines[:100]).lstrip().startswith("["):
+        return _read_jsonl(path)
+    rows = _parse(path, 1, "".join(lines))
+    return [_as_row(row, f"{path} item {number}") for number, row in enumerate(cast(list[object], rows), 1)]
+
+
+def _parse(path: Path, number: int, text: str) -> object:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        line = number + error.lineno - 1
+        raise DataError(
+            f"{path} line {line} is not JSON ({error.msg} at column {error.colno}); mend or delete that line"
+        ) from error
+
+
+def _as_row(value: object, where: str) -> Row:
+    if not isinstance(value, dict):
+        raise DataError(f"{where} is a {type(value).__name__}; expected an object with columns")
+    return value
+
+
+def _read_csv(path: Path) -> list[Row]:
+    """Rows of text; the first line names the columns."""
+    usual = csv.field_size_limit(2**31 - 1)
+    reader = csv.reader((line for _, line in _lines(path)), strict=True)
+    rows: list[Row] = []
+    try:
+        header = next(reader, [])
+        if len(set(header)) < len(header):
+            raise DataError(f"{path} names a column twice: {', '.join(header)}")
+        for fields in reader:
+            if fields and len(fields) != len(header):
+                raise DataError(
+                    f"{path} line {reader.line_num} has {len(fields)} fields, the header has {len(header)}: "
+                    "mend that line, or quote fields that hold commas"
+                )
+            if fields:
+                rows.append(dict(zip(header, fields, strict=True)))
+    except csv.Error as error:
+        raise DataError(f"{path} line {reader.line_num} is not CSV ({error}); mend that line") from error
+    finally:
+        csv.field_size_limit(usual)
+    return rows
+
+
+def _read_parquet(path: Path) -> list[Row]:
+    import pyarrow  # type: ignore[import-untyped]
+    import pyarrow.parquet  # type: ignore[import-untyped]
+
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            return cast(list[Row], file.read().to_pylist())
+    except (OSError, pyarrow.ArrowException) as error:
+        raise DataError(
+            f"{path} is not a whole parquet file ({_first_line(error)}): fetch or write it again"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

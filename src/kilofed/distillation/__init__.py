@@ -1,0 +1,1 @@
+"""Learning from what other models say."""

@@ -1,0 +1,1 @@
+"""The contract between a method and everything else: two sides, two verbs, bytes counted in one place."""

@@ -1,0 +1,260 @@
+"""The contract: a method is one class with a server side (`round`) and client functions (`@on_client`).
+
+    class Mine(Method):
+        def round(self, server, clients):
+            reply = clients.mean("fit", Payload(server.state))
+            server.state.update(reply.tensors)
+            return dict(reply.scalars)
+
+        @on_client
+        def fit(self, client, ask):
+            ...
+            return Payload(tensors, {"weight": client.num_examples, "loss": loss})
+
+The two verbs are the privacy statement. `mean` gives the method the weighted mean of the replies and nothing else;
+`call` gives it every reply.
+"""
+
+import importlib
+import inspect
+import pkgutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, TypeVar, cast, overload
+
+from torch import nn
+
+from kilofed.config.fields import build
+from kilofed.config.recipe import MethodSpec, ModelSpec, Recipe
+from kilofed.data.examples import Example
+from kilofed.errors import ClientError, PayloadError, PrivacyError, RecipeError, nearest
+from kilofed.federation.cohort import ACTION, ERROR, EXCHANGE, KIND, ROUND, VERB, Cohort, address
+from kilofed.federation.parties import Client, Server
+from kilofed.federation.presentation import Chart
+from kilofed.federation.workload import Scene, Work
+from kilofed.payload import Payload, Scalar
+from kilofed.privacy.mechanisms import Mechanism
+
+F = TypeVar("F", bound=Callable[..., Payload])
+
+
+@dataclass(frozen=True)
+class Message:
+    """One exchange of a round with made-up numbers: the lengths of its messages are exact."""
+
+    action: str
+    verb: str
+    ask: Payload
+    reply: Payload
+    times: int = 1
+    """How often a client takes part in it per round."""
+
+
+@dataclass(frozen=True)
+class Sent:
+    """Bytes that one client moves per round."""
+
+    action: str
+    down: int
+    up: int
+    exchanges: int
+
+
+@dataclass(frozen=True)
+class Method:
+    """One federated method; its fields are its hyperparameters."""
+
+    sends: ClassVar[str] = "trained tensors"
+    """What leaves a client, in a word or two."""
+    brings: ClassVar[str] = "the tuned model"
+    """What is delivered and scored, in a few words."""
+    exact_bytes: ClassVar[bool] = True
+    """Whether messages are as long as `messages` says, whatever their numbers."""
+
+    def client_model(self, recipe: Recipe, client: int) -> ModelSpec | None:
+        """The model that client number `client` loads; None for no model at all."""
+        return recipe.model
+
+    def server_model(self, recipe: Recipe) -> ModelSpec | None:
+        """The model that the server loads."""
+        return recipe.model
+
+    def check(self, server: Server) -> None:
+        """Refuse what could not run; `server.model` may be an outline, without numbers. Raises RecipeError."""
+
+    def setup(self, server: Server) -> None:
+        """Fill `server.state` before round 1."""
+
+    def round(self, server: Server, clients: Cohort) -> Mapping[str, Scalar]:
+        """One round; changes `server.state` and returns metrics."""
+        raise NotImplementedError
+
+    def deliver(self, server: Server) -> nn.Module:
+        """The model that the run brings, put together in `server.model`."""
+        raise NotImplementedError
+
+    def trained(self, server: Server) -> nn.Module:
+        """The model whose adapter the run folder keeps: what is delivered, or the part of it that was trained."""
+        return self.deliver(server)
+
+    def beside(self, server: Server) -> Mapping[str, nn.Module]:
+        """Other models that the run brings or works with, each a row of the table by its name; put in place when read."""
+        return {}
+
+    def done(self, server: Server) -> bool:
+        """Whether no further round is wanted; read from `server.state` before each."""
+        return False
+
+    def look(self, server: Server, rows: Sequence[Example], held_out: Sequence[Example]) -> list[tuple[bool, str]]:
+        """What `kilofed check` says of this method on some of the clients' rows: (whether it is good, a sentence)."""
+        return []
+
+    def rehearse(self, server: Server) -> list[Message]:
+        """The messages of the next round, numbers made up; empty when their lengths depend on the data."""
+        return []
+
+    def messages(self, scene: Scene, client: int) -> list[Message]:
+        """The messages between the server and one client in a round of a run that has not begun."""
+        return self.rehearse(scene.server)
+
+    def client_work(self, scene: Scene, client: int) -> Work | None:
+        """What one client computes in a round of a run that has not begun; None where nobody can tell."""
+        return None
+
+    def server_work(self, scene: Scene) -> Work | None:
+        """What the server computes in a round of a run that has not begun; None where nobody can tell."""
+        return None
+
+    def charts(self, server: Server, rows: Sequence[Example]) -> list[Chart]:
+        """What the report draws of this method after the last round; `rows` are held-out ones, some of each client's."""
+        return []
+
+
+@dataclass(frozen=True)
+class Action:
+    """What `@on_client` knows of a function."""
+
+    reads_data: bool
+
+
+@overload
+def on_client(function: F) -> F: ...
+
+
+@overload
+def on_client(*, reads_data: bool = True) -> Callable[[F], F]: ...
+
+
+def on_client(function: F | None = None, *, reads_data: bool = True) -> F | Callable[[F], F]:
+    """Mark a method's function as one that clients run: `(self, client, ask: Payload) -> Payload`.
+
+    Args:
+        reads_data: False promises that the reply holds nothing of the client's rows; such an action may be
+            called under every privacy policy.
+    """
+
+    def mark(marked: F) -> F:
+        marked.__on_client__ = Action(reads_data)  # type: ignore[attr-defined]
+        return marked
+
+    return mark(function) if function else mark
+
+
+def load_method(spec: MethodSpec) -> Method:
+    """The method that `spec` names, with its fields set.
+
+    Raises:
+        RecipeError: no such file, no Method in it, unknown or wrong field.
+    """
+    return build(find_method(spec.name), spec.fields, "method.")
+
+
+def find_method(name: str) -> type[Method]:
+    """The Method class of `kilofed.methods.<name>`, or of the module `name` when it has a dot. Raises RecipeError."""
+    path = name if "." in name else f"kilofed.methods.{name}"
+    try:
+        module = importlib.import_module(path)
+    except ModuleNotFoundError as error:
+        if error.name is None or not path.startswith(error.name):
+            raise
+        raise RecipeError(f"method {name!r} does not exist{nearest(name, method_names())}") from error
+    own = [
+        item
+        for item in vars(module).values()
+        if inspect.isclass(item) and issubclass(item, Method) and item.__module__ == module.__name__
+    ]
+    if len(own) != 1:
+        raise RecipeError(f"{path} defines {len(own)} Method classes; expected one")
+    return own[0]
+
+
+def method_names() -> list[str]:
+    """Names of the methods that kilofed ships: its files in methods/."""
+    package = importlib.import_module("kilofed.methods")
+    return sorted(item.name for item in pkgutil.iter_modules(package.__path__))
+
+
+def forecast(method: Method, server: Server, policy: Mechanism) -> list[Sent]:
+    """Bytes of the next round per client and action, before it runs; equal to what the ledger will count."""
+    return sent(method, method.rehearse(server), policy)
+
+
+def sent(method: Method, messages: Sequence[Message], policy: Mechanism) -> list[Sent]:
+    """Bytes of `messages`, which one client takes part in."""
+    found = []
+    for message in messages:
+        ask = Payload(message.ask.tensors, {**message.ask.scalars, **address(message.action, message.verb, 0, 0)})
+        down, up = ask.num_bytes * message.times, leaving(method, message, policy).num_bytes * message.times
+        found.append(Sent(message.action, down, up, message.times))
+    return found
+
+
+def leaving(method: Method, message: Message, policy: Mechanism) -> Payload:
+    """What leaves a client in answer to `message`, numbers made up."""
+    _, about = _function(method, message.action)
+    return policy.client(message.reply, message.ask) if about.reads_data else message.reply
+
+
+def handle(method: Method, policy: Mechanism, client: Client, body: bytes) -> bytes:
+    """The whole client side of every engine: bytes in, bytes out.
+
+    Only functions marked `@on_client` run; the client's own policy decides what may leave; a failure that the client
+    can name becomes a reply that says so.
+
+    Raises:
+        PayloadError: `body` is not a message for a client.
+    """
+    ask = Payload.decode(body)
+    try:
+        action, verb = str(ask.scalars[ACTION]), str(ask.scalars[VERB])
+        when = int(ask.scalars[ROUND]), int(ask.scalars[EXCHANGE])
+    except KeyError as error:
+        raise PayloadError(f"the message has no {error}: it was not written by a kilofed server") from error
+    ask = Payload(ask.tensors, {k: v for k, v in ask.scalars.items() if not k.startswith("@")})
+    before = client.states.before(when)
+    client.round, client.state = when[0], dict(before)
+    try:
+        function, about = _function(method, action)
+        if verb == "call" and about.reads_data and policy.needs_aggregate:
+            raise PrivacyError(
+                f"{action!r} in {type(method).__name__} lets the server see single replies; "
+                f"privacy.{policy.kind} allows means only\n  hint: use a method that asks for means, such as fedavg"
+            )
+        reply = function(client, ask)
+        if about.reads_data:
+            reply = policy.client(reply, ask)
+    except (ClientError, PrivacyError) as error:
+        return Payload(scalars={ERROR: str(error), KIND: type(error).__name__}).encode()
+    if client.state or before:
+        client.states.keep(when, client.state)
+    return reply.encode()
+
+
+def _function(method: Method, action: str) -> tuple[Callable[[Client, Payload], Payload], Action]:
+    about = getattr(getattr(type(method), action, None), "__on_client__", None)
+    if not isinstance(about, Action):
+        marked = [name for name, item in inspect.getmembers(type(method)) if hasattr(item, "__on_client__")]
+        raise PayloadError(
+            f"{action!r} is not something that clients of {type(method).__name__} do{nearest(action, marked)}"
+        )
+    return cast(Callable[[Client, Payload], Payload], getattr(method, action)), about

@@ -1,0 +1,163 @@
+"""Scores on held-out rows, always beside the untouched base model, local-only and central training."""
+
+import math
+import statistics
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import nn
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+from kilofed.config.recipe import EvaluateSpec
+from kilofed.data.examples import IGNORED, Example
+from kilofed.models import loading
+from kilofed.models.training import class_logits, collate, token_losses
+
+SCORES = ("loss", "accuracy", "perplexity", "rouge_l", "exact_match", "macro_f1")
+
+
+@dataclass(frozen=True)
+class Scores:
+    """How one model does on one client's held-out rows."""
+
+    loss: float
+    """Mean over response tokens, nats; over rows where rows are classified."""
+    accuracy: float
+    """Share of response tokens, or of rows, that were the first guess."""
+    num_tokens: int
+    """Response tokens; rows where rows are classified."""
+    rouge_l: float | None = None
+    """Mean ROUGE-L F of greedy answers, best over references, with stemming (rouge-score)."""
+    exact_match: float | None = None
+    """Share of greedy answers that equal a reference but for case and outer white space."""
+    macro_f1: float | None = None
+    """Mean F1 over the classes that these rows have or were given; None where tokens are written."""
+
+    @property
+    def perplexity(self) -> float | None:
+        """exp(loss) per token; None where rows are classified."""
+        return math.exp(min(self.loss, 700.0)) if self.macro_f1 is None else None
+
+    def as_dict(self) -> dict[str, float | int | None]:
+        """Fields and perplexity."""
+        return {**asdict(self), "perplexity": self.perplexity}
+
+
+def score(model: nn.Module, examples: Sequence[Example], batch_size: int) -> Scores:
+    """Loss and accuracy of tokens or, where rows have classes, of rows; they are sorted, so order does not matter."""
+    device = next(model.parameters()).device
+    ordered = sorted(examples, key=lambda e: (len(e.input_ids), e.input_ids))
+    if ordered and ordered[0].label is not None:
+        return _score_classes(model, ordered, batch_size)
+    total, right, tokens = 0.0, 0, 0
+    with torch.inference_mode():
+        for start in range(0, len(ordered), batch_size):
+            losses, hits = token_losses(model, collate(ordered[start : start + batch_size], device))
+            total += float(losses.double().sum())
+            right += int(hits.sum())
+            tokens += len(losses)
+    return Scores(total / max(tokens, 1), right / max(tokens, 1), tokens)
+
+
+def _score_classes(model: nn.Module, examples: Sequence[Example], batch_size: int) -> Scores:
+    device = next(model.parameters()).device
+    total, pairs = 0.0, Counter[tuple[int, int]]()
+    with torch.inference_mode():
+        for start in range(0, len(examples), batch_size):
+            batch = collate(examples[start : start + batch_size], device)
+            logits_BC = class_logits(model, batch)
+            losses = nn.functional.cross_entropy(logits_BC, batch.labels, reduction="none", ignore_index=IGNORED)
+            total += float(losses.double().sum())
+            pairs.update(zip(batch.labels.tolist(), logits_BC.argmax(-1).tolist(), strict=True))
+    pairs = Counter({(true, guess): n for (true, guess), n in pairs.items() if true != IGNORED})
+    rows, right = pairs.total(), sum(number for (true, guess), number in pairs.items() if true == guess)
+    return Scores(total / max(rows, 1), right / max(rows, 1), rows, macro_f1=macro_f1(pairs))
+
+
+def macro_f1(pairs: Counter[tuple[int, int]]) -> float:
+    """Mean over classes of 2 right / (rows of the class + rows given to it), 0 to 1.
+
+    Args:
+        pairs: how often each (class, guess) occurred; classes that occur as neither do not count.
+    """
+    held, given = Counter[int](), Counter[int]()
+    for (true, guess), number in pairs.items():
+        held[true] += number
+        given[guess] += number
+    every = sorted(held.keys() | given.keys())
+    return statistics.fmean(2 * pairs[c, c] / (held[c] + given[c]) for c in every) if every else 0.0
+
+
+def answer(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Sequence[int]], max_new_tokens: int
+) -> list[str]:
+    """Greedy continuations of `prompts` (token ids), padded on the left into one batch."""
+    device = next(model.parameters()).device
+    width = max(len(prompt) for prompt in prompts)
+    pad = tokenizer.pad_token_id
+    input_ids = torch.tensor([[pad] * (width - len(p)) + list(p) for p in prompts], device=device)
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
+    config = GenerationConfig(  # type: ignore[no-untyped-call]
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        pad_token_id=pad,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+    )
+    with torch.inference_mode(), loading.quiet():  # Of lengths that the model's own settings name.
+        out = model.generate(input_ids=input_ids, attention_mask=mask, generation_config=config)  # type: ignore[operator]
+    return [str(text) for text in tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)]
+
+
+def score_all(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], spec: EvaluateSpec
+) -> Scores:
+    """`score` with ROUGE-L and exact match of greedy answers to the first `spec.generate` rows that have references."""
+    found = score(model, examples, spec.batch_size)
+    asked = [e for e in examples if e.references and e.prompt_ids][: spec.generate]
+    if not asked:
+        return found
+    answers = answer(model, tokenizer, [e.prompt_ids for e in asked], spec.max_new_tokens)
+    rouge = statistics.fmean(rouge_l(a, e.references) for a, e in zip(answers, asked, strict=True))
+    exact = statistics.fmean(exact_match(a, e.references) for a, e in zip(answers, asked, strict=True))
+    return Scores(found.loss, found.accuracy, found.num_tokens, rouge, float(exact))
+
+
+def rouge_l(text: str, references: Sequence[str]) -> float:
+    """Best ROUGE-L F over references, 0 to 1."""
+    from rouge_score.rouge_scorer import RougeScorer
+
+    scorer = RougeScorer(["rougeL"], use_stemmer=True)
+    return max(float(scorer.score(reference, text)["rougeL"].fmeasure) for reference in references)
+
+
+def exact_match(text: str, references: Sequence[str]) -> bool:
+    """Whether `text` equals a reference but for case and outer white space."""
+    return text.strip().casefold() in {reference.strip().casefold() for reference in references}
+
+
+def interval(values: Sequence[float]) -> tuple[float, float] | None:
+    """95 % interval of the mean by Student's t; None for fewer than two values."""
+    if len(values) < 2:
+        return None
+    from scipy.stats import t
+
+    half = float(t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))
+    mean = statistics.fmean(values)
+    return mean - half, mean + half
+
+
+def summarise(clients: Sequence[Scores], ids: Sequence[int]) -> dict[str, object]:
+    """One row of the table: means over clients, the 95 % interval of the loss, and the scores of each by its number."""
+    row: dict[str, object] = {}
+    for name in SCORES:
+        values = [v for s in clients if (v := s.as_dict()[name]) is not None]
+        row[name] = statistics.fmean(values) if values else None
+    if row["perplexity"] is not None:
+        row["perplexity"] = math.exp(min(statistics.fmean(s.loss for s in clients), 700.0))
+    ends = interval([s.loss for s in clients])
+    row["interval"] = list(ends) if ends else None
+    row["clients"] = [{"id": client, **s.as_dict()} for client, s in zip(ids, clients, strict=True)]
+    return row

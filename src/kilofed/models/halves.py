@@ -1,0 +1,315 @@
+"""Cut a decoder or an encoder between two of its blocks, and run each side as the whole model would run it.
+
+A side is the real model's own forward with other blocks in its list, so masks and positions are what transformers
+makes of them. `trim` takes away what a client must not hold; `Halves` runs what is there.
+Source: split learning, Gupta and Raskar 2018, arXiv:1810.06060; the U-shape is Vepakomma et al. 2018, arXiv:1812.00564.
+"""
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from kilofed.config.recipe import ModelSpec
+from kilofed.errors import ModelError, RecipeError
+
+_FIRST = "emb", "project_in"
+"""In the name of a module that works before the blocks; so do all nn.Embedding."""
+
+
+@dataclass(frozen=True)
+class Part(ModelSpec):
+    """What a client of split learning loads: embeddings and the first blocks, and with `head` what follows the last one."""
+
+    num_blocks: int = 1
+    """Blocks from the first on."""
+    head: bool = False
+    """Whether the final norm and the output head belong to it."""
+
+
+def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """Name and list of the model's blocks: the one list of `config.num_hidden_layers` modules of one class.
+
+    Raises:
+        ModelError: there is none, or more than one; it says what lists there are.
+    """
+    lists = [(name, item) for name, item in model.named_modules() if isinstance(item, nn.ModuleList)]
+    for name, item in lists:
+        if isinstance(item, _Blocks):
+            return name, item
+    wanted = getattr(getattr(model, "config", None), "num_hidden_layers", None)
+    found = [(name, item) for name, item in lists if len(item) == wanted and len({type(block) for block in item}) == 1]
+    if len(found) == 1:
+        return found[0]
+    seen = ", ".join(f"{name} of {len(item)}" for name, item in lists[:8]) or "none"
+    raise ModelError(
+        f"cannot cut {type(model).__name__}: looked for one list of config.num_hidden_layers={wanted} modules of one "
+        f"class, found {len(found)}; its lists are: {seen}\n  hint: take a decoder or an encoder, not both in one"
+    )
+
+
+def check_cut(cut: int, num_blocks: int) -> None:
+    """Raises RecipeError: no block would be left on one side."""
+    if not 1 <= cut < num_blocks:
+        raise RecipeError(
+            f"method.cut is {cut}, and the model has {num_blocks} blocks: expected 1 to {num_blocks - 1}, "
+            "so that clients and server hold at least one each"
+        )
+
+
+def trim(model: nn.Module, num_blocks: int, *, head: bool) -> None:
+    """Take from `model` all blocks but the first `num_blocks`, and unless `head` all that works after the blocks.
+
+    Names of what stays are those of the whole model.
+
+    Raises:
+        ModelError, RecipeError: as `find_blocks` and `check_cut`.
+    """
+    blocks = _own_list(model)
+    if len(blocks) > num_blocks:
+        check_cut(num_blocks, len(blocks))
+        blocks.keep(num_blocks)
+    if head:
+        return
+    for name, module in list(model.named_modules()):
+        if name and any(True for _ in module.parameters(recurse=False)) and not works_first(model, name):
+            model.set_submodule(name, _Absent(name, blocks))
+
+
+def works_first(model: nn.Module, name: str) -> bool:
+    """Whether the module or parameter of that name is part of the embeddings or of a block, not of the head."""
+    above = find_blocks(model)[0]
+    if name.startswith(above + ".") or not any(name.startswith(n + ".") or n == name for n in _owners(model)):
+        return True
+    output = _output_head(model)
+    if any(part is output for part in _path(model, name)):
+        return False
+    return any(isinstance(part, nn.Embedding) for part in _path(model, name)) or any(w in name for w in _FIRST)
+
+
+def held_by_client(model: nn.Module, name: str, *, cut: int, head: bool) -> bool:
+    """Whether a parameter of the whole model belongs to the part of a client that holds `cut` blocks (and the head)."""
+    above = find_blocks(model)[0] + "."
+    if name.startswith(above):
+        return int(name.removeprefix(above).split(".")[0]) < cut
+    return head or works_first(model, name)
+
+
+def trains_tied_head(model: nn.Module) -> bool:
+    """Whether the output head is the embedding of the input, and is trained."""
+    output, base = _output_head(model), _base(model)
+    if output is None:
+        return False
+    weight, first = getattr(output, "weight", None), getattr(base, "get_input_embeddings", None)
+    return first is not None and isinstance(weight, nn.Parameter) and weight is first().weight and weight.requires_grad
+
+
+def width(model: nn.Module) -> int:
+    """Numbers per token at the cut."""
+    return int(model.config.hidden_size)  # type: ignore[union-attr,arg-type]
+
+
+class Halves:
+    """A model, whole or trimmed, that runs from and to its cut.
+
+    Args:
+        cut: blocks below the cut.
+
+    Raises:
+        ModelError, RecipeError: as `find_blocks` and `check_cut`.
+    """
+
+    def __init__(self, model: nn.Module, cut: int) -> None:
+        self.model, self.cut = model, cut
+        self._blocks = _own_list(model)
+        check_cut(cut, self._blocks.whole)
+        self._inner = _caller(model)
+        taken = inspect.signature(self._inner.forward).parameters
+        self._options = {"use_cache": False} if "use_cache" in taken else {}
+
+    def below(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Hidden states (B, T, D) after the first `cut` blocks. Raises ModelError: the client lacks something for it."""
+        return self._run(input_ids, attention_mask, self._blocks.held[: self.cut])
+
+    def between(self, hidden_BTD: Tensor, attention_mask: Tensor) -> Tensor:
+        """Hidden states (B, T, D) after the last block, from those at the cut."""
+        ids = torch.zeros(hidden_BTD.shape[:2], dtype=torch.long, device=hidden_BTD.device)
+        blocks = self._upper()
+        with _entering(blocks[self.cut], hidden_BTD):
+            return self._run(ids, attention_mask, blocks)
+
+    @contextmanager
+    def from_cut(self, hidden_BTD: Tensor) -> Iterator[None]:
+        """While it lasts, `model(...)` starts at the cut with these hidden states, whatever tokens it is given."""
+        blocks = self._upper()
+        with self._blocks.showing(blocks), _entering(blocks[self.cut], hidden_BTD):
+            yield
+
+    @contextmanager
+    def from_last(self, hidden_BTD: Tensor) -> Iterator[None]:
+        """While it lasts, `model(...)` starts after the last block with these hidden states: it is the head alone."""
+        if self._blocks.num_out is None:  # How blocks hand on what they made is seen when one runs.
+            with torch.no_grad():
+                self.below(torch.zeros(1, 1, dtype=torch.long, device=hidden_BTD.device), hidden_BTD.new_ones(1, 1))
+        blocks = [self._pass() for _ in range(self._blocks.whole)]
+        with self._blocks.showing(blocks), _entering(blocks[-1], hidden_BTD):
+            yield
+
+    def _upper(self) -> list[nn.Module]:
+        # What stands in the lower places is passed through: a block's place may say which mask it gets.
+        return [*(self._pass() for _ in range(self.cut)), *self._blocks.held[self.cut :]]
+
+    def _pass(self) -> nn.Module:
+        return _Pass(self._blocks.held[-1], self._blocks.num_out or 0)
+
+    def _run(self, input_ids: Tensor, attention_mask: Tensor, blocks: list[nn.Module]) -> Tensor:
+        reached: list[Tensor] = []
+
+        def take(block: nn.Module, given: tuple[Tensor, ...], out: Tensor | tuple[Tensor, ...]) -> None:
+            self._blocks.passed = True
+            self._blocks.num_out = len(out) if isinstance(out, tuple) else 0
+            reached.append(out[0] if isinstance(out, tuple) else out)
+
+        self._blocks.passed = False
+        handle = blocks[-1].register_forward_hook(take)
+        try:
+            with self._blocks.showing(blocks):
+                self._inner(input_ids=input_ids, attention_mask=attention_mask, **self._options)
+        finally:
+            handle.remove()
+        return reached[0]
+
+
+class _Blocks(nn.ModuleList):
+    """The list of blocks, under their places in the whole model, that shows a forward what it is to run."""
+
+    passed = False
+    """Whether the last block that is to run has been run."""
+    num_out: int | None = None
+    """Length of the tuple that a block returns, 0 for a bare tensor; None before any has run."""
+    _shown: list[nn.Module] | None = None
+
+    def __init__(self, blocks: nn.ModuleList) -> None:
+        super().__init__(list(blocks))
+        self.whole = len(blocks)
+        """Blocks of the whole model."""
+
+    @property
+    def held(self) -> list[nn.Module]:
+        """The blocks that are there."""
+        return [block for block in self._modules.values() if block is not None]
+
+    def keep(self, num: int) -> None:
+        for place in list(self._modules)[num:]:
+            del self._modules[place]
+
+    @contextmanager
+    def showing(self, blocks: list[nn.Module]) -> Iterator[None]:
+        self._shown = blocks
+        try:
+            yield
+        finally:
+            self._shown = None
+
+    def __iter__(self) -> Iterator[nn.Module]:
+        return iter(self.held if self._shown is None else self._shown)
+
+    def __len__(self) -> int:
+        return len(self._modules if self._shown is None else self._shown)
+
+    def __getitem__(self, index: int | slice) -> nn.Module:  # type: ignore[override]
+        return cast(nn.Module, list(self)[index])
+
+
+class _Pass(nn.Module):
+    """Stands in the place of a block and hands on what comes; asked for anything else, it is like that block."""
+
+    def __init__(self, like: nn.Module, num_out: int) -> None:
+        super().__init__()
+        self._like, self._num_out = [like], num_out  # In a list: it is not a part of this module.
+
+    def forward(self, hidden_states: Tensor, *rest: object, **named: object) -> Tensor | tuple[Tensor | None, ...]:
+        return (hidden_states, *[None] * (self._num_out - 1)) if self._num_out else hidden_states
+
+    def __getattr__(self, name: str) -> Tensor | nn.Module:
+        return cast(Tensor | nn.Module, getattr(self.__dict__["_like"][0], name))
+
+
+class _Absent(nn.Module):
+    """Stands in the place of what another party holds; it may be met after the cut only."""
+
+    def __init__(self, name: str, blocks: _Blocks) -> None:
+        super().__init__()
+        self._name, self._list = name, [blocks]  # In a list: it is not a part of this module.
+
+    def forward(self, given: Tensor, *rest: object, **named: object) -> Tensor:
+        if not self._list[0].passed:
+            raise ModelError(
+                f"{self._name} works before the cut, but this part of the model was loaded without it: "
+                "this architecture cannot be cut"
+            )
+        return given
+
+
+@contextmanager
+def _entering(block: nn.Module, hidden_BTD: Tensor) -> Iterator[None]:
+    """While it lasts, `block` is given `hidden_BTD` instead of what comes."""
+
+    def swap(
+        module: nn.Module, given: tuple[object, ...], named: dict[str, object]
+    ) -> tuple[tuple[object, ...], dict[str, object]]:
+        if "hidden_states" in named:
+            return given, {**named, "hidden_states": hidden_BTD}
+        return (hidden_BTD, *given[1:]), named
+
+    handle = block.register_forward_pre_hook(swap, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _own_list(model: nn.Module) -> _Blocks:
+    """The model's list of blocks, exchanged for one that can be told what to show."""
+    name, blocks = find_blocks(model)
+    if not isinstance(blocks, _Blocks):
+        blocks = _Blocks(blocks)
+        model.set_submodule(name, blocks)
+    return blocks
+
+
+def _owners(model: nn.Module) -> list[str]:
+    """Modules that hold parameters themselves, without the model as such."""
+    return [n for n, m in model.named_modules() if n and any(True for _ in m.parameters(recurse=False))]
+
+
+def _path(model: nn.Module, name: str) -> Iterator[nn.Module]:
+    """The modules from the model down to the module, or the owner of the parameter, of that name."""
+    here: nn.Module | None = model
+    for part in name.split("."):
+        here = here._modules.get(part) if here else None
+        if here is None:
+            return
+        yield here
+
+
+def _caller(model: nn.Module) -> nn.Module:
+    """The innermost module above the blocks that takes tokens."""
+    above = find_blocks(model)[0]
+    takers = [m for m in [model, *_path(model, above)] if "input_ids" in inspect.signature(m.forward).parameters]
+    return takers[-1]
+
+
+def _base(model: nn.Module) -> nn.Module:
+    """The model below an adapter."""
+    inner = getattr(model, "get_base_model", None)
+    return cast(nn.Module, inner() if inner else model)
+
+
+def _output_head(model: nn.Module) -> nn.Module | None:
+    find = getattr(_base(model), "get_output_embeddings", None)
+    return cast(nn.Module | None, find() if find else None)

@@ -1,0 +1,178 @@
+"""Privacy as a pair of functions around `mean`: a client half, a server half, and the event that it spends.
+
+Central differential privacy (McMahan et al. 2018, arXiv:1710.06963): each client's update is clipped to an L2 norm, a
+trusted server adds Gaussian noise to the sum and divides by the number of clients that were asked, not by who came.
+Weights are uniform, and scalars (losses, counts) do not leave a client. A tensor that carries the name of a tensor of
+the ask is a new value of it, and its update is the difference; a tensor with another name is an update as it stands.
+"""
+
+import hashlib
+import math
+import secrets
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kilofed.config.recipe import PrivacySpec
+from kilofed.errors import PrivacyError
+from kilofed.payload import Payload
+
+When = tuple[int, int]
+"""(round, exchange)."""
+
+ROWS = "rows"
+"""Name of a tensor (N, D) with one row per token, by which split learning sends hidden states and their gradients."""
+
+
+@dataclass(frozen=True)
+class Mechanism:
+    """No mechanism: replies pass as they are. Subclasses say what differs."""
+
+    kind = "none"
+    needs_aggregate = False
+    """True refuses the verb `call` for actions that read rows."""
+    uniform = False
+    """True gives every client the same weight, whatever it says."""
+
+    def client(self, reply: Payload, ask: Payload) -> Payload:
+        """What leaves the client's walls instead of `reply`."""
+        return reply
+
+    def server(self, mean: Payload, ask: Payload, *, num_replies: int, expected: int, when: When) -> Payload:
+        """What the method is given instead of `mean`, the mean of `num_replies` replies from `expected` clients."""
+        return mean
+
+    def epsilon(self, num_means: int) -> float:
+        """Epsilon spent by `num_means` private means; infinite without a mechanism."""
+        return math.inf
+
+
+@dataclass(frozen=True)
+class CentralGaussian(Mechanism):
+    """Clip at the client, Gaussian noise at a trusted server."""
+
+    clip: float
+    """Largest L2 norm of one client's update over all its tensors."""
+    noise_multiplier: float
+    """Standard deviation of the noise on the sum, in units of `clip`."""
+    delta: float
+    key: str
+    """32 hex digits; whoever knows them can subtract the noise."""
+
+    kind = "central"
+    needs_aggregate = True
+    uniform = True
+
+    def client(self, reply: Payload, ask: Payload) -> Payload:
+        updates = {name: _update(tensor, ask.tensors.get(name), name) for name, tensor in reply.tensors.items()}
+        norm = math.sqrt(sum(float(u.double().square().sum()) for u in updates.values()))
+        if not math.isfinite(norm):
+            return Payload({name: ask.tensors.get(name, torch.zeros_like(t)) for name, t in reply.tensors.items()})
+        if norm <= self.clip:
+            return Payload(reply.tensors)
+        scale = self.clip / norm
+        return Payload(
+            {name: _value(update.double() * scale, ask.tensors.get(name), reply.tensors[name].dtype)
+             for name, update in updates.items()}
+        )  # fmt: skip
+
+    def __post_init__(self) -> None:
+        if math.isinf(self.clip) and self.noise_multiplier:
+            raise PrivacyError(
+                "privacy.clip is inf, so no finite noise hides one client: set a finite clip, or noise_multiplier 0"
+            )
+
+    def server(self, mean: Payload, ask: Payload, *, num_replies: int, expected: int, when: When) -> Payload:
+        if num_replies == expected and self.noise_multiplier == 0:
+            return mean
+        # No two means share a stream: their difference would be free of noise.
+        source = np.random.Generator(np.random.Philox(key=int(self.key, 16) ^ (when[0] << 64 | when[1])))
+        deviation = self.noise_multiplier * self.clip / expected if self.noise_multiplier else 0.0
+        tensors: dict[str, Tensor] = {}
+        for name in sorted(mean.tensors):
+            tensor = mean.tensors[name]
+            update = _update(tensor, ask.tensors.get(name), name).double() * (num_replies / expected)
+            noise = torch.from_numpy(source.normal(0.0, deviation, size=tuple(tensor.shape)))
+            tensors[name] = _value(update + noise, ask.tensors.get(name), tensor.dtype)
+        return Payload(tensors)
+
+    def epsilon(self, num_means: int) -> float:
+        """Epsilon at `delta` after `num_means` means, one client added or removed, without credit for sampling."""
+        if self.noise_multiplier == 0 or math.isinf(self.clip):
+            return math.inf
+        if num_means == 0:
+            return 0.0
+        # dp_accounting takes a second to import and most runs need none of it.
+        from dp_accounting import GaussianDpEvent
+        from dp_accounting.rdp import RdpAccountant
+
+        accountant = RdpAccountant()
+        accountant.compose(GaussianDpEvent(self.noise_multiplier), num_means)
+        return float(accountant.get_epsilon(self.delta))
+
+
+@dataclass(frozen=True)
+class RowGaussian(Mechanism):
+    """Clip and Gaussian noise on each row of what a client sends under the name ROWS: hidden states, one per token.
+
+    No epsilon is claimed: a run sends too many of them for any that would mean something. What it hides is measured
+    by the probe of the report.
+    """
+
+    clip: float
+    """Largest L2 norm of a row."""
+    noise_multiplier: float
+    """Root of the expected squared norm of a row's noise, in units of `clip`."""
+    key: str
+    """32 hex digits: the client's secret. Equal rows get equal noise, so that asking again tells nothing."""
+    kind = "rows"
+
+    def client(self, reply: Payload, ask: Payload) -> Payload:
+        rows = reply.tensors.get(ROWS)
+        if rows is None:
+            return reply
+        if rows.dim() != 2 or not rows.is_floating_point():
+            raise PrivacyError(
+                f"{ROWS!r} is {rows.dtype} of shape {tuple(rows.shape)}; noise needs floating-point rows\n"
+                "  hint: set method.activations and method.gradients to float32 or bfloat16"
+            )
+        norms = rows.double().norm(dim=1, keepdim=True)
+        clipped = rows.double() * (self.clip / norms.clamp(min=self.clip))
+        digest = hashlib.sha256(bytes.fromhex(self.key) + Payload({ROWS: rows}).encode()).digest()
+        source = np.random.Generator(np.random.Philox(key=int.from_bytes(digest[:16], "little")))
+        deviation = self.noise_multiplier * self.clip / math.sqrt(rows.shape[1])
+        noise = torch.from_numpy(source.normal(0.0, deviation, size=tuple(rows.shape)))
+        return Payload({**reply.tensors, ROWS: (clipped + noise).to(rows.dtype)}, reply.scalars)
+
+    def __post_init__(self) -> None:
+        if not 0 < self.clip < math.inf:
+            raise PrivacyError(f"privacy.clip is {self.clip}; privacy.kind=rows needs a finite one above 0")
+
+
+def load_mechanism(spec: PrivacySpec) -> Mechanism:
+    """The mechanism that a recipe asks for. Raises PrivacyError: a key that is not 32 hex digits, noise without a clip."""
+    if spec.kind == "none":
+        return Mechanism()
+    key = spec.noise_key or new_key()
+    if len(key) != 32 or any(c not in "0123456789abcdef" for c in key):
+        raise PrivacyError("privacy.noise_key is not 32 lower-case hex digits; leave it empty to draw a secret one")
+    if spec.kind == "rows":
+        return RowGaussian(spec.clip, spec.noise_multiplier, key)
+    return CentralGaussian(spec.clip, spec.noise_multiplier, spec.delta, key)
+
+
+def new_key() -> str:
+    """A fresh secret for the noise."""
+    return secrets.token_hex(16)
+
+
+def _update(tensor: Tensor, start: Tensor | None, name: str) -> Tensor:
+    if not tensor.is_floating_point():
+        raise PrivacyError(f"{name!r} is {tensor.dtype}; clipping and noise need floating-point updates")
+    return tensor if start is None else tensor.double() - start.double()
+
+
+def _value(update: Tensor, start: Tensor | None, dtype: torch.dtype) -> Tensor:
+    return (update if start is None else start.double() + update).to(dtype)

@@ -1,0 +1,1 @@
+"""Steering a large model by the difference of two small ones."""

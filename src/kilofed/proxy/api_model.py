@@ -1,0 +1,217 @@
+"""A large model behind an API as a voice: texts in, log-probabilities of the likeliest tokens out.
+
+An API has no cache to roll back and is asked for whole texts, so what stands in the cache is the text itself.
+"""
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import Cache
+from transformers.cache_utils import DynamicLayer
+
+from kilofed.errors import ModelError, RemoteError
+from kilofed.generation.decoding import UNBOUNDED
+from kilofed.generation.detokenizer import Spelling
+from kilofed.proxy.api import Api, Json, RemoteSpec
+from kilofed.proxy.api_cache import Answered, Told, prefix_keys
+from kilofed.proxy.logit_sources import Ask
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class RemoteModel:
+    """The `large` of a ProxyModel that is reached through an API.
+
+    Args:
+        spec: where it is and what may be asked.
+        tokenizer: the small model's; the API's must be the same, which cannot be looked into and is taken on trust
+            but for what comes back: names of unknown tokens and echoes of another length are refused.
+        folder: gets `remote.jsonl` (the ledger) and `remote.sqlite` (the scores); None keeps both in memory.
+        context: longest sequence of the large model in tokens; 0 leaves it to the API to refuse.
+
+    Raises:
+        RunError: the folder cannot be written.
+    """
+
+    num_voices = 1
+    copies = 1
+
+    def __init__(
+        self,
+        spec: RemoteSpec,
+        tokenizer: "PreTrainedTokenizerBase",
+        folder: Path | None = None,
+        *,
+        context: int = 0,
+    ) -> None:
+        self.spec = spec
+        self.width = max(tokenizer.get_vocab().values()) + 1
+        # One token of the context is the one that is asked for.
+        self.context = context - 1 if context else UNBOUNDED
+        self.tells_all = False
+        self.checks_several = spec.scoring == "echo"
+        """Whether one request tells of several positions, which speculation needs."""
+        if folder:
+            folder.mkdir(parents=True, exist_ok=True)
+        self.api = Api(spec, folder / "remote.jsonl" if folder else None)
+        self._answered = Answered(folder / "remote.sqlite" if folder else None)
+        self._tokenizer = tokenizer
+        self._names = _names(tokenizer, self.width) if spec.names == "text" else {}
+
+    def new_cache(self) -> Cache:
+        """An empty text per row: ids stand where a model keeps keys, the mask where it keeps values."""
+        return Cache(layers=[DynamicLayer()])  # type: ignore[no-untyped-call]
+
+    def speak(self, ask: Ask, cache: Cache | None) -> tuple[Tensor, ...]:
+        """See Voices: log-probabilities (B, K, width), -inf where the API told none, 0 at padding.
+
+        Raises:
+            RemoteError, BudgetSpent: see Api. What was answered before is kept.
+        """
+        ids_BT, mask_BT = self._whole(ask, cache)
+        first = ids_BT.shape[1] - ask.input_ids.shape[1]
+        places = torch.arange(first, ids_BT.shape[1])
+        if isinstance(ask.keep, Tensor):
+            places = places[ask.keep.cpu()]
+        elif ask.keep:
+            places = places[-ask.keep :]
+        counts_BT = mask_BT.cumsum(1)
+        texts = [row[keep.bool()].tolist() for row, keep in zip(ids_BT, mask_BT, strict=True)]
+        wanted = [
+            [int(counts[p]) if keep[p] else 0 for p in places.tolist()]
+            for counts, keep in zip(counts_BT, mask_BT, strict=True)
+        ]
+        told = self.tell(texts, wanted)
+        out = torch.full((len(texts), len(places), self.width), -torch.inf)
+        for row, lengths in enumerate(wanted):
+            for place, length in enumerate(lengths):
+                if length == 0:
+                    out[row, place] = 0.0
+                    continue
+                one = told[row][length]
+                out[row, place, torch.from_numpy(one.ids.astype(np.int64))] = torch.from_numpy(one.logprobs.copy())
+        return (out,)
+
+    def tell(self, texts: Sequence[Sequence[int]], lengths: Sequence[Sequence[int]]) -> list[dict[int, Told]]:
+        """What the large model says after the first `n` tokens of each text, for the n in `lengths`; 0 is left out.
+
+        Raises:
+            RemoteError, BudgetSpent: see Api.
+        """
+        keys = [prefix_keys(self.spec.model, self.spec.top_k, text) for text in texts]
+        wanted = [sorted({n for n in row if n}) for row in lengths]
+        known = self._answered.get([keys[row][n - 1] for row, some in enumerate(wanted) for n in some])
+        missing = [[n for n in some if keys[row][n - 1] not in known] for row, some in enumerate(wanted)]
+        steps: dict[tuple[int, ...], None] = {}
+        whole: dict[tuple[int, ...], None] = {}
+        for row, some in enumerate(missing):
+            if len(some) > 1 and self.checks_several:
+                whole[tuple(texts[row][: some[-1]])] = None
+            else:
+                steps.update({tuple(texts[row][:n]): None for n in some})
+        for prompts, echo in ((list(steps), False), (list(whole), True)):
+            for start in range(0, len(prompts), self.spec.batch_size):
+                known |= self._ask(prompts[start : start + self.spec.batch_size], echo=echo)
+        return [{n: known[keys[row][n - 1]] for n in some} for row, some in enumerate(wanted)]
+
+    def close(self) -> None:
+        """End connections and close the file of scores."""
+        self.api.close()
+        self._answered.close()
+
+    def _ask(self, prompts: Sequence[tuple[int, ...]], *, echo: bool) -> dict[bytes, Told]:
+        """Send prompts, keep and give what came, by key."""
+        sent = [self._text(prompt) for prompt in prompts] if self.spec.prompts == "text" else prompts
+        answers = self.api.complete(sent, sum(map(len, prompts)), echo=echo)
+        found: dict[bytes, Told] = {}
+        for prompt, answer in zip(prompts, answers, strict=True):
+            keys = prefix_keys(self.spec.model, self.spec.top_k, prompt)
+            tops = self._tops(answer, len(prompt), echo=echo)
+            found |= dict(zip(keys[len(keys) - len(tops) :], tops, strict=True))
+        self._answered.put(found)
+        return found
+
+    def _tops(self, answer: Json, length: int, *, echo: bool) -> list[Told]:
+        """What was told of the positions after 1 ... `length` tokens, or of the last alone."""
+        tops = answer["top_logprobs"]
+        if not isinstance(tops, list):
+            raise RemoteError(f"{self.spec.url} answers with log-probabilities in another form than OpenAI's")
+        if not echo:
+            return [self._told(tops[0])]
+        if len(tops) != length + 1:
+            raise RemoteError(
+                f"{self.spec.url} was sent {length} tokens to echo and told of {len(tops) - 1}: its tokeniser differs, "
+                "or it does not echo; for the latter set scoring to steps"
+            )
+        return [self._told(top) for top in tops[1:]]
+
+    def _told(self, top: object) -> Told:
+        if not isinstance(top, Mapping) or not top:
+            raise RemoteError(f"{self.spec.url} left log-probabilities out at a position that was asked for")
+        ids, logprobs = [], []
+        for name, logprob in top.items():
+            number = self._id(str(name))
+            if number is not None and isinstance(logprob, int | float) and math.isfinite(logprob):
+                ids.append(number)
+                logprobs.append(min(float(logprob), 0.0))
+        if not ids:
+            raise RemoteError(
+                f"{self.spec.url} names tokens that the small model's tokeniser does not know, such as "
+                f"{next(iter(top))!r}: the models need the same tokeniser"
+            )
+        # Some APIs tell the token that came too, likely or not; what is kept are the likeliest, whatever came.
+        order = np.argsort(-np.array(logprobs), kind="stable")[: self.spec.top_k]
+        return Told(np.array(ids, np.int32)[order], np.array(logprobs, np.float32)[order])
+
+    def _id(self, name: str) -> int | None:
+        if self.spec.names == "text":
+            return self._names.get(name)
+        found = re.fullmatch(r"token_id:(\d+)", name)
+        if not found:
+            raise RemoteError(f"{self.spec.url} names tokens by text ({name!r}), not as token_id: set names to text")
+        if int(found[1]) >= self.width:
+            raise RemoteError(
+                f"{self.spec.url} tells of token {found[1]}, and the small model's tokeniser has {self.width}: "
+                "the models need the same tokeniser"
+            )
+        return int(found[1])
+
+    def _text(self, ids: Sequence[int]) -> str:
+        """The prompt as text; ModelError where it would not come back as these tokens."""
+        text = str(self._tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
+        if list(self._tokenizer.encode(text, add_special_tokens=False)) != list(ids):
+            raise ModelError("a prompt does not survive as text: set prompts to ids, if the API takes them")
+        return text
+
+    def _whole(self, ask: Ask, cache: Cache | None) -> tuple[Tensor, Tensor]:
+        """Ids and mask of all that was read, (B, P + T) each."""
+        ids = ask.input_ids.cpu()
+        past = cache.get_seq_length() if cache is not None else 0
+        mask = (
+            ask.attention_mask.cpu() if ask.attention_mask is not None else torch.ones(len(ids), past + ids.shape[1])
+        )
+        mask = mask[:, past:].long()
+        if cache is None:
+            return ids, mask
+        whole, kept = cache.update(ids[:, None, :, None], mask[:, None, :, None], 0)
+        return whole[:, 0, :, 0].long(), kept[:, 0, :, 0].long()
+
+
+def _names(tokenizer: "PreTrainedTokenizerBase", width: int) -> dict[str, int]:
+    """Token by its text; texts that several tokens share are left out, and those tokens count as unseen."""
+    spelling = Spelling(tokenizer)
+    found: dict[str, int] = {}
+    shared: set[str] = set()
+    for number in range(width):
+        name = spelling.name(number)
+        if name in found:
+            shared.add(name)
+        found[name] = number
+    return {name: number for name, number in found.items() if name not in shared and name}

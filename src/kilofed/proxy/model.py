@@ -1,0 +1,276 @@
+"""A large model steered by small ones, as one causal language model (proxy-tuning, Liu et al. 2024, arXiv:2401.08565).
+
+`ProxyModel` is a transformers model: `forward`, `generate`, left padding, KV caches of all parts, beams. The large model
+is never opened: only its next-token scores are used.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Never, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache, GenerationConfig, GenerationMixin, LogitsProcessor, PreTrainedConfig, PreTrainedModel
+from transformers.generation.configuration_utils import GenerationMode
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from kilofed.errors import ModelError
+from kilofed.generation.decoding import ROWS_AT_ONCE, UNBOUNDED, Sampling, Token, as_token, check_prompt, end_ids_of
+from kilofed.proxy.api_model import RemoteModel
+from kilofed.proxy.combination import Offset, Rule, complete
+from kilofed.proxy.logit_sources import Ask, JointCache, Local, Pair, Twins, Voices, can_forget, small_voices
+from kilofed.proxy.speculation import Drafting, Speculation, plain_tokens
+from kilofed.proxy.vocabulary import common_width
+
+
+class ProxyModel(PreTrainedModel, GenerationMixin):  # type: ignore[no-untyped-call]
+    """Next-token scores = rule(large, tuned, base); with `Offset`, large + alpha (tuned - base).
+
+    Args:
+        large: the model that is steered: a transformers causal model, or one behind an API.
+        tuned: the small tuned model.
+        base: the small model before tuning; None takes what lies under the adapter of `tuned`, and the two then share
+            one batched forward. Not used by rules without a base.
+        rule: how scores become one; see `kilofed.proxy.combination`.
+        drafting: how far the small tuned model runs ahead in `speak`; `Drafting(longest=0)` takes one token at a time.
+        vocabulary: number of real tokens (`vocabulary.common_vocabulary`); logits are cut to it. None takes the width
+            that all models have.
+
+    Raises:
+        ModelError: the models' widths differ or are below `vocabulary`; a base is needed and there is none.
+    """
+
+    config_class = PreTrainedConfig
+    main_input_name = "input_ids"
+    _supports_sdpa = True
+
+    def __init__(
+        self,
+        large: nn.Module | RemoteModel,
+        tuned: nn.Module,
+        base: nn.Module | None = None,
+        rule: Rule | None = None,
+        *,
+        drafting: Drafting | None = None,
+        vocabulary: int | None = None,
+    ) -> None:
+        rule = rule or Offset()
+        first = large if isinstance(large, RemoteModel) else Local(large)
+        voices = first, small_voices(tuned, base, needs_base=rule.needs_base)
+        width = common_width({"large": voices[0].width, "small": voices[1].width}, vocabulary)
+        own = tuned if isinstance(large, RemoteModel) else large
+        super().__init__(_config(Local(own).config, width, min(v.context for v in voices)))
+        self.rule = rule
+        self.drafting = drafting or Drafting()
+        self.width = width
+        self.context = min(v.context for v in voices)
+        self.large, self.tuned = large, tuned
+        self.base = base if base is not tuned else None
+        self.large_voice: Voices = voices[0]
+        self.small_voices: Voices = voices[1]
+        self.end_ids = end_ids_of(own, self.config.eos_token_id)
+        self.cost_ratio = 0.05 if isinstance(large, RemoteModel) else _num_parameters(tuned) / _num_parameters(large)
+        """What one forward of the small model costs in forwards of the large one, by their sizes; a guess for an API."""
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        return_dict: bool | None = None,
+        tokenizer: object = None,
+    ) -> CausalLMOutputWithPast:
+        """The joint model's raw logits, float32.
+
+        Args:
+            input_ids: (B, T).
+            attention_mask: (B, P + T) where P positions are cached; 0 at padding.
+            position_ids: (B, T).
+            past_key_values: what an earlier call gave; extended in place.
+            use_cache: give a cache back; False takes none.
+            logits_to_keep: the last so many positions (0 all), or (K,) which ones.
+            return_dict: ignored; a dict-like output is always given.
+            tokenizer: ignored; `generate` hands on what it checks stop strings with.
+
+        Returns:
+            .logits (B, K, vocabulary) and .past_key_values.
+
+        Raises:
+            ModelError: the sequence is longer than the context of one of the models.
+        """
+        cache = past_key_values if past_key_values is not None or not use_cache else self.new_cache()
+        length = input_ids.shape[1] + (cache.get_seq_length() if cache is not None else 0)
+        self._refuse_longer(length)
+        ask = Ask(input_ids, attention_mask, position_ids, logits_to_keep)
+        first, second = cache.parts if isinstance(cache, JointCache) else (None, None)
+        (large,) = self.large_voice.speak(ask, first)
+        scores = self.joined(large, *self.small_voices.speak(ask, second))
+        return CausalLMOutputWithPast(logits=cast(torch.FloatTensor, scores), past_key_values=cache)
+
+    def joined(self, large: Tensor, tuned: Tensor, base: Tensor | None = None) -> Tensor:
+        """The rule on logits of any widths and dtypes: (..., vocabulary), float32, where the large model's lie."""
+        if not self.large_voice.tells_all:
+            known, others = large[..., : self.width], tuned if base is None else base
+            large = complete(known, others[..., : self.width].to(large.device, torch.float32))
+        parts = [
+            part[..., : self.width].to(large.device, torch.float32)
+            for part in (large, tuned, base)
+            if part is not None
+        ]
+        return self.rule(parts[0], parts[1], parts[2] if len(parts) > 2 else parts[0])
+
+    def new_cache(self) -> JointCache:
+        """An empty cache for all parts."""
+        voices = self.large_voice, self.small_voices
+        return JointCache([v.new_cache() for v in voices], [v.copies for v in voices])
+
+    def separate(self) -> tuple[Voices, Voices | None]:
+        """The small model's voices one by one, for loops in which they do not go in step: tuned, and base if there is."""
+        small = self.small_voices
+        return (small.tuned, small.base) if isinstance(small, Twins | Pair) else (small, None)
+
+    def speak(self, prompt_ids: Sequence[int], sampling: Sampling) -> Iterator[Token]:
+        """As decode.Speaker.speak, several tokens per forward of the large model where drafts stand.
+
+        Greedy tokens are those of one at a time but for ties within rounding; draws have the same distribution, not
+        the same values.
+        """
+        check_prompt(prompt_ids, self.context)
+        checks_several = not isinstance(self.large, RemoteModel) or self.large.checks_several
+        if self.drafting.longest and checks_several and can_forget(self.new_cache()):
+            yield from Speculation(self, sampling, self.drafting).tokens(prompt_ids)
+        else:
+            yield from plain_tokens(self, prompt_ids, sampling)
+
+    @torch.inference_mode()
+    def score(self, ids: Sequence[int], num_logprobs: int = 0) -> list[Token | None]:
+        """As decode.Speaker.score."""
+        check_prompt(ids, self.context + 1)
+        tokens: list[Token | None] = [None]
+        cache = self.new_cache()
+        for start in range(0, len(ids) - 1, ROWS_AT_ONCE):
+            part = list(ids[start : min(start + ROWS_AT_ONCE, len(ids) - 1)])
+            logits_TV = self(torch.tensor([part]), past_key_values=cache).logits[0]
+            following = ids[start + 1 : start + 1 + len(part)]
+            tokens += [as_token(row, chosen, num_logprobs) for row, chosen in zip(logits_TV, following, strict=True)]
+        return tokens
+
+    def _prepare_cache_for_generation(
+        self,
+        generation_config: GenerationConfig,
+        model_kwargs: dict[str, object],
+        generation_mode: GenerationMode,
+        batch_size: int,
+        max_cache_length: int,
+    ) -> bool:
+        # transformers would make the cache of one model.
+        if model_kwargs.get("past_key_values") is None and generation_config.use_cache:
+            model_kwargs["past_key_values"] = self.new_cache()
+        return False  # What transformers reads from this is nothing.
+
+    def train(self, mode: bool = True) -> "ProxyModel":
+        """Nothing: a proxy is not trained, and its parts are not its own to switch."""
+        return self
+
+    def save_pretrained(self, *_: object, **__: object) -> Never:
+        """Refused: a proxy is a large model that is not ours and small ones that are."""
+        raise ModelError("a proxy has no weights of its own: save the small tuned model")
+
+    def _refuse_longer(self, length: int) -> None:
+        if length > self.context:
+            shorter = "large" if self.large_voice.context == self.context else "small"
+            raise ModelError(
+                f"{length} tokens are more than the {self.context} that the {shorter} model's context holds: "
+                "shorten the prompt or the answer"
+            )
+
+
+class ProxyLogits(LogitsProcessor):
+    """The rule as a step of another model's `generate`: `large.generate(..., logits_processor=[ProxyLogits(small)])`.
+
+    It keeps the small models' caches between steps, follows beams, and begins anew with a new text. transformers runs
+    it before temperature, top-k and top-p. One processor serves one `generate` at a time.
+
+    Args:
+        tuned, base, rule: as for ProxyModel.
+        pad_token_id: leading tokens of this id are padding; None for prompts that are not padded.
+        vocabulary: number of real tokens; all others are ruled out. None takes the small model's width.
+    """
+
+    def __init__(
+        self,
+        tuned: nn.Module,
+        base: nn.Module | None = None,
+        rule: Rule | None = None,
+        *,
+        pad_token_id: int | None = None,
+        vocabulary: int | None = None,
+    ) -> None:
+        self._rule = rule or Offset()
+        self._small = small_voices(tuned, base, needs_base=self._rule.needs_base)
+        self._pad = pad_token_id
+        self._width = common_width({"small": self._small.width}, vocabulary)
+        self._ids: Tensor | None = None
+        self._cache = self._new_cache()
+
+    @torch.no_grad()
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> torch.FloatTensor:
+        """Log-probabilities of the joint model, (B, V), -inf beyond the vocabulary.
+
+        Args:
+            input_ids: (B, T) all tokens so far.
+            scores: (B, V) the large model's scores of the next token; V is not below the vocabulary.
+
+        Raises:
+            ModelError: the text is longer than the small model's context, or V is below the vocabulary.
+        """
+        common_width({"large": scores.shape[-1], "small": self._small.width}, self._width)
+        if input_ids.shape[1] > self._small.context:
+            raise ModelError(f"{input_ids.shape[1]} tokens are more than the small model's {self._small.context}")
+        past = self._follow(input_ids)
+        mask = (input_ids != self._pad).cumsum(1).clamp(max=1) if self._pad is not None else torch.ones_like(input_ids)
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        ask = Ask(input_ids[:, past:], mask, positions[:, past:], keep=1)
+        voices = [
+            voice[:, -1, : self._width].to(scores.device, torch.float32)
+            for voice in self._small.speak(ask, self._cache.parts[0])
+        ]
+        self._ids = input_ids
+        joint = torch.full_like(scores, -torch.inf)
+        large = scores[:, : self._width]
+        # Beams add what they are given up, so it must be log-probabilities again.
+        joint[:, : self._width] = self._rule(large, voices[0], voices[1] if len(voices) > 1 else large).log_softmax(-1)
+        return cast(torch.FloatTensor, joint)
+
+    def _follow(self, input_ids: Tensor) -> int:
+        """How many of the tokens are cached, rows in the order of `input_ids`."""
+        before = input_ids[:, :-1]
+        if self._ids is not None and before.shape == self._ids.shape:
+            if torch.equal(before, self._ids):
+                return before.shape[1]
+            same = (before[:, None] == self._ids[None]).all(-1)
+            if bool(same.any(1).all()):
+                self._cache.reorder_cache(same.int().argmax(1))
+                return before.shape[1]
+        self._cache = self._new_cache()
+        return 0
+
+    def _new_cache(self) -> JointCache:
+        return JointCache([self._small.new_cache()], [self._small.copies])
+
+
+def _config(large: PreTrainedConfig, width: int, context: int) -> PreTrainedConfig:
+    """What `generate` asks a config for."""
+    config = PreTrainedConfig()
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        setattr(config, name, getattr(large, name, None))
+    config.vocab_size = width
+    if context < UNBOUNDED:
+        config.max_position_embeddings = context
+    return config
+
+
+def _num_parameters(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())

@@ -1,0 +1,141 @@
+"""Whether steering a large model with a small one is likely to pay, from a few steps of training and a few rows.
+
+Proxy-tuning pays where the large model is already better at the text and tuning is a light shift; where tuning teaches
+a new format or label set, the small model's offset carries everything and the large one adds nothing.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from kilofed.config.recipe import TrainSpec
+from kilofed.data.examples import IGNORED, Example
+from kilofed.models import loading, training
+from kilofed.proxy.combination import combine
+
+STEPS = 30
+"""Optimiser steps of the trial."""
+BATCH = 16
+"""Rows per step of the trial, as several clients see together, and per forward."""
+
+
+@dataclass(frozen=True)
+class Trio:
+    """A large model, a small tuned one and the small one before tuning."""
+
+    large: nn.Module
+    tuned: nn.Module
+    base: nn.Module | None = None
+    """None: it lies under the adapter of `tuned`."""
+    words: int | None = None
+    """Width that logits are cut to; None leaves them."""
+
+
+@dataclass(frozen=True)
+class Prospects:
+    """Held-out losses in nats per token before anything is trained, and after a short trial of the small model."""
+
+    large: float
+    small: float
+    tuned: float
+    """The small model after the trial."""
+    steered: float
+    """The large model, steered by the small one after the trial."""
+
+    @property
+    def gain(self) -> float:
+        """How much the steered model is below the small one after the trial; what a run would add to."""
+        return self.tuned - self.steered
+
+    @property
+    def pays(self) -> bool:
+        """Whether the steered model beats its parts in the trial."""
+        return self.steered < min(self.tuned, self.large)
+
+    @property
+    def sentence(self) -> str:
+        """The losses and the verdict."""
+        seen = (
+            f"after {STEPS} steps of the small model, held-out loss: steered large {self.steered:.3f}, small tuned "
+            f"{self.tuned:.3f}, large alone {self.large:.3f}, small alone {self.small:.3f}"
+        )
+        if self.pays:
+            return f"{seen}: steering is likely to pay"
+        if self.steered < self.tuned:
+            return f"{seen}: the large model alone is as good, steering adds nothing: try a smaller method.alpha"
+        return (
+            f"{seen}: steering is NOT likely to pay, use the small model (method=fedavg) or tune the large one itself"
+        )
+
+
+def foresee(
+    trio: Trio,
+    rows: Sequence[Example],
+    held_out: Sequence[Example],
+    spec: TrainSpec,
+    *,
+    alpha: float,
+    order: Callable[[str], torch.Generator],
+) -> Prospects:
+    """Train the small model for STEPS steps, score, and put it back as it was.
+
+    Args:
+        rows: what the trial trains on.
+        held_out: what it is scored on.
+        spec: how clients will train.
+        alpha: strength of the steering.
+        order: the random stream of a name.
+    """
+    start = loading.read_trained(trio.tuned)
+    before = sweep(trio, held_out, (0.0,))
+    trial = replace(
+        spec, steps=STEPS, epochs=0, batch_size=max(spec.batch_size, BATCH), schedule="constant", warmup=0.0
+    )
+    batches = training.batches(rows, trial, first=0, count=STEPS, order=order)
+    try:
+        training.fit(trio.tuned, batches, trial, first=0, total=STEPS, dropout=order("dropout"))
+        after = sweep(trio, held_out, (alpha,))
+    finally:
+        loading.write_trained(trio.tuned, start)
+    return Prospects(before[0.0], before.tuned, after.tuned, after[alpha])
+
+
+class Sweep(dict[float, float]):
+    """Losses of the steered model by alpha, and that of the small tuned model alone, nats per token."""
+
+    tuned: float = 0.0
+
+
+@torch.inference_mode()
+def sweep(trio: Trio, rows: Sequence[Example], alphas: Sequence[float]) -> Sweep:
+    """Score every strength of steering on `rows` with one forward of each model."""
+    found, count = Sweep(dict.fromkeys(alphas, 0.0)), 0
+    for start in range(0, len(rows), BATCH):
+        batch = training.collate(rows[start : start + BATCH])
+        large, tuned = _scores(trio.large, batch, trio.words), _scores(trio.tuned, batch, trio.words)
+        if trio.base is not None:
+            base = _scores(trio.base, batch, trio.words)
+        else:
+            with loading.without_adapter(trio.tuned) as untouched:
+                base = _scores(untouched, batch, trio.words)
+        targets = batch.labels[:, 1:][batch.labels[:, 1:] != IGNORED]
+        for alpha in alphas:
+            found[alpha] += _sum_loss(combine(large, tuned, base, alpha), targets)
+        found.tuned += _sum_loss(tuned, targets)
+        count += len(targets)
+    whole = Sweep({alpha: total / max(count, 1) for alpha, total in found.items()})
+    whole.tuned = found.tuned / max(count, 1)
+    return whole
+
+
+def _sum_loss(scores: Tensor, targets: Tensor) -> float:
+    return float(nn.functional.cross_entropy(scores, targets, reduction="sum"))
+
+
+def _scores(model: nn.Module, batch: training.Batch, words: int | None) -> Tensor:
+    """Logits (N, V) of the learnt tokens on the CPU."""
+    device = next(model.parameters()).device
+    there = training.Batch(batch.input_ids.to(device), batch.attention_mask.to(device), batch.labels.to(device))
+    return training.token_logits(model, there)[0][:, :words].cpu()

@@ -1,0 +1,1 @@
+"""A run folder as a page; no second truth."""

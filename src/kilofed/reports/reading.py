@@ -1,0 +1,188 @@
+"""A run folder read back as values: what was asked for, what each round gave, and the sums of the ledger's rows.
+
+The ledger is streamed, one row at a time: only sums stay in memory, so that millions of rows cost no more than ten.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import groupby
+from operator import attrgetter
+from pathlib import Path
+
+from kilofed.errors import RunError
+from kilofed.federation import ledger
+from kilofed.federation.ledger import Direction, Row
+from kilofed.units import number
+
+
+@dataclass(frozen=True)
+class Round:
+    """One line of metrics.jsonl; None is what was not measured."""
+
+    number: int
+    """0 is the untouched base model."""
+    loss: float | None
+    """Held-out, nats per response token, mean over clients."""
+    accuracy: float | None
+    train_loss: float | None
+    seconds: float | None
+    by_client: Mapping[str, float]
+    """Held-out loss of each client."""
+    failures: Mapping[str, str]
+    """What each client that failed said."""
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Sums over ledger rows."""
+
+    by_round: Counter[tuple[int, Direction]] = field(default_factory=Counter)
+    by_client: Counter[tuple[int, Direction]] = field(default_factory=Counter)
+    by_action: Counter[tuple[str, str, Direction]] = field(default_factory=Counter)
+    """Bytes per action and verb."""
+    num_messages: Counter[tuple[str, str, Direction]] = field(default_factory=Counter)
+    num_exchanges: Counter[int] = field(default_factory=Counter)
+    """Exchanges of each round."""
+    spans: dict[tuple[str, str], tuple[int, int]] = field(default_factory=dict)
+    """Least and most of an action per round: bytes of one client (`down`, `up`), or `exchanges`."""
+
+    def total(self, direction: Direction) -> int:
+        """Bytes of all rows in one direction."""
+        return sum(count for (_, way), count in self.by_round.items() if way == direction)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """One run folder."""
+
+    folder: Path
+    recipe_text: str
+    run: Mapping[str, object]
+    """run.json."""
+    results: Mapping[str, object]
+    """results.json; empty while the run is not finished."""
+    rounds: list[Round]
+    traffic: Traffic
+    """Of all repeats together, where the folder holds several."""
+    seeds: list["Reading"]
+    """The repeats, where the folder holds several."""
+
+
+def read(folder: Path) -> Reading:
+    """Read `folder`, and the `seed-N` folders in it.
+
+    Raises:
+        RunError: not a run folder, or a file that is not what a run writes, with the number of the broken line.
+    """
+    if not (folder / "run.json").is_file():
+        raise RunError(f"{folder} is not a run folder (it has no run.json); give the folder that `kilofed run` made")
+    results, recipe = folder / "results.json", folder / "recipe.toml"
+    seeds = [read(path) for path in sorted(folder.glob("seed-*"), key=_seed) if path.is_dir()]
+    return Reading(
+        folder,
+        recipe.read_text("utf-8") if recipe.exists() else "",
+        _table(folder / "run.json"),
+        _table(results) if results.exists() else {},
+        list(_rounds(folder / "metrics.jsonl")),
+        merge([measure(ledger.read(folder / "ledger.jsonl")), *(seed.traffic for seed in seeds)]),
+        seeds,
+    )
+
+
+def measure(rows: Iterable[Row]) -> Traffic:
+    """Add up `rows`, whose rounds come in order."""
+    traffic = Traffic()
+    for at, group in groupby(rows, key=attrgetter("round")):
+        sums: Counter[tuple[str, str, Direction, int]] = Counter()
+        exchanges: dict[str, set[int]] = {}
+        for row in group:
+            sums[row.action, row.verb, row.direction, row.client] += row.bytes
+            traffic.num_messages[row.action, row.verb, row.direction] += 1
+            exchanges.setdefault(row.action, set()).add(row.exchange)
+        for (action, verb, way, client), count in sums.items():
+            traffic.by_round[at, way] += count
+            traffic.by_client[client, way] += count
+            traffic.by_action[action, verb, way] += count
+            _widen(traffic.spans, (action, way), count, count)
+        for action, turns in exchanges.items():
+            _widen(traffic.spans, (action, "exchanges"), len(turns), len(turns))
+        traffic.num_exchanges[at] += len(set().union(*exchanges.values()))
+    return traffic
+
+
+def merge(parts: Iterable[Traffic]) -> Traffic:
+    """The sums of all `parts`."""
+    whole = Traffic()
+    for part in parts:
+        whole.by_round.update(part.by_round)
+        whole.by_client.update(part.by_client)
+        whole.by_action.update(part.by_action)
+        whole.num_messages.update(part.num_messages)
+        whole.num_exchanges.update(part.num_exchanges)
+        for key, (low, high) in part.spans.items():
+            _widen(whole.spans, key, low, high)
+    return whole
+
+
+def dig(value: object, *path: str) -> object:
+    """What lies at `path` in nested tables; None where nothing does."""
+    for key in path:
+        value = value.get(key) if isinstance(value, Mapping) else None
+    return value
+
+
+def items(value: object) -> list[object]:
+    """`value` if it is a list, else an empty one."""
+    return value if isinstance(value, list) else []
+
+
+def _widen(spans: dict[tuple[str, str], tuple[int, int]], key: tuple[str, str], low: int, high: int) -> None:
+    least, most = spans.get(key, (low, high))
+    spans[key] = (min(least, low), max(most, high))
+
+
+def _seed(path: Path) -> tuple[int, str]:
+    number = path.name.removeprefix("seed-")
+    return (int(number) if number.isdecimal() else 0, number)
+
+
+def _table(path: Path) -> Mapping[str, object]:
+    try:
+        table = json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise RunError(f"{path} is not JSON ({error}); it was not written by a run, or was cut") from error
+    if not isinstance(table, dict):
+        raise RunError(f"{path} holds a {type(table).__name__}; expected a table")
+    return table
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    if path.exists():
+        with path.open(encoding="utf-8", errors="replace") as lines:
+            yield from enumerate(lines, 1)
+
+
+def _rounds(path: Path) -> Iterator[Round]:
+    for at, line in _lines(path):
+        try:
+            yield _round(json.loads(line))
+        except (ValueError, TypeError, KeyError) as error:
+            raise RunError(
+                f"{path} line {at} is not a round's metrics ({error}); resume the run to mend it"
+            ) from error
+
+
+def _round(row: Mapping[str, object]) -> Round:
+    losses = {str(dig(client, "id")): number(dig(client, "loss")) for client in items(row.get("clients"))}
+    failures = row.get("failures")
+    return Round(
+        int(str(row["round"])),
+        number(row.get("loss")),
+        number(row.get("accuracy")),
+        number(row.get("train_loss")),
+        number(row.get("seconds")),
+        {client: loss for client, loss in losses.items() if loss is not None},
+        {str(client): str(text) for client, text in failures.items()} if isinstance(failures, Mapping) else {},
+    )

@@ -1,0 +1,299 @@
+"""Several methods on one base model, one split, one evaluation and one local budget; one table and one page of it.
+
+Every entry is a run of its own in a process of its own, so memory is measured apart and a crash costs one entry. A
+comparison that was stopped goes on where it was when it is called again.
+"""
+
+import copy
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import cast
+
+from kilofed.config.fields import Table, Value
+from kilofed.config.recipe import Recipe, from_table, lay_over, read_table, shipped, to_table, to_toml
+from kilofed.errors import RecipeError, RunError, nearest
+from kilofed.files import replace_file
+from kilofed.reports import plots
+from kilofed.reports.page import render
+from kilofed.reports.reading import dig, items, read
+from kilofed.units import count, fixed, number, operations, percent, size
+
+SHARED = ("model", "data", "evaluate", "seed", "seeds", "rounds", "cohort", "train")
+"""Keys of a recipe that all entries have in common, but for FREE."""
+FREE = ("lr", "optimizer", "schedule", "warmup", "weight_decay", "max_grad_norm", "accumulation")
+"""Keys of [train] that an entry may have to itself: what suits an adapter suits no full model."""
+CONTROLS = ("base", "local", "central")
+NAMES = {"local": "local-only"}
+TITLES = (
+    "loss",
+    "accuracy",
+    "up",
+    "down",
+    "exchanges",
+    "client compute",
+    "client memory",
+    "server compute",
+    "time",
+    "leaves the client",
+    "secure sum",
+)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One line of the comparison."""
+
+    label: str
+    method: str
+    """A method, or a shipped recipe, whose [method] and [adapter] are then taken."""
+    words: Mapping[str, Value] = field(default_factory=dict)
+    """Changes for this entry alone."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one entry brought and cost; per client where it says so, None where it was not measured."""
+
+    label: str
+    method: str
+    loss: float | None
+    interval: tuple[float, float] | None
+    """95 % of the loss, over seeds, or over clients where there is one seed."""
+    accuracy: float | None
+    up: float | None
+    """Bytes per client in the whole run of one seed."""
+    down: float | None
+    exchanges: float | None
+    """Of one seed."""
+    client_flops: float | None
+    """Operations per client in the first round."""
+    client_memory: float | None
+    """Bytes, the largest client process."""
+    server_flops: float | None
+    seconds: float | None
+    """Of all rounds of one seed."""
+    brings: str
+    """What is scored."""
+    leaves: str
+    """What clients send."""
+    secure_sum: bool
+    """Whether every reply is only ever needed as part of a mean."""
+
+
+def entries(names: str, words: Mapping[str, Value]) -> tuple[list[Entry], dict[str, Value]]:
+    """Entries of `fedavg,full=fedavg,kd` with their own `full:adapter.kind=full`, and the words that all share.
+
+    Raises:
+        RecipeError: a label twice, a word for no entry, or one that would make entries incomparable.
+    """
+    pairs = [name.partition("=") for name in names.split(",") if name]
+    methods = {label: method or label for label, _, method in pairs}
+    if len(methods) != len(pairs) or not pairs:
+        raise RecipeError(
+            f"--methods is {names!r}; expected names such as fedavg,kd, none twice (full=fedavg renames)"
+        )
+    own: dict[str, dict[str, Value]] = {label: {} for label in methods}
+    common: dict[str, Value] = {}
+    for key, value in words.items():
+        label, colon, rest = key.partition(":")
+        if not colon and key.split(".")[0] == "method":
+            raise RecipeError(f"{key}: each entry has a method of its own; say whose, as in {next(iter(own))}:{key}")
+        if not colon:
+            common[key] = value
+        elif label not in own:
+            raise RecipeError(f"{key} is for {label!r}, which is not compared{nearest(label, own)}")
+        elif rest.split(".")[0] in SHARED and rest not in {f"train.{name}" for name in FREE}:
+            raise RecipeError(
+                f"{key} would give {label} another {rest.split('.')[0]}: entries share it; leave {label}: out"
+            )
+        else:
+            own[label][rest] = value
+    return [Entry(label, method, own[label]) for label, method in methods.items()], common
+
+
+def recipes(source: str | Path, chosen: Sequence[Entry], common: Mapping[str, Value], seeds: int) -> dict[str, Recipe]:
+    """The recipe of each entry, by label. Raises RecipeError."""
+    base = read_table(source)
+    lay_over(base, common)
+    known = shipped()
+    theirs = {entry.label: read_table(entry.method) if entry.method in known else {} for entry in chosen}
+    public = _public(base, theirs)
+    found = {}
+    for entry in chosen:
+        table = copy.deepcopy(base)
+        same = dig(table, "method", "name") == entry.method
+        table["method"] = theirs[entry.label].get("method", table["method"] if same else {"name": entry.method})
+        if "adapter" in theirs[entry.label] and "adapter" not in _tops(common):
+            table["adapter"] = theirs[entry.label]["adapter"]
+        lay_over(table, {**public, **entry.words})
+        controls: list[Value] = list(CONTROLS) if entry is chosen[0] else []
+        lay_over(table, {"name": entry.label, "seeds": seeds, "evaluate.costs": True, "evaluate.controls": controls})
+        if dig(table, "engine", "name") in (None, "inprocess"):
+            # Clients in a process apart, so that their memory is theirs.
+            lay_over(table, {"engine.name": "pool", "engine.workers": 1})
+        found[entry.label] = from_table(table)
+    return found
+
+
+def compare(
+    source: str | Path, chosen: Sequence[Entry], common: Mapping[str, Value], *, out: Path, seeds: int = 1
+) -> dict[str, object]:
+    """Run what is not finished under `out`, and write `compare.json` and `compare.html` there.
+
+    Returns:
+        rows (as `Row`, by label), controls (loss, interval and accuracy by name), seeds.
+
+    Raises:
+        RecipeError: an entry's recipe is wrong. RunError: `out` holds another comparison, or an entry stopped.
+    """
+    wanted = recipes(source, chosen, common, seeds)
+    for label, recipe in wanted.items():
+        _check_same(out / label, recipe)
+    for label, recipe in wanted.items():
+        _run(out / label, recipe)
+    rows = [_row(out / entry.label, entry) for entry in chosen]
+    first = read(out / chosen[0].label).results
+    controls = {
+        name: {key: dig(first, "rows", name, key) for key in ("loss", "interval", "accuracy")}
+        for name in CONTROLS
+        if dig(first, "rows", name)
+    }
+    found: dict[str, object] = {"rows": [vars(row) for row in rows], "controls": controls, "seeds": seeds}
+    replace_file(out / "compare.json", (json.dumps(found, indent=1) + "\n").encode())
+    replace_file(out / "compare.html", _page(rows, controls, wanted[chosen[0].label]).encode("utf-8", "replace"))
+    return found
+
+
+def text(found: Mapping[str, object]) -> str:
+    """The comparison as a plain table."""
+    lines = [["", *TITLES], *([str(dig(row, "label")), *_cells(row)] for row in items(found["rows"]))]
+    lines += [
+        [NAMES.get(name, name), *_scores(row), *[""] * (len(TITLES) - 2)]
+        for name, row in cast(Table, found["controls"]).items()
+    ]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join("  ".join(cell.rjust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines)
+
+
+def _scores(row: object) -> list[str]:
+    """Loss with its interval, and accuracy."""
+    ends = dig(row, "interval")
+    around = f" [{', '.join(map(fixed, ends))}]" if isinstance(ends, list | tuple) else ""
+    return [fixed(dig(row, "loss")) + around, percent(dig(row, "accuracy"))]
+
+
+def _cells(row: object) -> list[str]:
+    return [
+        *_scores(row),
+        size(dig(row, "up")),
+        size(dig(row, "down")),
+        count(dig(row, "exchanges")),
+        operations(dig(row, "client_flops")),
+        size(dig(row, "client_memory")),
+        operations(dig(row, "server_flops")),
+        fixed(dig(row, "seconds"), 1) + " s",
+        str(dig(row, "leaves")),
+        "yes" if dig(row, "secure_sum") else "no",
+    ]
+
+
+def _page(rows: Sequence[Row], controls: Mapping[str, object], recipe: Recipe) -> str:
+    costs: dict[str, tuple[str, str, str, Callable[[Row], float | None]]] = {
+        "bytes": ("Quality against bytes", "sent and received per client", "B", lambda row: _sum(row.up, row.down)),
+        "compute": ("Quality against client compute", "per client and round", "FLOP", lambda row: row.client_flops),
+        "memory": ("Quality against client memory", "largest client process", "B", lambda row: row.client_memory),
+    }
+    drawn = []
+    controls = {NAMES.get(name, name): row for name, row in controls.items()}
+    levels = {name: loss for name, row in controls.items() if (loss := number(dig(row, "loss"))) is not None}
+    for name, (title, x, unit, cost) in costs.items():
+        points = {row.label: (found, row.loss) for row in rows if (found := cost(row)) and row.loss is not None}
+        if points:
+            best = ", ".join(plots.pareto(points))
+            words = f"Left and low is better. None is better in both than: {best}."
+            plot = plots.scatter(name, points, levels=levels, x=x, y="held-out loss, nats", unit=unit)
+            drawn.append((name, title, words, plot))
+    return render(
+        "compare.html.jinja",
+        {
+            "recipe": recipe,
+            "titles": TITLES,
+            "rows": [(row.label, row.method, row.brings, _cells(vars(row))) for row in rows],
+            "controls": [(name, _scores(row)) for name, row in controls.items()],
+            "plots": drawn,
+        },
+    )
+
+
+def _sum(first: float | None, second: float | None) -> float | None:
+    return None if first is None or second is None else first + second
+
+
+def _tops(words: Mapping[str, Value]) -> set[str]:
+    return {key.split(".")[0] for key in words}
+
+
+def _public(base: Table, theirs: Mapping[str, Table]) -> dict[str, Value]:
+    """Public rows are set aside before rows are split, so all entries set aside those that one of them needs."""
+    keys = ("public", "public_share")
+    if any(dig(base, "data", key) for key in keys):
+        return {}
+    for table in theirs.values():
+        if found := {f"data.{key}": cast(Value, dig(table, "data", key)) for key in keys if dig(table, "data", key)}:
+            return found
+    return {}
+
+
+def _check_same(folder: Path, recipe: Recipe) -> None:
+    path = folder / "run.json"
+    if path.exists() and json.loads(path.read_text("utf-8")).get("recipe") != to_table(recipe):
+        raise RunError(
+            f"{folder} holds a run of another recipe (other data, base, method or settings), which cannot stand beside "
+            "the others: choose another --out, or remove that folder"
+        )
+
+
+def _run(folder: Path, recipe: Recipe) -> None:
+    if (folder / "results.json").exists():
+        return
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    written = folder.with_suffix(".toml")
+    replace_file(written, to_toml(recipe).encode())
+    began = (folder / "run.json").exists()
+    words = ["resume", str(folder)] if began else ["run", str(written), "--out", str(folder)]
+    print(f"== {recipe.name}", file=sys.stderr, flush=True)
+    done = subprocess.run([sys.executable, "-m", "kilofed", *words], stdout=subprocess.DEVNULL, check=False)
+    if done.returncode:
+        raise RunError(f"{recipe.name} stopped (see above); what was finished is kept, call compare again to go on")
+
+
+def _row(folder: Path, entry: Entry) -> Row:
+    from kilofed.federation.method import find_method
+
+    found = read(folder)
+    results, seeds = found.results, max(len(found.seeds), 1)
+    scores = dig(results, "rows", "federated")
+    ends = dig(scores, "interval")
+    method = find_method(str(results.get("method")))
+    exchanges, seconds = number(results.get("exchanges")), number(results.get("seconds"))
+    return Row(
+        entry.label,
+        str(results.get("method")),
+        number(dig(scores, "loss")),
+        (float(ends[0]), float(ends[1])) if isinstance(ends, list) and len(ends) == 2 else None,
+        number(dig(scores, "accuracy")),
+        number(dig(results, "bytes", "up")),
+        number(dig(results, "bytes", "down")),
+        None if exchanges is None else exchanges / seeds,
+        number(dig(results, "costs", "client", "flops")),
+        number(dig(results, "costs", "client", "peak_memory_bytes")),
+        number(dig(results, "costs", "server", "flops")),
+        None if seconds is None else seconds / seeds,
+        method.brings,
+        method.sends,
+        all(verb == "mean" for _, verb, _ in found.traffic.by_action),
+    )

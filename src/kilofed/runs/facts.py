@@ -1,0 +1,80 @@
+"""What a run is before its first round: clients, bytes to come, what leaves them, where it runs; part of run.json."""
+
+import logging
+from dataclasses import replace
+
+from kilofed.costs import environment
+from kilofed.errors import ModelError
+from kilofed.federation.method import forecast, leaving
+from kilofed.federation.parties import Server
+from kilofed.models import loading
+from kilofed.payload import Payload
+from kilofed.privacy.mechanisms import Mechanism
+from kilofed.runs import plan
+from kilofed.runs.sites import Sites
+
+log = logging.getLogger("kilofed")
+
+
+def about(sites: Sites, server: Server, policy: Mechanism) -> dict[str, object]:
+    """Facts that are known once data and model are there; `server` is left as it is."""
+    fresh = replace(server, state={})
+    sites.method.setup(fresh)
+    spec = sites.recipe.data
+    column = spec.columns.label if sites.classes else spec.partition.column
+    where = environment.describe(sites.recipe.model.device)
+    return {
+        "kilofed": where["kilofed"],
+        "environment": where,
+        "data_note": sites.rows.note,
+        "layout": sites.renderer.kind,
+        "clients": [
+            {
+                "id": number,
+                "name": share.name,
+                "train_rows": len(share.train),
+                "test_rows": len(share.test),
+                "labels": _counts([str(row.get(column, "")) for row in share.train]),
+            }
+            for number, share in enumerate(sites.shares)
+        ],
+        "forecast": [vars(sent) for sent in forecast(sites.method, fresh, policy)],
+        "leaves": [
+            {"action": message.action, **_shapes(leaving(sites.method, message, policy))}
+            for message in sites.method.rehearse(fresh)
+        ],
+        **_plan(sites),
+        "classes": list(sites.classes),
+        "num_trained": sum(p.numel() for p in loading.trained(server.model).values()),
+        "num_parameters": sum(p.numel() for p in server.model.parameters()),
+    }
+
+
+def _plan(sites: Sites) -> dict[str, object]:
+    """What the run should take, where costs are counted; nothing where that cannot be told."""
+    if not sites.recipe.evaluate.costs:
+        return {}
+    try:
+        return {"plan": vars(plan.forecast(sites, _here(sites)))}
+    except ModelError as error:
+        log.warning("the run goes on without a forecast of its costs: %s", error)
+        return {}
+
+
+def _here(sites: Sites) -> plan.Device:
+    """This machine, with as many clients in a process as the run puts there."""
+    engine, num = sites.recipe.engine, len(sites.client_ids())
+    together = {"inprocess": num, "pool": -(-num // engine.workers)}.get(engine.name, 1)
+    return replace(plan.device(sites), together=together)
+
+
+def _shapes(payload: Payload) -> dict[str, object]:
+    """What is in a message, without its values."""
+    tensors = {name: [str(t.dtype).removeprefix("torch."), *t.shape] for name, t in sorted(payload.tensors.items())}
+    return {"tensors": tensors, "scalars": sorted(payload.scalars)}
+
+
+def _counts(labels: list[str]) -> dict[str, int]:
+    """How often each label occurs; empty when there is but one or too many to plot."""
+    kinds = sorted(set(labels))
+    return {kind: labels.count(kind) for kind in kinds} if 1 < len(kinds) <= 100 else {}

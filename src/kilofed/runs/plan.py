@@ -1,0 +1,290 @@
+"""What a run would take, told before it is run: bytes, memory, operations and seconds, for a stated device and link.
+
+Nothing is trained and no large model is loaded: bytes come from the messages that a method would send, operations and
+activations from its batches on a model that has shapes and no numbers (`kilofed.costs.counter`).
+"""
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from kilofed.config.fields import Value
+from kilofed.config.recipe import ModelSpec, Recipe
+from kilofed.costs import counter, needs
+from kilofed.costs.counter import Bench
+from kilofed.data.examples import Example
+from kilofed.errors import KilofedError
+from kilofed.federation.method import Message, Method, Sent, find_method, sent
+from kilofed.federation.parties import Server
+from kilofed.federation.workload import Scene, Work
+from kilofed.models import loading
+from kilofed.runs import compare
+from kilofed.runs.sites import Sites, drawn
+from kilofed.units import count, duration, operations, size
+
+COPIES = 7
+"""Copies of a message that a client has at most: what came, from the pipe and decoded, and the reply, put together."""
+MOST = 2000
+"""Clients, counted anew in each round, that are looked at one by one; the rounds after them are taken to be like these."""
+FAMILIES = "fedavg,full=fedavg,kd,split,fedpt,fedkseed"
+"""One method of each family."""
+OWN: dict[str, Value] = {"full:adapter.kind": "full"}
+TITLES = ("up", "down", "exchanges", "client compute", "client memory", "server compute", "computing", "link", "fits")
+
+
+@dataclass(frozen=True)
+class Device:
+    """One client's machine and link, and the server's speed."""
+
+    flops: float
+    """Operations per second that it reaches in training, not its peak."""
+    memory: float
+    """Bytes that a client's process may take."""
+    up: float = 20e6
+    """Bits per second from the client."""
+    down: float = 100e6
+    """Bits per second to the client."""
+    latency: float = 0.03
+    """Seconds from asking to being answered, beside the bytes."""
+    server_flops: float = 0.0
+    """Operations per second that the server reaches; 0 takes the client's."""
+    runtime: float = 0.0
+    """Bytes of a client's process before it holds a model."""
+    together: int = 1
+    """Clients in one process, as in a simulation."""
+
+    @property
+    def serving(self) -> float:
+        """Operations per second of the server."""
+        return self.server_flops or self.flops
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """One method's costs. None is what nobody can tell before the run."""
+
+    label: str
+    method: str
+    leaves: str
+    """What clients send."""
+    exact: bool = True
+    """Whether the ledger will count these very bytes; else they depend a little on what training finds, or are scaled up."""
+    up: float | None = None
+    """Bytes per client in the whole run."""
+    down: float | None = None
+    exchanges: int | None = None
+    """Of the whole run."""
+    client_flops: float | None = None
+    """Operations per client in the first round."""
+    server_flops: float | None = None
+    """Operations in the first round."""
+    client_memory: float | None = None
+    """Bytes, the hungriest client's process."""
+    compute_seconds: float | None = None
+    """Of the whole run: the slowest client, as clients work side by side, and the server."""
+    link_seconds: float | None = None
+    """Of the whole run: bytes on their way, and waiting for answers."""
+    refused: str = ""
+    """Why it does not fit; empty if it does."""
+
+
+def plan(recipes: Mapping[str, Recipe], device: Device) -> list[Forecast]:
+    """A forecast per recipe, by label; one that could not run, or not on this device, says why."""
+    found = []
+    benches: dict[object, Bench] = {}
+    for label, recipe in recipes.items():
+        try:
+            sites = Sites(recipe)
+            bench = benches.setdefault((recipe.adapter, recipe.train, sites.classes), _bench(sites))
+            one = forecast(sites, device, bench=bench, label=label)
+        except KilofedError as error:
+            sentence = " ".join(str(error).split())
+            one = Forecast(label, recipe.method.name, find_method(recipe.method.name).sends, refused=sentence)
+        if one.client_memory and one.client_memory > device.memory:
+            why = f"a client needs {size(one.client_memory)} of memory, the device has {size(device.memory)}"
+            one = replace(one, refused=why)
+        found.append(one)
+    return found
+
+
+def forecast(sites: Sites, device: Device, *, bench: Bench | None = None, label: str = "") -> Forecast:
+    """What the run of `sites` would take.
+
+    Args:
+        sites: their rows are read and tokenised, their models are not loaded.
+        bench: one for the same adapter, training and classes, which may know some passes already.
+
+    Raises:
+        KilofedError: it could not run.
+    """
+    recipe, bench = sites.recipe, bench or _bench(sites)
+    scene = scene_of(sites, bench)
+    sites.method.check(scene.server)
+    ids = sites.client_ids()
+    looked = min(recipe.rounds, max(2, MOST // (recipe.cohort or len(ids))))
+    rounds = [_Round.of(sites, scene, bench, number, device.together) for number in range(1, looked + 1)]
+    first, times = rounds[0], recipe.rounds / looked
+    memory = next((one.memory for one in rounds if one.memory), None)
+    told = all(one.sent is not None for one in rounds)
+    known = all(one.flops is not None and one.server_flops is not None for one in rounds)
+    messages = [message for one in rounds for mine in (one.sent or {}).values() for message in mine]
+    return Forecast(
+        label or recipe.name,
+        recipe.method.name,
+        type(sites.method).sends,
+        exact=type(sites.method).exact_bytes and looked == recipe.rounds,
+        up=times * sum(one.up for one in messages) / len(ids) if told else None,
+        down=times * sum(one.down for one in messages) / len(ids) if told else None,
+        exchanges=round(times * sum(one.exchanges for one in rounds)) if told else None,
+        client_flops=statistics.fmean(first.flops.values()) if first.flops else None,
+        server_flops=first.server_flops,
+        client_memory=device.runtime + memory if memory else None,
+        compute_seconds=times * sum(one.compute_seconds(device) for one in rounds) if known else None,
+        link_seconds=times * sum(one.link_seconds(device) for one in rounds) if told else None,
+    )
+
+
+@dataclass(frozen=True)
+class _Round:
+    """One round's costs; None where nobody can tell."""
+
+    sent: Mapping[int, Sequence[Sent]] | None
+    """By client."""
+    flops: Mapping[int, float] | None
+    """Operations, by client."""
+    server_flops: float | None
+    memory: float | None
+    """Bytes beside the runtime, the hungriest client; told of the second round, the first in which all is done."""
+
+    @classmethod
+    def of(cls, sites: Sites, scene: Scene, bench: Bench, number: int, together: int) -> "_Round":
+        method, recipe = sites.method, sites.recipe
+        scene.round, scene.server.round = number, number - 1
+        scene.ids = drawn(sites.client_ids(), recipe, number)
+        messages = _messages(method, scene)
+        traffic = {client: sent(method, messages[client], sites.policy) for client in scene.ids}
+        works: dict[ModelSpec, dict[int, Work]] = {}
+        for client in scene.ids:
+            if (own := method.client_work(scene, client)) is not None:
+                works.setdefault(method.client_model(recipe, client) or recipe.model, {})[client] = own
+        flops = {
+            client: bench.operations(own.passes, spec) for spec, of in works.items() for client, own in of.items()
+        }
+        known = len(flops) == len(scene.ids)
+        held = []
+        if number == min(2, recipe.rounds):
+            longest = max((max(m.up, m.down) // m.exchanges for mine in traffic.values() for m in mine), default=0)
+            held = [
+                bench.memory(list(of.values()), spec, messages=COPIES * longest, together=together)
+                for spec, of in works.items()
+            ]
+        served = method.server_work(scene)
+        return cls(
+            traffic if all(traffic.values()) else None,
+            flops if known else None,
+            None if served is None else bench.operations(served.passes, recipe.model),
+            max(held) if held and known else None,
+        )
+
+    @property
+    def exchanges(self) -> int:
+        """Times that the server waits for clients."""
+        return max(sum(one.exchanges for one in mine) for mine in (self.sent or {}).values())
+
+    def compute_seconds(self, device: Device) -> float:
+        """Clients side by side, then the server."""
+        slowest = max((self.flops or {}).values(), default=0.0) / device.flops
+        return slowest + (self.server_flops or 0.0) / device.serving
+
+    def link_seconds(self, device: Device) -> float:
+        """Of the client with most to send and receive."""
+        return max(
+            sum(8 * one.up / device.up + 8 * one.down / device.down + one.exchanges * device.latency for one in mine)
+            for mine in (self.sent or {}).values()
+        )
+
+
+def _bench(sites: Sites) -> Bench:
+    return Bench(sites.recipe.adapter, sites.recipe.train, sites.classes)
+
+
+def scene_of(sites: Sites, bench: Bench) -> Scene:
+    """The run of `sites` before its first round. Raises KilofedError."""
+    recipe, method = sites.recipe, sites.method
+    spec = method.server_model(recipe)
+    model = bench.outline(spec) if spec else nn.Identity()
+    server = Server(recipe.seed, recipe.rounds, recipe.train, model, public=sites.public, spec=spec)
+    server.state.update(loading.read_trained(model))
+
+    def rows_of(client: int) -> list[Example]:
+        return sites.train_examples(client, method.client_model(recipe, client))
+
+    return Scene(recipe, server, rows_of, sites.public_examples)
+
+
+def _messages(method: Method, scene: Scene) -> Mapping[int, list[Message]]:
+    """By client; worked out once where all have the same."""
+    if type(method).messages is Method.messages:
+        return dict.fromkeys(scene.ids, method.messages(scene, 0))
+    return {client: method.messages(scene, client) for client in scene.ids}
+
+
+def device(sites: Sites, **stated: float | None) -> Device:
+    """A device as stated, by the fields of `Device`; of what is not stated or None, this machine's, as measured here.
+
+    Args:
+        sites: whose rows a client's process has in memory; before their models are loaded.
+    """
+    sites.read()
+    found = counter.measure()
+    here = Device(found.flops, needs.free_memory(torch.device("cpu")), runtime=found.runtime)
+    given = {name: value for name, value in stated.items() if value is not None}
+    return replace(here, **given)  # type: ignore[arg-type]
+
+
+def recipes(source: str | Path, names: str, words: Mapping[str, Value]) -> dict[str, Recipe]:
+    """The recipes of the methods `names`, by label, as `kilofed compare` would run them. Raises RecipeError.
+
+    Args:
+        names: such as fedavg,full=fedavg; empty takes one of each family.
+    """
+    chosen, common = compare.entries(names or FAMILIES, {**({} if names else OWN), **words})
+    return compare.recipes(source, chosen, common, 1)
+
+
+def text(found: Sequence[Forecast], device: Device) -> str:
+    """The forecasts as a plain table, and a sentence on each method that does not fit."""
+    lines = [["", *TITLES], *([one.label, *cells(one)] for one in found)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    told = ["  ".join(cell.rjust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines]
+    link = f"{device.up / 1e6:g} Mbit/s up, {device.down / 1e6:g} Mbit/s down, {1000 * device.latency:g} ms"
+    client = f"a client: {operations(device.flops)}/s, {size(device.memory)} of memory, {link}"
+    told += [
+        "",
+        "Bytes per client, exchanges and seconds are of the whole run, compute is of its first round.",
+        f"For {client}; the server: {operations(device.serving)}/s.",
+    ]
+    if any(not one.exact and one.up for one in found):
+        told.append("~: close, not exact; it depends on what training finds, or later rounds were not looked at.")
+    told += [f"{one.label} does not fit: {one.refused}" for one in found if one.refused]
+    return "\n".join(told)
+
+
+def cells(one: Forecast) -> list[str]:
+    """A line of the table."""
+    about = "" if one.exact or one.up is None else "~"
+    return [
+        about + size(one.up),
+        about + size(one.down),
+        count(one.exchanges),
+        operations(one.client_flops),
+        size(one.client_memory),
+        operations(one.server_flops),
+        duration(one.compute_seconds),
+        duration(one.link_seconds),
+        "no" if one.refused else "yes",
+    ]

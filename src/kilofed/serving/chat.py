@@ -1,0 +1,68 @@
+"""Talk to a model in the terminal; a line in, an answer out, by the same decoding as `kilofed serve`."""
+
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TextIO
+
+from kilofed.generation.decoding import Sampling
+from kilofed.generation.detokenizer import Piece, spell
+from kilofed.serving.model import Served, open_served
+
+
+def talk(
+    path: str | Path, *, max_new_tokens: int = 128, source: TextIO | None = None, to: TextIO | None = None
+) -> None:
+    """Answer each line of `source` (by default the keyboard) greedily on `to`, until it ends or an empty line.
+
+    Args:
+        path: what `kilofed serve` takes: a run folder, a model directory, builtin:small, a hub id.
+
+    Raises:
+        RunError, ModelError, DataError: as `open_served`; a line that alone fills the model's context.
+    """
+    source, to = source or sys.stdin, to or sys.stdout
+    served = open_served(str(path))
+    keyboard = source.isatty()
+    if keyboard:
+        print(f"{served.manner}. An empty line or Ctrl-D ends the talk.", file=sys.stderr)
+    talked: list[dict[str, str]] = []
+    while line := _ask(source, keyboard):
+        talked.append({"role": "user", "content": line})
+        talked, ids = fitted(served, talked)
+        tokens = served.speaker.speak(ids, Sampling(max_new_tokens))
+        said = _say(spell(tokens, served.spelling, end_ids=served.speaker.end_ids), to)
+        talked.append({"role": "assistant", "content": said})
+
+
+def _ask(source: TextIO, keyboard: bool) -> str:
+    if keyboard:
+        print("> ", end="", file=sys.stderr, flush=True)
+    return source.readline().strip()
+
+
+def fitted(served: Served, talked: list[dict[str, str]]) -> tuple[list[dict[str, str]], list[int]]:
+    """The newest turns that leave room for an answer, and their tokens."""
+    ids = served.talk_ids(talked)
+    whole = len(talked)
+    while len(ids) >= served.speaker.context and len(talked) > 2:
+        talked = talked[2:]
+        ids = served.talk_ids(talked)
+    if len(talked) < whole:
+        print("the talk is longer than the model's context: its oldest turns are no longer seen", file=sys.stderr)
+    return talked, ids
+
+
+def _say(pieces: Iterable[Piece], to: TextIO) -> str:
+    """Write an answer as it comes, without white space around it; the whole of it."""
+    said = held = ""
+    for piece in pieces:
+        text = held + piece.text if said else piece.text.lstrip()
+        ready = text.rstrip()
+        held = text[len(ready) :]
+        said += ready
+        to.write(ready)
+        to.flush()
+    to.write("\n")
+    to.flush()
+    return said

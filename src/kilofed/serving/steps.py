@@ -1,0 +1,59 @@
+"""What a request makes the model do, as steps that are each computed when asked for."""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from kilofed.generation.decoding import Token
+from kilofed.generation.detokenizer import Piece, spell
+from kilofed.serving.model import Served
+from kilofed.serving.requests import SEEDS, Ask
+
+UNTOLD = Token(-1, math.nan)
+"""Stands for what is not known of a token; its log-probability is told as null."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One piece of one answer."""
+
+    index: int
+    """Number of the answer: prompt number times n, plus the choice."""
+    piece: Piece
+    offset: int
+    """Where the piece's tokens count their characters from: 0, or the echoed prompt's length."""
+
+
+def steps(served: Served, ask: Ask) -> Iterator[Step]:
+    """All answers to `ask`, one after the other, piece by piece; close it to give the model's caches back."""
+    for number, prompt in enumerate(ask.prompts):
+        echoed = _echo(served, ask, prompt) if ask.echo else None
+        for choice in range(ask.n):
+            index, offset = number * ask.n + choice, 0
+            if echoed is not None:
+                offset = len(echoed.text)
+                yield Step(index, echoed, 0)
+            if not ask.sampling.max_new_tokens:
+                continue
+            seed = (ask.sampling.seed + index + SEEDS) % (2 * SEEDS) - SEEDS
+            tokens = served.speaker.speak(prompt, replace(ask.sampling, seed=seed))
+            for piece in spell(tokens, served.spelling, stops=ask.stops, end_ids=served.speaker.end_ids):
+                yield Step(index, piece, offset)
+
+
+def _echo(served: Served, ask: Ask, prompt: Sequence[int]) -> Piece:
+    """The prompt as if it had been generated; scored where log-probabilities are wanted."""
+    if ask.logprobs:
+        scored = served.speaker.score(prompt, ask.sampling.num_logprobs)
+    else:
+        scored = [None] * len(prompt)
+    tokens = [
+        UNTOLD._replace(id=known) if token is None else token for known, token in zip(prompt, scored, strict=True)
+    ]
+    pieces = list(spell(tokens, served.spelling))
+    return Piece(
+        "".join(piece.text for piece in pieces),
+        tuple(spelt for piece in pieces for spelt in piece.tokens),
+        "" if ask.sampling.max_new_tokens else "length",
+        num_new=0,
+    )

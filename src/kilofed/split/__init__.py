@@ -1,0 +1,1 @@
+"""Split learning: a model in two parts, and what crosses the cut."""

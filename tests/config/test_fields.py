@@ -1,0 +1,110 @@
+"""Plain values into frozen dataclasses, refusals with the nearest name, and fields with their texts."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import pytest
+
+from kilofed.config.fields import Value, build, describe
+from kilofed.errors import RecipeError
+
+
+@dataclass(frozen=True)
+class Inner:
+    path: str = "here"
+    """Where it is."""
+    depth: int = 1
+
+
+@dataclass(frozen=True)
+class Outer:
+    rate: float = 0.5
+    """Speed,
+    in metres."""
+    kind: Literal["slow", "fast"] = "slow"
+    on: bool = False
+    names: tuple[str, ...] = ("a",)
+    inner: Inner = field(default_factory=Inner)
+    """The inner one."""
+    extra: dict[str, Value] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Derived(Outer):
+    rate: float = 2.0
+    """Another speed."""
+
+
+def test_an_empty_table_gives_the_defaults() -> None:
+    assert build(Outer, {}) == Outer()
+
+
+def test_every_kind_of_field_is_filled() -> None:
+    table: dict[str, Value] = {
+        "rate": 0.25,
+        "kind": "fast",
+        "on": True,
+        "names": ["b", "c"],
+        "inner": {"path": "there", "depth": 3},
+        "extra": {"x": [1, "two"], "y": {"z": 1.5}},
+    }
+    expected = Outer(0.25, "fast", True, ("b", "c"), Inner("there", 3), {"x": [1, "two"], "y": {"z": 1.5}})
+    assert build(Outer, table) == expected
+
+
+def test_a_whole_number_is_a_number() -> None:
+    rate = build(Outer, {"rate": 2}).rate
+    assert rate == 2.0
+    assert isinstance(rate, float)
+
+
+def test_one_word_is_a_tuple_of_one() -> None:
+    assert build(Outer, {"names": "b"}).names == ("b",)
+
+
+def test_one_word_for_a_table_sets_its_first_field() -> None:
+    assert build(Outer, {"inner": "there"}).inner == Inner("there")
+
+
+def test_an_unknown_key_is_refused_with_the_nearest_name() -> None:
+    with pytest.raises(RecipeError, match=r"^raet is not a field of Outer \(did you mean rate\?\)$"):
+        build(Outer, {"raet": 1.0})
+
+
+def test_an_unknown_key_far_from_any_lists_what_exists() -> None:
+    with pytest.raises(RecipeError, match=r"inner\.zzz is not a field of Inner \(there is: depth, path\)"):
+        build(Outer, {"inner": {"zzz": 1}})
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ({"rate": "quick"}, r'rate is "quick"; expected a number'),
+        ({"rate": True}, r"rate is true; expected a number"),
+        ({"on": 1}, r"on is 1; expected true or false"),
+        ({"names": [1]}, r"names\[0\] is 1; expected text"),
+        ({"kind": "medium"}, r"kind is 'medium'; expected one of 'slow', 'fast'"),
+        ({"kind": ["slow"]}, r"kind is \['slow'\]; expected one of"),
+        ({"extra": 3}, r"extra is 3; expected a table"),
+        ({"inner": {"depth": 1.5}}, r"inner\.depth is 1\.5; expected a whole number"),
+        ({"inner": {"depth": True}}, r"inner\.depth is true; expected a whole number"),
+    ],
+)
+def test_a_wrong_type_says_what_was_seen_and_expected(table: dict[str, Value], message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        build(Outer, table)
+
+
+def test_texts_stand_below_their_fields() -> None:
+    rows = {name: (kind, default, text) for name, kind, default, text in describe(Outer)}
+    assert list(rows) == ["rate", "kind", "on", "names", "inner", "extra"]
+    assert rows["rate"] == ("a number", 0.5, "Speed,\n    in metres.")
+    assert rows["kind"] == ("slow | fast", "slow", "")
+    assert rows["inner"][1:] == (Inner(), "The inner one.")
+    assert rows["on"][:2] == ("true or false", False)
+
+
+def test_a_base_class_gives_texts_and_the_derived_one_wins() -> None:
+    rows = {name: (default, text) for name, _, default, text in describe(Derived)}
+    assert rows["rate"] == (2.0, "Another speed.")
+    assert rows["inner"][1] == "The inner one."

@@ -1,0 +1,70 @@
+"""Operations are those of the textbook, and a run whose costs are counted learns the same."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+import kilofed
+from kilofed.config.recipe import Recipe
+from kilofed.costs import measurement
+from kilofed.payload import Payload
+
+
+def test_a_linear_layer_costs_two_operations_per_weight_and_row_and_twice_that_back() -> None:
+    layer, x = torch.nn.Linear(7, 5), torch.randn(3, 7, requires_grad=True)
+    with measurement.counted() as forward:
+        y = layer(x)
+    with measurement.counted() as backward:
+        y.sum().backward()
+    assert (forward.flops, backward.flops) == (2 * 3 * 7 * 5, 2 * 2 * 3 * 7 * 5)
+    assert forward.seconds > 0
+    assert forward.peak_memory_bytes > 1 << 20
+
+
+def test_attention_on_the_cpu_is_two_products_forward_and_five_back() -> None:
+    q = torch.randn(1, 2, 6, 4, requires_grad=True)
+    with measurement.counted() as forward:
+        y = scaled_dot_product_attention(q, q, q, is_causal=True)
+    with measurement.counted() as backward:
+        y.sum().backward()
+    product = 2 * 2 * 6 * 6 * 4
+    assert (forward.flops, backward.flops) == (2 * product, 5 * product)
+
+
+@pytest.fixture
+def measured(tiny_recipe: Recipe) -> Recipe:
+    return replace(tiny_recipe, evaluate=replace(tiny_recipe.evaluate, costs=True, generate=0, controls=()))
+
+
+def test_counting_changes_last_bits_at_most_and_finds_the_clients_at_work(measured: Recipe, tmp_path) -> None:
+    plain = replace(measured, evaluate=replace(measured.evaluate, costs=False))
+    with_costs, without = kilofed.run(measured, out=tmp_path / "a"), kilofed.run(plain, out=tmp_path / "b")
+    states = [Payload.decode((one.folder / "state.safetensors").read_bytes()).tensors for one in (with_costs, without)]
+    for name, tensor in states[0].items():
+        torch.testing.assert_close(tensor, states[1][name], rtol=1e-4, atol=1e-5)
+    assert without.results["costs"] == {}
+    found = with_costs.results["costs"]
+    assert found["client"]["flops"] > 0 == found["server"]["flops"]  # FedAvg only adds.
+    assert found["client"]["num_messages"] == 1
+    assert json.loads((tmp_path / "a" / "clients" / "0" / measurement.FILE).read_text())["flops"] > 0
+
+
+@pytest.mark.slow
+def test_worker_processes_count_as_one_process_does(measured: Recipe, tmp_path) -> None:
+    pooled = replace(measured, engine=replace(measured.engine, name="pool", workers=1))
+    flops = [kilofed.run(one, out=tmp_path / one.engine.name).results["costs"] for one in (measured, pooled)]
+    assert flops[0]["client"]["flops"] == flops[1]["client"]["flops"]
+    assert flops[0]["server"]["flops"] == flops[1]["server"]["flops"]
+
+
+@pytest.mark.slow
+def test_a_process_does_not_count_the_memory_of_the_one_that_started_it() -> None:
+    large = torch.ones(100_000_000)  # 400 MB, all of it touched.
+    code = "from kilofed import environment\nprint(environment.own_peak_memory())"
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert int(done.stdout) < 200e6 < large.nbytes < measurement.environment.own_peak_memory()

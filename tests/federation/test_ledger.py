@@ -1,0 +1,98 @@
+"""The ledger is the only meter: rows in order, exact sums, broken lines named."""
+
+import errno
+import os
+import tracemalloc
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kilofed.errors import RunError
+from kilofed.federation.ledger import Ledger, Row
+
+ROWS = [
+    Row(1, 0, "fit", "mean", "down", 0, 100, 0.0),
+    Row(1, 0, "fit", "mean", "down", 2, 100, 0.0),
+    Row(1, 0, "fit", "mean", "up", 0, 60, 0.5),
+    Row(1, 1, "look", "call", "down", 2, 7, 0.0),
+    Row(1, 1, "look", "call", "up", 2, 9, 0.25),
+    Row(2, 0, "fit", "mean", "down", 0, 1000, 0.0),
+]
+
+
+def filled(path: Path | None) -> Ledger:
+    ledger = Ledger(path)
+    for row in ROWS:
+        ledger.add(row)
+    return ledger
+
+
+def check_sums(ledger: Ledger) -> None:
+    assert list(ledger.rows()) == ROWS
+    assert (ledger.total("down"), ledger.total("up")) == (1207, 69)
+    assert ledger.per_client("down") == {0: 1100, 2: 107}
+    assert ledger.per_client("up") == {0: 60, 2: 9}
+    assert ledger.num_exchanges == 3
+
+
+def test_sums_are_those_of_the_rows_in_memory() -> None:
+    check_sums(filled(None))
+
+
+def test_sums_are_those_of_the_rows_on_the_disk(tmp_path: Path) -> None:
+    with closing(filled(tmp_path / "ledger.jsonl")) as ledger:
+        check_sums(ledger)
+
+
+def test_a_ledger_that_is_opened_again_goes_on(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.jsonl"
+    filled(path).close()
+    with closing(Ledger(path)) as again:
+        check_sums(again)
+        again.add(Row(2, 0, "fit", "mean", "up", 0, 31, 1.0))
+        assert again.total("up") == 100
+    with closing(Ledger(path)) as third:
+        assert len(list(third.rows())) == len(ROWS) + 1
+
+
+def test_synced_rows_are_on_the_disk(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.jsonl"
+    with closing(filled(path)) as ledger:
+        ledger.sync()
+        assert len(path.read_text("utf-8").splitlines()) == len(ROWS)
+
+
+@pytest.mark.parametrize("line", ["{", '{"round":1}', "[1]", '{"colour":1}'])
+def test_a_broken_line_is_named(tmp_path: Path, line: str) -> None:
+    path = tmp_path / "ledger.jsonl"
+    filled(path).close()
+    path.write_text(path.read_text("utf-8") + line + "\n", "utf-8")
+    with pytest.raises(RunError, match=rf"ledger\.jsonl line {len(ROWS) + 1} is not a ledger row"):
+        Ledger(path)
+
+
+def test_rows_on_the_disk_do_not_stay_in_memory(tmp_path: Path) -> None:
+    with closing(Ledger(tmp_path / "ledger.jsonl")) as ledger:
+        ledger.add(ROWS[0])
+        tracemalloc.start()
+        for number in range(1000, 4000):
+            ledger.add(Row(1, 0, "fit", "mean", "down", 0, number, 0.0))
+        grown, _ = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+    assert grown < 400_000  # Rows kept would take half as much again.
+
+
+def test_a_full_disk_is_said_in_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ledger = filled(tmp_path / "ledger.jsonl")
+    with monkeypatch.context() as patch:
+
+        def no_space(*_: Any) -> None:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        patch.setattr(os, "fsync", no_space)
+        with pytest.raises(RunError, match=r"cannot write .*ledger\.jsonl \(No space left on device\): make room"):
+            ledger.close()
+    with closing(Ledger(tmp_path / "ledger.jsonl")) as again:
+        check_sums(again)

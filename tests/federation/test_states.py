@@ -1,0 +1,136 @@
+"""A client's state: found by round and exchange, the same from every process, never half written."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kilofed.errors import RunError
+from kilofed.federation.states import States
+
+
+def of(number: float) -> dict[str, torch.Tensor]:
+    return {"x": torch.full((2, 3), number)}
+
+
+@pytest.fixture(params=["memory", "folder"])
+def states(request: pytest.FixtureRequest, tmp_path: Path) -> States:
+    return States(tmp_path / "7" if request.param == "folder" else None)
+
+
+def value(found: dict[str, torch.Tensor]) -> float | None:
+    return found["x"][1, 2].item() if found else None
+
+
+def test_there_is_no_state_before_the_first(states: States) -> None:
+    assert states.before((1, 0)) == {}
+    states.keep((1, 0), of(1))
+    assert states.before((1, 0)) == {}
+
+
+def test_a_message_finds_the_newest_older_state(states: States) -> None:
+    states.keep((1, 0), of(1))
+    assert value(states.before((1, 1))) == 1
+    states.keep((1, 1), of(2))
+    states.keep((2, 0), of(3))
+    assert value(states.before((2, 1))) == 3
+    assert value(states.before((9, 0))) == 3
+
+
+def test_a_server_that_went_back_a_round_meets_its_state(states: States) -> None:
+    states.keep((1, 0), of(1))
+    states.keep((2, 0), of(2))
+    states.keep((2, 1), of(3))
+    assert value(states.before((2, 0))) == 1
+    states.keep((2, 0), of(4))
+    assert value(states.before((3, 0))) == 4
+
+
+def test_a_message_that_comes_twice_meets_the_same_state(states: States) -> None:
+    for exchange in range(4):
+        states.keep((1, exchange), of(exchange))
+    assert value(states.before((1, 3))) == 2
+    states.keep((1, 3), of(3))
+    assert value(states.before((1, 3))) == 2
+
+
+def test_files_do_not_grow_with_the_run(tmp_path: Path) -> None:
+    states = States(tmp_path)
+    for round in range(1, 5):
+        for exchange in range(6):
+            states.keep((round, exchange), of(exchange))
+            assert len(list(tmp_path.iterdir())) <= 3
+
+
+def test_going_back_drops_later_rounds(states: States) -> None:
+    states.keep((1, 0), of(1))
+    states.keep((2, 0), of(2))
+    states.keep((1, 0), of(5))
+    assert value(states.before((3, 0))) == 5
+
+
+def test_rounds_without_this_client_lose_nothing(states: States) -> None:
+    states.keep((2, 0), of(2))
+    states.keep((7, 0), of(7))
+    assert value(states.before((7, 0))) == 2
+    states.keep((12, 0), of(12))
+    assert value(states.before((12, 0))) == 7
+    assert value(states.before((7, 0))) is None
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.lists(st.tuples(st.integers(1, 5), st.integers(0, 2)), unique=True))
+def test_memory_and_folder_agree(tmp_path_factory: pytest.TempPathFactory, moments: list[tuple[int, int]]) -> None:
+    memory, folder = States(), States(tmp_path_factory.mktemp("states"))
+    for number, when in enumerate(moments):
+        memory.keep(when, of(number))
+        folder.keep(when, of(number))
+        for asked in moments:
+            assert value(memory.before(asked)) == value(folder.before(asked))
+
+
+def test_another_process_reads_what_one_wrote(tmp_path: Path) -> None:
+    one, other = States(tmp_path / "0"), States(tmp_path / "0")
+    one.keep((1, 0), of(1))
+    assert value(other.before((2, 0))) == 1
+    other.keep((2, 0), of(2))
+    assert value(one.before((3, 0))) == 2
+    one.keep((3, 0), of(3))
+    assert len(list((tmp_path / "0").iterdir())) == 2
+
+
+def test_what_is_found_is_a_copy(states: States) -> None:
+    given = of(1)
+    states.keep((1, 0), given)
+    given["x"].zero_()
+    states.before((2, 0))["x"].zero_()
+    assert value(states.before((2, 0))) == 1
+
+
+def test_a_stateless_client_leaves_no_folder(tmp_path: Path) -> None:
+    assert States(tmp_path / "0").before((3, 0)) == {}
+    assert not (tmp_path / "0").exists()
+
+
+def test_a_half_written_file_is_not_a_state(tmp_path: Path) -> None:
+    States(tmp_path).keep((1, 0), of(1))
+    (tmp_path / ".round-000002-0000.safetensors.17.part").write_bytes(b"half")
+    assert value(States(tmp_path).before((3, 0))) == 1
+
+
+def test_a_damaged_file_is_named(tmp_path: Path) -> None:
+    States(tmp_path).keep((1, 0), of(1))
+    file = tmp_path / "round-000001-0000.safetensors"
+    file.write_bytes(file.read_bytes()[:-3])
+    with pytest.raises(RunError, match=r"round-000001-0000\.safetensors is damaged"):
+        States(tmp_path).before((2, 0))
+
+
+def test_dtypes_and_scalars_shapes_survive(states: States) -> None:
+    kept = {"b": torch.tensor(1.5, dtype=torch.bfloat16), "i": torch.arange(3), "e": torch.empty(0, 4)}
+    states.keep((1, 0), kept)
+    found = states.before((2, 0))
+    assert found.keys() == kept.keys()
+    assert all(torch.equal(found[name], kept[name]) and found[name].dtype == kept[name].dtype for name in kept)

@@ -1,0 +1,80 @@
+"""The weighted sum: the bits of adding tensor by tensor in float64, whole replies or none."""
+
+import pytest
+import torch
+
+from kilofed.errors import PayloadError
+from kilofed.federation.sums import WeightedSum
+from kilofed.payload import Payload
+
+
+def reply(seed: int, dtype: torch.dtype = torch.float32) -> Payload:
+    source = torch.Generator().manual_seed(seed)
+    shapes = {"a": (7, 3), "b": (5,), "c": ()}
+    tensors = {name: torch.randn(shape, generator=source).to(dtype) for name, shape in shapes.items()}
+    return Payload({**tensors, "n": torch.randint(0, 9, (3,), generator=source)}, {"loss": float(seed)})
+
+
+WEIGHTS = [3.0, 0.1, 1 / 3, 17.0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_the_mean_has_the_bits_of_adding_tensor_by_tensor(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kilofed.federation.sums._CHUNK", 8)
+    total = WeightedSum()
+    expected: dict[str, torch.Tensor] = {}
+    for seed, weight in enumerate(WEIGHTS):
+        one = reply(seed, dtype)
+        total.add(Payload.decode(one.encode()), weight)
+        for name, tensor in one.tensors.items():
+            expected[name] = expected.get(name, torch.zeros(())) + tensor.double() * weight
+    mean = total.mean()
+    for name, tensor in mean.tensors.items():
+        kind = dtype if name != "n" else torch.float64
+        assert tensor.dtype == kind
+        assert torch.equal(tensor, (expected[name] / sum(WEIGHTS)).to(kind))
+    assert mean.scalars["loss"] == pytest.approx((0.1 + 2 / 3 + 3 * 17) / sum(WEIGHTS))
+
+
+def test_adding_leaves_the_reply_as_it_was() -> None:
+    one = Payload.decode(reply(1, torch.float64).encode())
+    before = one.encode()
+    WeightedSum().add(one, 0.3)
+    assert one.encode() == before
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_a_reply_that_is_no_number_is_refused_whole(bad: float) -> None:
+    total = WeightedSum()
+    total.add(reply(1), 1.0)
+    spoilt = Payload.decode(reply(2).encode())
+    spoilt.tensors["b"][3] = bad
+    with pytest.raises(PayloadError, match="NaN or infinite numbers in b"):
+        total.add(spoilt, 1.0)
+    assert total.num == 1
+    assert torch.equal(total.mean().tensors["a"], reply(1).tensors["a"])
+
+
+def test_large_finite_numbers_are_numbers() -> None:
+    total = WeightedSum()
+    large = torch.full((4,), 3e38)
+    total.add(Payload({"a": large}), 1.0)
+    assert torch.equal(total.mean().tensors["a"], large)
+
+
+def test_replies_of_other_dtypes_are_refused() -> None:
+    total = WeightedSum()
+    total.add(Payload({"a": torch.ones(2)}), 1.0)
+    with pytest.raises(PayloadError, match=r"a as torch\.bfloat16, others torch\.float32"):
+        total.add(Payload({"a": torch.ones(2, dtype=torch.bfloat16)}), 1.0)
+
+
+def test_other_scalars_do_not_hinder_a_sum() -> None:
+    total = WeightedSum()
+    total.add(Payload.decode(Payload({"a": torch.ones(2)}, {"x": 1.0}).encode()), 1.0)
+    total.add(Payload.decode(Payload({"a": torch.zeros(2)}, {"x": 2.0, "longer": 3}).encode()), 1.0)
+    assert total.mean().tensors["a"].tolist() == [0.5, 0.5]
+
+
+def test_nothing_added_is_an_empty_mean() -> None:
+    assert not WeightedSum().mean().tensors

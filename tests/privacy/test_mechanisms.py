@@ -1,0 +1,213 @@
+"""Clipping, noise and accounting against closed forms, and what a policy lets out of a client."""
+
+import math
+
+import pytest
+import torch
+from dp_accounting import GaussianDpEvent
+from dp_accounting.rdp import RdpAccountant
+
+from kilofed.config.recipe import PrivacySpec
+from kilofed.errors import PrivacyError
+from kilofed.payload import Payload
+from kilofed.privacy.mechanisms import CentralGaussian, Mechanism, RowGaussian, load_mechanism
+
+KEY = "0123456789abcdef" * 2
+
+
+def gaussian(clip: float = 1.0, noise: float = 1.0, key: str = KEY) -> CentralGaussian:
+    return CentralGaussian(clip, noise, 1e-5, key)
+
+
+def random_payload(seed: int, size: float = 1.0) -> Payload:
+    stream = torch.Generator().manual_seed(seed)
+    return Payload(
+        {
+            "a": size * torch.randn(3, 5, generator=stream),
+            "b": size * torch.randn(7, generator=stream),
+        }
+    )
+
+
+def norm(end: Payload, start: Payload) -> float:
+    parts = [(end.tensors[n].double() - start.tensors[n].double()).square().sum() for n in end.tensors]
+    return math.sqrt(sum(float(part) for part in parts))
+
+
+def test_no_mechanism_changes_nothing() -> None:
+    reply = Payload({"a": torch.ones(2)}, {"weight": 3, "loss": 0.5})
+    policy = load_mechanism(PrivacySpec())
+    assert policy == Mechanism()
+    assert policy.client(reply, Payload()) is reply
+    assert policy.server(reply, Payload(), num_replies=1, expected=4, when=(1, 0)) is reply
+    assert policy.epsilon(3) == math.inf
+
+
+def test_infinite_clip_and_zero_noise_pass_tensors_bit_for_bit() -> None:
+    policy, start, end = gaussian(math.inf, 0.0), random_payload(1), random_payload(2, 1e6)
+    left = policy.client(end, start)
+    given = policy.server(left, start, num_replies=3, expected=3, when=(1, 0))
+    assert all(torch.equal(given.tensors[name], end.tensors[name]) for name in end.tensors)
+
+
+@pytest.mark.parametrize("clip", [0.5, 2.0, 3.0])
+def test_a_clipped_update_has_the_clip_as_its_norm_and_the_same_direction(clip: float) -> None:
+    start, end = random_payload(1), random_payload(2, 4.0)
+    left = gaussian(clip).client(end, start)
+    assert norm(left, start) == pytest.approx(clip, rel=1e-6)
+    whole = norm(end, start)
+    for name in end.tensors:
+        update = (end.tensors[name] - start.tensors[name]) * (clip / whole)
+        torch.testing.assert_close(left.tensors[name] - start.tensors[name], update, rtol=1e-5, atol=1e-6)
+
+
+def test_an_update_within_the_clip_is_left_bit_for_bit() -> None:
+    start = random_payload(1)
+    end = Payload({name: tensor + 1e-3 for name, tensor in start.tensors.items()})
+    left = gaussian(1.0).client(end, start)
+    assert all(torch.equal(left.tensors[name], end.tensors[name]) for name in end.tensors)
+
+
+def test_a_tensor_that_was_not_asked_is_an_update_as_it_stands() -> None:
+    left = gaussian(1.0).client(Payload({"delta.a": torch.tensor([3.0, 4.0])}), Payload({"a": torch.ones(2)}))
+    torch.testing.assert_close(left.tensors["delta.a"], torch.tensor([0.6, 0.8]))
+
+
+def test_scalars_do_not_leave_a_client() -> None:
+    reply = Payload({"a": torch.ones(2)}, {"weight": 30, "train_loss": 0.5})
+    for clip in (0.1, 100.0, math.inf):
+        assert not gaussian(clip, 0.0).client(reply, Payload({"a": torch.zeros(2)})).scalars
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_an_update_that_is_not_finite_leaves_as_no_update(bad: float) -> None:
+    ask = random_payload(1)
+    reply = Payload({**random_payload(2).tensors, "b": torch.full((7,), bad), "new": torch.full((2,), 1.0)})
+    left = gaussian(1.0).client(reply, ask)
+    assert torch.equal(left.tensors["a"], ask.tensors["a"])
+    assert torch.equal(left.tensors["b"], ask.tensors["b"])
+    assert torch.equal(left.tensors["new"], torch.zeros(2))
+
+
+def test_whole_numbers_cannot_be_clipped() -> None:
+    with pytest.raises(PrivacyError, match=r"'a' is torch\.int64; clipping and noise need floating-point"):
+        gaussian().client(Payload({"a": torch.ones(2, dtype=torch.int64)}), Payload())
+
+
+def test_noise_has_the_stated_deviation() -> None:
+    clip, multiplier, expected = 0.5, 3.0, 4
+    start = Payload({"a": torch.full((200, 300), 2.0), "b": torch.zeros(10_000)})
+    given = gaussian(clip, multiplier).server(start, start, num_replies=expected, expected=expected, when=(1, 0))
+    deviation = multiplier * clip / expected
+    for name, tensor in start.tensors.items():
+        noise = (given.tensors[name] - tensor).double()
+        assert noise.std().item() == pytest.approx(deviation, rel=4 / math.sqrt(2 * noise.numel()))
+        assert abs(noise.mean().item()) < 4 * deviation / math.sqrt(noise.numel())
+        inside = (noise.abs() < deviation).double().mean().item()
+        assert inside == pytest.approx(0.6827, abs=2 / math.sqrt(noise.numel()))
+
+
+def noise_of(when: tuple[int, int], key: str = KEY) -> torch.Tensor:
+    mean = Payload({"a": torch.zeros(50)})
+    return gaussian(key=key).server(mean, Payload(), num_replies=1, expected=1, when=when).tensors["a"]
+
+
+def test_noise_is_the_same_for_the_same_mean_only() -> None:
+    assert torch.equal(noise_of((3, 0)), noise_of((3, 0)))
+    others = [noise_of((4, 0)), noise_of((3, 1)), noise_of((0, 3)), noise_of((3, 0), key="f" * 32)]
+    assert not any(torch.allclose(noise_of((3, 0)), other, atol=0.01) for other in others)
+
+
+def test_two_tensors_do_not_share_noise() -> None:
+    mean = Payload({"a": torch.zeros(50), "b": torch.zeros(50)})
+    given = gaussian().server(mean, Payload(), num_replies=1, expected=1, when=(1, 0))
+    assert not torch.equal(given.tensors["a"], given.tensors["b"])
+
+
+@pytest.mark.parametrize("clip", [1.0, math.inf])
+def test_a_client_that_stays_away_counts_as_no_update(clip: float) -> None:
+    start, mean = Payload({"a": torch.ones(3)}), Payload({"a": torch.full((3,), 5.0)})
+    given = gaussian(clip, 0.0).server(mean, start, num_replies=3, expected=4, when=(1, 0))
+    torch.testing.assert_close(given.tensors["a"], torch.full((3,), 1.0 + 4.0 * 3 / 4))
+
+
+def test_noise_does_not_grow_when_a_client_stays_away() -> None:
+    zero = Payload({"a": torch.zeros(20_000)})
+    given = gaussian(1.0, 1.0).server(zero, zero, num_replies=1, expected=4, when=(1, 0))
+    assert given.tensors["a"].std().item() == pytest.approx(1 / 4, rel=0.03)
+
+
+def test_noise_without_a_finite_clip_is_refused_before_any_work() -> None:
+    with pytest.raises(PrivacyError, match=r"privacy\.clip is inf, so no finite noise hides one client"):
+        load_mechanism(PrivacySpec(kind="central", clip=math.inf))
+
+
+@pytest.mark.parametrize("key", ["abc", "G" * 32, "A" * 32])
+def test_a_key_that_is_not_hex_is_refused(key: str) -> None:
+    with pytest.raises(PrivacyError, match="not 32 lower-case hex digits"):
+        load_mechanism(PrivacySpec(kind="central", noise_key=key))
+
+
+def test_every_run_draws_its_own_key() -> None:
+    one, two = (load_mechanism(PrivacySpec(kind="central")) for _ in range(2))
+    assert isinstance(one, CentralGaussian)
+    assert one != two
+
+
+@pytest.mark.parametrize(("multiplier", "count"), [(1.0, 1), (1.0, 2), (0.7, 30), (5.0, 100)])
+def test_epsilon_is_that_of_the_accountant(multiplier: float, count: int) -> None:
+    accountant = RdpAccountant()
+    for _ in range(count):
+        accountant.compose(GaussianDpEvent(multiplier))
+    assert gaussian(2.5, multiplier).epsilon(count) == pytest.approx(accountant.get_epsilon(1e-5), rel=1e-9)
+
+
+def test_two_means_at_noise_one_cost_seven_point_zero_eight() -> None:
+    # min over orders a of a + log((a-1)/a) - (log(1e-5) + log(a)) / (a-1), the Renyi bound of two Gaussian releases.
+    orders = [1 + x / 1000 for x in range(1, 20_000)]
+    bound = min(a + math.log((a - 1) / a) - (math.log(1e-5) + math.log(a)) / (a - 1) for a in orders)
+    assert gaussian().epsilon(2) == pytest.approx(7.08, abs=0.01)
+    assert gaussian().epsilon(2) == pytest.approx(bound, rel=0.01)
+
+
+def test_nothing_released_costs_nothing_and_no_noise_costs_everything() -> None:
+    assert gaussian().epsilon(0) == 0.0
+    assert gaussian(1.0, 0.0).epsilon(1) == math.inf
+
+
+def test_rows_are_clipped_and_their_noise_has_the_size_that_was_asked_for() -> None:
+    rows = torch.cat([torch.full((2000, 64), 5.0), torch.full((2000, 64), 0.01)])
+    policy = RowGaussian(clip=2.0, noise_multiplier=0.5, key="ab" * 16)
+    reply = Payload({"rows": rows, "labels": torch.arange(3)}, {"steps": 4})
+    sent = policy.client(reply, Payload())
+    assert sent.scalars == reply.scalars
+    assert torch.equal(sent.tensors["labels"], reply.tensors["labels"])
+    wanted = torch.cat([torch.full((2000, 64), 2.0 / 8), torch.full((2000, 64), 0.01)])
+    noise = (sent.tensors["rows"] - wanted).double()
+    assert float(noise.norm(dim=1).square().mean().sqrt()) == pytest.approx(0.5 * 2.0, rel=0.01)
+    assert abs(float(noise.mean())) < 1e-3
+
+
+def test_equal_rows_get_equal_noise_and_other_rows_or_keys_another() -> None:
+    def noise(number: float, key: str) -> torch.Tensor:
+        rows = torch.full((4, 8), number)
+        return RowGaussian(9.0, 1.0, key * 16).client(Payload({"rows": rows}), Payload()).tensors["rows"] - rows
+
+    assert torch.equal(noise(0.5, "ab"), noise(0.5, "ab"))
+    assert not torch.allclose(noise(0.5, "ab"), noise(0.5, "cd"))
+    assert not torch.allclose(noise(0.5, "ab"), noise(0.25, "ab"))
+
+
+def test_rows_without_noise_and_in_the_ball_leave_as_they_are_and_claim_no_epsilon() -> None:
+    policy = RowGaussian(100.0, 0.0, "ab" * 16)
+    rows = torch.randn(5, 7)
+    assert torch.equal(policy.client(Payload({"rows": rows}), Payload()).tensors["rows"], rows)
+    assert policy.client(Payload({"w": rows}), Payload()).tensors["w"] is rows
+    assert policy.epsilon(3) == math.inf
+
+
+def test_rows_that_cannot_take_noise_and_an_endless_clip_are_refused() -> None:
+    with pytest.raises(PrivacyError, match=r"set method\.activations and method\.gradients"):
+        RowGaussian(1.0, 1.0, "ab" * 16).client(Payload({"rows": torch.zeros(2, 2, dtype=torch.int8)}), Payload())
+    with pytest.raises(PrivacyError, match="needs a finite one"):
+        load_mechanism(PrivacySpec("rows", clip=math.inf))

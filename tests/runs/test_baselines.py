@@ -1,0 +1,88 @@
+"""The rows beside the federated one, against each other and against plain transformers."""
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from kilofed.config.recipe import Recipe, changed
+from kilofed.models import evaluation, loading
+from kilofed.runs import baselines
+from kilofed.runs.sites import Sites
+
+ALONE = {"data.partition.kind": "iid", "data.partition.num_clients": 1, "evaluate.generate": 0, "rounds": 2}
+
+
+def silent(text: str) -> None:
+    """Says nothing."""
+
+
+def test_the_base_row_is_the_plain_model(tiny_recipe: Recipe) -> None:
+    sites = Sites(tiny_recipe)
+    plain = AutoModelForCausalLM.from_pretrained(tiny_recipe.model.path)
+    found = baselines.base(sites, [0, 2])
+    for client, score in zip([0, 2], found, strict=True):
+        assert score == evaluation.score_all(plain, sites.tokenizer, sites.test_examples(client), tiny_recipe.evaluate)
+
+
+def test_the_base_row_is_the_same_after_training(tiny_recipe: Recipe) -> None:
+    sites = Sites(tiny_recipe)
+    before = baselines.base(sites, [0])
+    model = sites.model(tiny_recipe.model)
+    loading.write_trained(model, {n: torch.ones_like(t) for n, t in loading.read_trained(model).items()})
+    assert baselines.base(sites, [0]) == before
+
+
+def test_with_one_client_local_only_is_central_bit_for_bit(tiny_recipe: Recipe) -> None:
+    sites = Sites(changed(tiny_recipe, ALONE))
+    assert baselines.local(sites, [0], silent) == baselines.central(sites, [0])
+
+
+def test_with_one_client_and_one_round_local_only_is_federated(tiny_recipe: Recipe) -> None:
+    recipe = changed(tiny_recipe, {**ALONE, "rounds": 1})
+    sites = Sites(recipe)
+    local = baselines.local(sites, [0], silent)
+    model = sites.model(recipe.model)
+    owner = sites._client(0)
+    owner.round = 1
+    from kilofed.payload import Payload
+
+    sites.method.fit(owner, Payload(loading.read_trained(model)))
+    assert baselines.score_clients(sites, model, [0]) == local
+
+
+def test_controls_leave_the_model_as_it_began(tiny_recipe: Recipe) -> None:
+    sites = Sites(changed(tiny_recipe, {"evaluate.generate": 0}))
+    start = loading.read_trained(sites.model(tiny_recipe.model))
+    for measure in (lambda: baselines.local(sites, [1], silent), lambda: baselines.central(sites, [1])):
+        measure()
+        end = loading.read_trained(sites.model(tiny_recipe.model))
+        assert all(torch.equal(end[name], start[name]) for name in start)
+
+
+def test_a_client_alone_does_not_depend_on_who_else_is_measured(tiny_recipe: Recipe) -> None:
+    sites = Sites(changed(tiny_recipe, {"evaluate.generate": 0}))
+    both = baselines.local(sites, [1, 3], silent)
+    assert baselines.local(sites, [3], silent) == both[1:]
+    assert both[0] != both[1]
+
+
+def test_central_sees_as_many_examples_as_the_federation(tiny_recipe: Recipe, monkeypatch) -> None:
+    sites = Sites(changed(tiny_recipe, {"evaluate.generate": 0}))
+    seen = []
+    fit_round = baselines.training.fit_round
+
+    def watched(*words, **more):
+        seen.append(fit_round(*words, **more))
+        return seen[-1]
+
+    monkeypatch.setattr(baselines.training, "fit_round", watched)
+    baselines.central(sites, [0])
+    recipe = tiny_recipe
+    assert seen[0].num_steps == recipe.rounds * recipe.train.steps
+    rows = sum(len(sites.train_examples(client)) for client in sites.client_ids())
+    assert seen[0].num_examples >= recipe.rounds * recipe.train.steps * min(4 * recipe.train.batch_size, rows) - rows
+
+
+def test_training_alone_lowers_the_loss_on_its_own_rows(tiny_recipe: Recipe) -> None:
+    sites = Sites(changed(tiny_recipe, {"evaluate.generate": 0, "train.steps": 10}))
+    base, local = baselines.base(sites, [0]), baselines.local(sites, [0], silent)
+    assert local[0].loss < base[0].loss
