@@ -17,7 +17,7 @@ from pathlib import Path
 import kilofed
 from kilofed.config import recipe
 
-IDLE = "import torch, transformers, peft\nfrom kilofed import environment\nprint(environment.own_peak_memory())"
+IDLE = "import torch, transformers, peft\nfrom kilofed.costs import environment\nprint(environment.own_peak_memory())"
 
 
 def measure(name: str, words: dict[str, recipe.Value], rounds: int, folder: Path) -> dict[str, float | str]:

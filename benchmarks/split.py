@@ -19,21 +19,21 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
-from kilofed.config.fields import Value
-from kilofed.config.recipe import Recipe
-from kilofed.costs.counter import Bench
-from kilofed.federation.cohort import Cohort, Engine
-from kilofed.federation.ledger import Ledger
-from kilofed.federation.parties import Server
-from kilofed.models.evaluation import interval
-from kilofed.runs.sites import Sites
 from torch import Tensor
 
 from kilofed.config import recipe
+from kilofed.config.fields import Value
+from kilofed.config.recipe import Recipe
+from kilofed.costs.counter import Bench
 from kilofed.engines.inprocess import InProcess
 from kilofed.engines.opener import Opener
+from kilofed.federation.cohort import Cohort, Engine
+from kilofed.federation.ledger import Ledger
+from kilofed.federation.parties import Server
 from kilofed.models import evaluation, loading
+from kilofed.models.evaluation import interval
 from kilofed.runs import plan as plan_of
+from kilofed.runs.sites import Sites
 from kilofed.split import reconstruction
 
 WIDTHS = "float32", "bfloat16", "int8"
@@ -188,9 +188,9 @@ def idle() -> int:
 
     code = (
         "import kilofed.runs.sites, kilofed.engines.stream, grpc, peft\n"
-        "from kilofed import recipe\nfrom kilofed.runs.sites import Sites\n"
+        "from kilofed.config import recipe\nfrom kilofed.runs.sites import Sites\n"
         "sites = Sites(recipe.load('split', {'data.options': {'train_rows': 64}}))\nsites.train_examples(0)\n"
-        "from kilofed import work\nprint(work.measure().runtime)"
+        "from kilofed.costs import counter\nprint(counter.measure().runtime)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     return int(done.stdout.splitlines()[-1])

@@ -65,6 +65,6 @@ def test_worker_processes_count_as_one_process_does(measured: Recipe, tmp_path) 
 @pytest.mark.slow
 def test_a_process_does_not_count_the_memory_of_the_one_that_started_it() -> None:
     large = torch.ones(100_000_000)  # 400 MB, all of it touched.
-    code = "from kilofed import environment\nprint(environment.own_peak_memory())"
+    code = "from kilofed.costs import environment\nprint(environment.own_peak_memory())"
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert int(done.stdout) < 200e6 < large.nbytes < measurement.environment.own_peak_memory()

@@ -159,18 +159,18 @@ def test_a_cut_model_still_writes_and_is_copied(tiny_model: Path, tmp_path: Path
 
 MEASURE = """
 import json, sys
-from kilofed import models
-from kilofed.halves import Part
-from kilofed.recipe import ModelSpec
+from kilofed.models import loading
+from kilofed.models.halves import Part
+from kilofed.config.recipe import ModelSpec
 path, what = sys.argv[1:]
 
 def peak():  # ru_maxrss would begin at that of the process that started this one.
     (line,) = [line for line in open("/proc/self/status") if line.startswith("VmHWM")]
     return int(line.split()[1]) * 1024
 
-models.load_base(Part(path + "/little", num_blocks=1))  # The runtime's base.
+loading.load_base(Part(path + "/little", num_blocks=1))  # The runtime's base.
 base = peak()
-model = models.load_base(Part(path, num_blocks=1) if what == "part" else ModelSpec(path))
+model = loading.load_base(Part(path, num_blocks=1) if what == "part" else ModelSpec(path))
 touched = [float(p.detach().sum()) for p in model.parameters()]  # Files are mapped and read when they are looked at.
 size = sum(p.numel() * p.element_size() for p in model.parameters())
 print(json.dumps({"size": size, "peak": peak() - base}))

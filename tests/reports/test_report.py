@@ -392,7 +392,7 @@ def test_table_of_one_row_has_no_costs() -> None:
 
 def test_no_torch_is_loaded(folder: Path) -> None:
     code = (
-        "import sys, pathlib; from kilofed import report; report.write(pathlib.Path(sys.argv[1])); "
+        "import sys, pathlib; from kilofed.reports import report; report.write(pathlib.Path(sys.argv[1])); "
         "print([name for name in ('torch', 'transformers', 'matplotlib.pyplot') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, text=True, check=True)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.conftest import byte_tokenizer
 from transformers import LlamaConfig
 
 import kilofed
@@ -19,8 +20,6 @@ from kilofed.federation.workload import Pass, Work
 from kilofed.reports.reading import dig
 from kilofed.runs import plan
 from kilofed.runs.sites import Sites
-
-from .conftest import byte_tokenizer
 
 DEVICE = plan.Device(flops=1e9, memory=1e9, runtime=1e8)
 PUBLIC = {"data": {"public_share": 0.3}}

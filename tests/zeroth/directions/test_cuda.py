@@ -12,7 +12,7 @@ from kilofed.zeroth.directions.spec import DirectionsError
 
 INTERPRETED = """
 import torch
-from kilofed.directions import cuda, reference
+from kilofed.zeroth.directions import cuda, reference
 generator = torch.Generator().manual_seed(3)
 for num_seeds in (1024, 4096, 16384, 32768):
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
