@@ -4,19 +4,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from kilofed.config.recipe import ModelSpec
-from kilofed.generation.decoding import Sampling
-from kilofed.models.loading import load_base
-from kilofed.proxy.api import RemoteSpec
-from kilofed.proxy.api_model import RemoteModel
-from kilofed.proxy.model import ProxyModel
-from kilofed.serving.requests import Limits
-from kilofed.serving.server import running
 from tests.conftest import byte_tokenizer
 from tests.tiny_models import adapted, model
 
+from kilofed.config.recipe import ModelSpec
 from kilofed.errors import RemoteError
+from kilofed.generation.decoding import Sampling
+from kilofed.models.loading import load_base
+from kilofed.proxy.api_model import RemoteModel
+from kilofed.proxy.model import ProxyModel
+from kilofed.proxy.spec import LargeSpec
 from kilofed.serving.model import open_served
+from kilofed.serving.requests import Limits
+from kilofed.serving.server import running
 
 TOKEN = "a-token-for-tests"
 
@@ -28,7 +28,7 @@ def test_a_proxy_over_kilofed_s_server_is_the_local_proxy(tiny_model: Path, monk
     near = ProxyModel(load_base(ModelSpec(str(tiny_model))), small)
     served = open_served(str(tiny_model), name="tiny")
     with running(served, token=TOKEN, limits=Limits(max_logprobs=259)) as url:
-        large = RemoteModel(RemoteSpec(f"{url}/v1", "tiny", top_k=259), byte_tokenizer())
+        large = RemoteModel(LargeSpec(f"{url}/v1", name="tiny", top_k=259), byte_tokenizer())
         far = ProxyModel(large, small)
         ids = torch.tensor([[1, 70, 71, 72], [1, 80, 81, 82]])
         torch.testing.assert_close(
@@ -39,9 +39,9 @@ def test_a_proxy_over_kilofed_s_server_is_the_local_proxy(tiny_model: Path, monk
         assert spoken[0] == spoken[1]
         large.close()
         for spec, said in (
-            (RemoteSpec(f"{url}/v1", "huge"), "does not serve huge; it serves tiny"),
-            (RemoteSpec(f"{url}/v1", "tiny", top_k=260), "status 400 .*260"),
-            (RemoteSpec(f"{url}/v1", "tiny", key_variable="NO_SUCH_KEY"), r"refused the key .* \$NO_SUCH_KEY"),
+            (LargeSpec(f"{url}/v1", name="huge"), "does not serve huge; it serves tiny"),
+            (LargeSpec(f"{url}/v1", name="tiny", top_k=260), "status 400 .*260"),
+            (LargeSpec(f"{url}/v1", name="tiny", key_variable="NO_SUCH_KEY"), r"refused the key .* \$NO_SUCH_KEY"),
         ):
             wrong = RemoteModel(spec, byte_tokenizer())
             with pytest.raises(RemoteError, match=said):

@@ -5,23 +5,24 @@ from pathlib import Path
 
 import pytest
 import torch
-from kilofed.config.fields import Value
-from kilofed.config.recipe import ModelSpec, Recipe, changed
-from kilofed.federation.cohort import address
-from kilofed.federation.method import method_names
-from kilofed.proxy.large_model import LargeSpec, open_large
-from kilofed.proxy.model import ProxyModel
-from kilofed.runs.loop import resume
-from kilofed.runs.sites import Sites, open_handler
 from tests.loopback import served
 from torch import nn
 
 import kilofed
+from kilofed.config.fields import Value
+from kilofed.config.recipe import ModelSpec, Recipe, changed
 from kilofed.distillation import losses
 from kilofed.errors import BudgetSpent, ModelError, RecipeError
+from kilofed.federation.cohort import address
+from kilofed.federation.method import method_names
 from kilofed.methods import fedpt
 from kilofed.models import evaluation, loading, training
 from kilofed.payload import Payload
+from kilofed.proxy.large_model import open_large
+from kilofed.proxy.model import ProxyModel
+from kilofed.proxy.spec import LargeSpec
+from kilofed.runs.loop import resume
+from kilofed.runs.sites import Sites, open_handler
 from kilofed.serving import chat
 
 NEVER = {"distil": "none"}

@@ -16,10 +16,10 @@ from kilofed.errors import BudgetSpent, ModelError, RemoteError
 from kilofed.generation.decoding import Sampling
 from kilofed.generation.detokenizer import Spelling
 from kilofed.models.training import collate, token_losses
-from kilofed.proxy.api import RemoteSpec
 from kilofed.proxy.api_model import RemoteModel
 from kilofed.proxy.combination import Mix, Offset
 from kilofed.proxy.model import ProxyModel
+from kilofed.proxy.spec import LargeSpec
 
 V = 259
 LARGE = model(0, width=24, vocabulary=V)
@@ -35,7 +35,7 @@ def server() -> Iterator[Loopback]:
 
 
 def remote(server: Loopback, folder: Path | None = None, **fields: object) -> RemoteModel:
-    spec = RemoteSpec(server.url, "large", first_wait=0.001, **{"top_k": V, **fields})  # type: ignore[arg-type]
+    spec = LargeSpec(server.url, name="large", first_wait=0.001, **{"top_k": V, **fields})  # type: ignore[arg-type]
     return RemoteModel(spec, byte_tokenizer(), folder)
 
 
@@ -216,7 +216,7 @@ def test_an_echo_of_another_length_is_refused(server: Loopback) -> None:
 
 
 def test_a_prompt_longer_than_the_remote_context_is_refused_before_it_is_sent(server: Loopback) -> None:
-    large = RemoteModel(RemoteSpec(server.url, "large"), byte_tokenizer(), context=4)
+    large = RemoteModel(LargeSpec(server.url, name="large", context=4), byte_tokenizer())
     with pytest.raises(ModelError, match="4 tokens are more than the 3"):
         ProxyModel(large, SMALL)(torch.tensor([PROMPT]))
     assert not server.bodies

@@ -30,8 +30,9 @@ from kilofed.methods.fedavg import FedAvg
 from kilofed.models import evaluation, loading, training
 from kilofed.payload import Scalar
 from kilofed.proxy.api_model import RemoteModel
-from kilofed.proxy.large_model import Large, LargeSpec, open_large
+from kilofed.proxy.large_model import Large, open_large
 from kilofed.proxy.model import ProxyModel
+from kilofed.proxy.spec import LargeSpec
 from kilofed.proxy.trial import Prospects, Trio, foresee, sweep
 
 ALPHAS = tuple(i / 4 for i in range(9))
@@ -50,7 +51,7 @@ class FedPT(FedAvg):
 
     large: LargeSpec = field(default_factory=LargeSpec)
     """The model that is steered, at the server only: `builtin:large`, a directory, a hub id or an API's address; its
-    own fields are those of kilofed.proxy.large_model.LargeSpec, such as large.name and large.top_k for an API."""
+    own fields are those of kilofed.proxy.spec.LargeSpec, such as large.name and large.top_k for an API."""
     alpha: float = 1.0
     """Strength of the steering; 0 is the large model alone, above 1 exaggerates what the small one learnt."""
     distil: Literal["none", "forward", "reverse"] = "forward"

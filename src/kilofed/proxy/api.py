@@ -10,64 +10,21 @@ import os
 import random
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NoReturn
-from urllib.parse import urlsplit
+from typing import NoReturn
 
 import httpx
 import tenacity
 
-from kilofed.errors import BudgetSpent, RecipeError, RemoteError
+from kilofed.errors import BudgetSpent, RemoteError
 from kilofed.files import append_line, said
+from kilofed.proxy.spec import LargeSpec
 
 log = logging.getLogger("kilofed")
 
 Json = dict[str, object]
 LONGEST_WAIT = 60.0
 """Most seconds between two tries, also where the API asks for more."""
-
-
-@dataclass(frozen=True)
-class RemoteSpec:
-    """A large model behind an API, and what may be asked of it."""
-
-    url: str
-    """Address up to and with /v1, as in http://127.0.0.1:8000/v1."""
-    model: str
-    """The model's name at the API."""
-    top_k: int = 20
-    """Likeliest tokens told per position; more tell more of the large model and cost more bytes."""
-    key_variable: str = "KILOFED_API_KEY"
-    """Environment variable with the key; unset or empty sends none."""
-    scoring: Literal["echo", "steps"] = "echo"
-    """echo: one prompt scores all its positions; steps: one prompt per position, for an API that cannot echo."""
-    prompts: Literal["ids", "text"] = "ids"
-    """How prompts are sent; text costs nothing but is refused where it does not come back as the same tokens."""
-    names: Literal["ids", "text"] = "ids"
-    """ids asks for tokens as `token_id:17` (kilofed, vLLM); text takes their text, which several tokens may share."""
-    batch_size: int = 16
-    """Prompts per request."""
-    timeout: float = 60.0
-    """Seconds without a byte after which a try is given up."""
-    max_tries: int = 5
-    """Tries per request, at 429, 5xx, time-outs, and cut or malformed answers; waits double from `first_wait`."""
-    first_wait: float = 0.5
-    """Seconds before the second try."""
-    max_requests: int = 10_000
-    """Requests that may be sent in all, tries counted; what a resumed run sent before counts too."""
-    max_tokens: int = 20_000_000
-    """Tokens that may be sent and asked for in all."""
-
-    def __post_init__(self) -> None:
-        parts = urlsplit(self.url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise RecipeError("the large model's address must begin with http:// or https:// and name a host")
-        if parts.username or parts.password:
-            raise RecipeError(f"the large model's address holds a password: put the key into ${self.key_variable}")
-        for name in ("top_k", "batch_size", "max_tries"):
-            if getattr(self, name) < 1:
-                raise RecipeError(f"{name} of the large model is {getattr(self, name)}; it must be at least 1")
 
 
 class Api:
@@ -79,7 +36,7 @@ class Api:
             is continued where it exists, and what it holds counts against the budget. None keeps none.
     """
 
-    def __init__(self, spec: RemoteSpec, ledger: Path | None = None) -> None:
+    def __init__(self, spec: LargeSpec, ledger: Path | None = None) -> None:
         self.spec = spec
         self._ledger = ledger
         self.num_requests, self.num_tokens = _spent(ledger)
@@ -99,7 +56,7 @@ class Api:
             RemoteError: refused, or no whole answer after all tries.
         """
         body: Json = {
-            "model": self.spec.model,
+            "model": self.spec.name,
             "prompt": list(prompts),
             "max_tokens": 1,
             "temperature": 0,
@@ -119,7 +76,7 @@ class Api:
             return retrying(self._try, content, len(prompts), num_tokens + len(prompts))
         except _Again as error:
             raise RemoteError(
-                f"{self.spec.url} gave no answer (tries: {self.spec.max_tries}, last: {error}): "
+                f"{self.spec.path} gave no answer (tries: {self.spec.max_tries}, last: {error}): "
                 "try later, or raise max_tries or timeout"
             ) from None
 
@@ -137,7 +94,7 @@ class Api:
 
     @property
     def _base(self) -> str:
-        return self.spec.url.rstrip("/")
+        return self.spec.path.rstrip("/")
 
     def _headers(self) -> dict[str, str]:
         key = os.environ.get(self.spec.key_variable, "")
@@ -181,7 +138,7 @@ class Api:
         ):
             if spent > most:
                 raise BudgetSpent(
-                    f"the budget for {self.spec.model} is spent: {self.num_requests:,} requests and "
+                    f"the budget for {self.spec.name} is spent: {self.num_requests:,} requests and "
                     f"{self.num_tokens:,} tokens were sent, and the next would pass {name}={most:,}. What was answered "
                     f"is kept: raise {name} and resume"
                 )
@@ -190,19 +147,21 @@ class Api:
 
     def _note(self, prompts: int, tokens: int, up: int, down: int, status: int, seconds: float) -> None:
         if self._ledger:
-            row: dict[str, object] = {"model": self.spec.model, "prompts": prompts, "tokens": tokens, "up": up}
+            row: dict[str, object] = {"model": self.spec.name, "prompts": prompts, "tokens": tokens, "up": up}
             append_line(self._ledger, {**row, "down": down, "status": status, "seconds": round(seconds, 4)})
 
     def _refused(self, status: int, received: bytes) -> NoReturn:
         if status in (401, 403):
-            raise RemoteError(f"{self.spec.url} refused the key (status {status}): check ${self.spec.key_variable}")
+            raise RemoteError(f"{self.spec.path} refused the key (status {status}): check ${self.spec.key_variable}")
         message = self._without_key(_message(received))
         names = self.served()
-        if names and self.spec.model not in names:
-            raise RemoteError(f"{self.spec.url} does not serve {self.spec.model}; it serves {', '.join(names)}")
+        if names and self.spec.name not in names:
+            raise RemoteError(f"{self.spec.path} does not serve {self.spec.name}; it serves {', '.join(names)}")
         if status == 404:
-            raise RemoteError(f"{self.spec.url}/completions does not exist ({message}): the address must end with /v1")
-        raise RemoteError(f"{self.spec.url} refused the request with status {status} ({message})")
+            raise RemoteError(
+                f"{self.spec.path}/completions does not exist ({message}): the address must end with /v1"
+            )
+        raise RemoteError(f"{self.spec.path} refused the request with status {status} ({message})")
 
     def _without_key(self, text: str) -> str:
         key = os.environ.get(self.spec.key_variable, "")
@@ -218,7 +177,7 @@ class Api:
             raise _Again(f"{len(found)} answers came to {num_prompts} prompts")
         if any(not isinstance(one, dict) or not one.get("top_logprobs") for one in found):
             raise RemoteError(
-                f"{self.spec.url} answers without log-probabilities: proxy-tuning needs the `logprobs` of the "
+                f"{self.spec.path} answers without log-probabilities: proxy-tuning needs the `logprobs` of the "
                 "completions API, so take a server that gives them"
             )
         return found

@@ -18,9 +18,10 @@ from transformers.cache_utils import DynamicLayer
 from kilofed.errors import ModelError, RemoteError
 from kilofed.generation.decoding import UNBOUNDED
 from kilofed.generation.detokenizer import Spelling
-from kilofed.proxy.api import Api, Json, RemoteSpec
+from kilofed.proxy.api import Api, Json
 from kilofed.proxy.api_cache import Answered, Told, prefix_keys
 from kilofed.proxy.logit_sources import Ask
+from kilofed.proxy.spec import LargeSpec
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -34,7 +35,6 @@ class RemoteModel:
         tokenizer: the small model's; the API's must be the same, which cannot be looked into and is taken on trust
             but for what comes back: names of unknown tokens and echoes of another length are refused.
         folder: gets `remote.jsonl` (the ledger) and `remote.sqlite` (the scores); None keeps both in memory.
-        context: longest sequence of the large model in tokens; 0 leaves it to the API to refuse.
 
     Raises:
         RunError: the folder cannot be written.
@@ -45,16 +45,14 @@ class RemoteModel:
 
     def __init__(
         self,
-        spec: RemoteSpec,
+        spec: LargeSpec,
         tokenizer: "PreTrainedTokenizerBase",
         folder: Path | None = None,
-        *,
-        context: int = 0,
     ) -> None:
         self.spec = spec
         self.width = max(tokenizer.get_vocab().values()) + 1
         # One token of the context is the one that is asked for.
-        self.context = context - 1 if context else UNBOUNDED
+        self.context = spec.context - 1 if spec.context else UNBOUNDED
         self.tells_all = False
         self.checks_several = spec.scoring == "echo"
         """Whether one request tells of several positions, which speculation needs."""
@@ -105,7 +103,7 @@ class RemoteModel:
         Raises:
             RemoteError, BudgetSpent: see Api.
         """
-        keys = [prefix_keys(self.spec.model, self.spec.top_k, text) for text in texts]
+        keys = [prefix_keys(self.spec.name, self.spec.top_k, text) for text in texts]
         wanted = [sorted({n for n in row if n}) for row in lengths]
         known = self._answered.get([keys[row][n - 1] for row, some in enumerate(wanted) for n in some])
         missing = [[n for n in some if keys[row][n - 1] not in known] for row, some in enumerate(wanted)]
@@ -132,7 +130,7 @@ class RemoteModel:
         answers = self.api.complete(sent, sum(map(len, prompts)), echo=echo)
         found: dict[bytes, Told] = {}
         for prompt, answer in zip(prompts, answers, strict=True):
-            keys = prefix_keys(self.spec.model, self.spec.top_k, prompt)
+            keys = prefix_keys(self.spec.name, self.spec.top_k, prompt)
             tops = self._tops(answer, len(prompt), echo=echo)
             found |= dict(zip(keys[len(keys) - len(tops) :], tops, strict=True))
         self._answered.put(found)
@@ -142,19 +140,19 @@ class RemoteModel:
         """What was told of the positions after 1 ... `length` tokens, or of the last alone."""
         tops = answer["top_logprobs"]
         if not isinstance(tops, list):
-            raise RemoteError(f"{self.spec.url} answers with log-probabilities in another form than OpenAI's")
+            raise RemoteError(f"{self.spec.path} answers with log-probabilities in another form than OpenAI's")
         if not echo:
             return [self._told(tops[0])]
         if len(tops) != length + 1:
             raise RemoteError(
-                f"{self.spec.url} was sent {length} tokens to echo and told of {len(tops) - 1}: its tokeniser differs, "
+                f"{self.spec.path} was sent {length} tokens to echo and told of {len(tops) - 1}: its tokeniser differs, "
                 "or it does not echo; for the latter set scoring to steps"
             )
         return [self._told(top) for top in tops[1:]]
 
     def _told(self, top: object) -> Told:
         if not isinstance(top, Mapping) or not top:
-            raise RemoteError(f"{self.spec.url} left log-probabilities out at a position that was asked for")
+            raise RemoteError(f"{self.spec.path} left log-probabilities out at a position that was asked for")
         ids, logprobs = [], []
         for name, logprob in top.items():
             number = self._id(str(name))
@@ -163,7 +161,7 @@ class RemoteModel:
                 logprobs.append(min(float(logprob), 0.0))
         if not ids:
             raise RemoteError(
-                f"{self.spec.url} names tokens that the small model's tokeniser does not know, such as "
+                f"{self.spec.path} names tokens that the small model's tokeniser does not know, such as "
                 f"{next(iter(top))!r}: the models need the same tokeniser"
             )
         # Some APIs tell the token that came too, likely or not; what is kept are the likeliest, whatever came.
@@ -175,10 +173,10 @@ class RemoteModel:
             return self._names.get(name)
         found = re.fullmatch(r"token_id:(\d+)", name)
         if not found:
-            raise RemoteError(f"{self.spec.url} names tokens by text ({name!r}), not as token_id: set names to text")
+            raise RemoteError(f"{self.spec.path} names tokens by text ({name!r}), not as token_id: set names to text")
         if int(found[1]) >= self.width:
             raise RemoteError(
-                f"{self.spec.url} tells of token {found[1]}, and the small model's tokeniser has {self.width}: "
+                f"{self.spec.path} tells of token {found[1]}, and the small model's tokeniser has {self.width}: "
                 "the models need the same tokeniser"
             )
         return int(found[1])

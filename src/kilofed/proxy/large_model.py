@@ -1,64 +1,18 @@
-"""The large model of a proxy as a run names it: a local one, or one behind an API; and the proxy around it."""
+"""The large model of a proxy, loaded or behind an API, and the proxy around it."""
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from torch import nn
 
-from kilofed.config.recipe import Dtype, ModelSpec
+from kilofed.config.recipe import ModelSpec
 from kilofed.errors import ModelError
 from kilofed.models import loading
-from kilofed.proxy.api import RemoteSpec
 from kilofed.proxy.api_model import RemoteModel
 from kilofed.proxy.combination import Offset
 from kilofed.proxy.model import ProxyModel
+from kilofed.proxy.spec import LargeSpec
 from kilofed.proxy.vocabulary import common_vocabulary
-
-
-@dataclass(frozen=True)
-class LargeSpec:
-    """The large model that is steered; the server alone loads or asks it."""
-
-    path: str = "builtin:large"
-    """`builtin:large`, a local directory, a hub id, or the address of an OpenAI-compatible API, such as
-    http://127.0.0.1:8000/v1, which is then asked and never loaded."""
-    dtype: Dtype = "float32"
-    """Dtype of its weights (a local model)."""
-    device: str = "cpu"
-    """Where it runs (a local model)."""
-    revision: str = ""
-    """Branch, tag or commit of a hub id."""
-    name: str = ""
-    """The model's name at the API; from here on the fields are for an API."""
-    top_k: int = 20
-    """Likeliest tokens told per position; more tell more of the large model and cost more bytes."""
-    key_variable: str = "KILOFED_API_KEY"
-    """Environment variable with the key; unset or empty sends none."""
-    scoring: Literal["echo", "steps"] = "echo"
-    """echo: one prompt scores all its positions; steps: one prompt per position, for an API that cannot echo."""
-    prompts: Literal["ids", "text"] = "ids"
-    """How prompts are sent."""
-    names: Literal["ids", "text"] = "ids"
-    """How the API names tokens: as `token_id:17`, or by their text."""
-    context: int = 0
-    """Longest sequence in tokens; 0 leaves it to the API to refuse."""
-    timeout: float = 60.0
-    """Seconds without a byte after which a try is given up."""
-    max_requests: int = 10_000
-    """Requests in the whole run; what a resumed run sent before counts too."""
-    max_tokens: int = 20_000_000
-    """Tokens in the whole run."""
-
-    @property
-    def is_remote(self) -> bool:
-        """Whether it is asked over a network."""
-        return self.path.startswith(("http://", "https://"))
-
-    @property
-    def local(self) -> ModelSpec:
-        """A local one as models are named."""
-        return ModelSpec(self.path, self.dtype, self.device, self.revision)
 
 
 @dataclass(frozen=True)
@@ -102,17 +56,5 @@ def open_large(spec: LargeSpec, small: ModelSpec | None, folder: Path | None) ->
         raise ModelError("a large model behind an API needs the small model's tokeniser: name the small model")
     if not spec.name:
         raise ModelError(f"method.large.name is empty: say which model {spec.path} is to be asked for")
-    remote = RemoteSpec(
-        spec.path,
-        spec.name,
-        top_k=spec.top_k,
-        key_variable=spec.key_variable,
-        scoring=spec.scoring,
-        prompts=spec.prompts,
-        names=spec.names,
-        timeout=spec.timeout,
-        max_requests=spec.max_requests,
-        max_tokens=spec.max_tokens,
-    )
-    model = RemoteModel(remote, loading.load_tokenizer(small), folder, context=spec.context)
+    model = RemoteModel(spec, loading.load_tokenizer(small), folder)
     return Large(model, model.width)
