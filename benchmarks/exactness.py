@@ -10,10 +10,10 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from kilofed.zeroth.directions import cpu, reference
-from kilofed.zeroth.directions.pool import SeedPool
 
 import plain_hsp1 as plain
+from kilofed.zeroth.directions import cpu, reference
+from kilofed.zeroth.directions.pool import SeedPool
 
 KEY = 0xFEDCBA9876543210
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

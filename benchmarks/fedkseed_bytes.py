@@ -13,15 +13,15 @@ from collections import defaultdict
 from collections.abc import Iterator
 
 import torch
-from kilofed.federation.cohort import Cohort
-from kilofed.federation.ledger import Ledger
-from kilofed.federation.parties import Server
-from kilofed.models.evaluation import interval, score
-from kilofed.runs.sites import Sites
 
 from kilofed.config import recipe
 from kilofed.engines.inprocess import InProcess
+from kilofed.federation.cohort import Cohort
+from kilofed.federation.ledger import Ledger
+from kilofed.federation.parties import Server
 from kilofed.models import loading
+from kilofed.models.evaluation import interval, score
+from kilofed.runs.sites import Sites
 
 TARGETS = {4096: 2000, 1024: 1000}
 PAPER = 17_988

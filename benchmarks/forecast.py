@@ -15,7 +15,6 @@ from pathlib import Path
 
 from kilofed.config.fields import Value
 from kilofed.reports.reading import dig, read
-
 from kilofed.runs import compare
 from kilofed.units import number
 

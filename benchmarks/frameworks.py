@@ -22,9 +22,9 @@ from pathlib import Path
 from typing import Any
 
 import tomli_w
+
 from kilofed.config.fields import Table, Value
 from kilofed.reports.reading import dig, items, read
-
 from kilofed.runs import compare
 from kilofed.units import number
 

@@ -11,9 +11,8 @@ import json
 import tempfile
 from pathlib import Path
 
-from kilofed.config.fields import Value
-
 import kilofed
+from kilofed.config.fields import Value
 
 
 def main() -> None:

@@ -20,15 +20,15 @@ from contextlib import ExitStack, closing
 from pathlib import Path
 
 import torch
+
+from kilofed.config import recipe
 from kilofed.config.recipe import Recipe
+from kilofed.engines import open_engine
 from kilofed.federation.cohort import Cohort
 from kilofed.federation.ledger import Ledger
 from kilofed.federation.parties import Server
-from kilofed.runs.sites import Sites
-
-from kilofed.config import recipe
-from kilofed.engines import open_engine
 from kilofed.payload import Payload
+from kilofed.runs.sites import Sites
 
 Case = tuple[str, str, bool, int, int]
 """(engine, adapter targets, fresh, number of clients, rounds)."""

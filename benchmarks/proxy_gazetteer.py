@@ -26,10 +26,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 from kilofed.config.recipe import Recipe, from_table
 from kilofed.data.examples import IGNORED, Example
 from kilofed.data.sources import gazetteer
-from kilofed.proxy.combination import combine
-
 from kilofed.methods.fedpt import FedPT
 from kilofed.models import loading, training
+from kilofed.proxy.combination import combine
 from proxy_text import Job, changed, spread
 
 ALPHAS = (0.5, 1.0, 1.5, 2.0)

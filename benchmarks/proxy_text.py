@@ -23,19 +23,19 @@ from pathlib import Path
 from typing import cast
 
 import torch
+from torch import nn
+
 from kilofed.config.recipe import Recipe, from_table
 from kilofed.data.examples import Example
 from kilofed.data.readers import Row
+from kilofed.engines.inprocess import InProcess
 from kilofed.federation.cohort import Cohort
 from kilofed.federation.ledger import Ledger
 from kilofed.federation.parties import Server, generator
-from kilofed.proxy.trial import Trio, sweep
-from kilofed.runs.sites import Sites
-from torch import nn
-
-from kilofed.engines.inprocess import InProcess
 from kilofed.methods.fedpt import FedPT
 from kilofed.models import evaluation, loading, training
+from kilofed.proxy.trial import Trio, sweep
+from kilofed.runs.sites import Sites
 
 ROUNDS, CLIENTS, BATCH = 4, 6, 4
 TEST_ROWS = 120

@@ -16,6 +16,7 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
+
 from kilofed.zeroth.directions.oracles import official_rebuild
 from kilofed.zeroth.directions.pool import SeedPool
 

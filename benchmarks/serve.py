@@ -25,14 +25,14 @@ if multiprocessing.parent_process() is None:
     # Clients are processes that read this file too, and need none of it.
     import psutil
     import torch
+    from transformers import GenerationConfig
+
     from kilofed.generation.decoding import Sampling, Solo
     from kilofed.generation.detokenizer import spell
     from kilofed.models.loading import quiet
+    from kilofed.serving.model import Served, open_served
     from kilofed.serving.requests import Limits
     from kilofed.serving.server import running
-    from transformers import GenerationConfig
-
-    from kilofed.serving.model import Served, open_served
 
 TOKEN = "a-token-for-benchmarks"
 PROMPTS = [

@@ -11,15 +11,15 @@ import json
 from collections.abc import Callable
 
 import torch
-from kilofed.config.recipe import ModelSpec
-from kilofed.data.examples import IGNORED
-from kilofed.federation.parties import generator
-from kilofed.proxy.combination import combine, complete
-from kilofed.runs.sites import Sites
 from torch import Tensor
 
 from kilofed.config import recipe
+from kilofed.config.recipe import ModelSpec
+from kilofed.data.examples import IGNORED
+from kilofed.federation.parties import generator
 from kilofed.models import loading, training
+from kilofed.proxy.combination import combine, complete
+from kilofed.runs.sites import Sites
 
 Rule = Callable[[Tensor, Tensor], Tensor]
 RULES: dict[str, Rule] = {

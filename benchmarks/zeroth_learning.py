@@ -23,16 +23,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+
+from kilofed.config import recipe
 from kilofed.config.fields import Value
 from kilofed.config.recipe import Recipe
+from kilofed.engines.inprocess import InProcess
 from kilofed.federation.cohort import Cohort
 from kilofed.federation.ledger import Ledger
 from kilofed.federation.parties import Server, generator
-from kilofed.runs.sites import Sites
-
-from kilofed.config import recipe
-from kilofed.engines.inprocess import InProcess
 from kilofed.models import evaluation, loading, training
+from kilofed.runs.sites import Sites
 
 VARIANTS = (
     "structured 4096",

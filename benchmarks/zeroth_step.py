@@ -18,12 +18,12 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from kilofed.zeroth.directions.pool import SeedPool
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from kilofed.costs import environment
 from kilofed.models import loading, training
 from kilofed.zeroth import two_point
+from kilofed.zeroth.directions.pool import SeedPool
 
 NUM_SEEDS = 4096
 SHAPES = {

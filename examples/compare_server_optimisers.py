@@ -7,9 +7,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from kilofed.config.recipe import parse_words
-
 import kilofed
+from kilofed.config.recipe import parse_words
 
 
 def main(words: list[str]) -> None:

@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from kilofed.config.fields import Value
-from kilofed.config.recipe import Recipe, from_table
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from kilofed.config.fields import Value
+from kilofed.config.recipe import Recipe, from_table
 
 torch.set_num_threads(1)
 

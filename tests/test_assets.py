@@ -7,8 +7,9 @@ from types import ModuleType
 
 import pytest
 import torch
-from kilofed.data.sources import gazetteer
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from kilofed.data.sources import gazetteer
 
 ROOT = Path(__file__).resolve().parents[1]
 ASSETS = ROOT / "src/kilofed/assets"

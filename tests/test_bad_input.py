@@ -11,16 +11,16 @@ from pathlib import Path
 import pytest
 import tomli_w
 import torch
-from kilofed.config.fields import Value
-from kilofed.config.recipe import from_table
-from kilofed.models.training import Batch
-from kilofed.runs.loop import run
 from safetensors.torch import save_file
 from transformers import AutoTokenizer
 
 from kilofed.cli import main
+from kilofed.config.fields import Value
+from kilofed.config.recipe import from_table
 from kilofed.models import training
+from kilofed.models.training import Batch
 from kilofed.payload import Payload
+from kilofed.runs.loop import run
 
 Refused = Callable[..., str]
 QUICK = ("evaluate.generate=0", "evaluate.controls=[]", "rounds=1", "train.steps=1")

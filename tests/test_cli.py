@@ -8,15 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from kilofed.config.recipe import shipped
-from kilofed.federation.method import method_names
-from kilofed.runs.loop import delivered
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kilofed.cli import main
+from kilofed.config.recipe import shipped
+from kilofed.federation.method import method_names
 from kilofed.models import loading
 from kilofed.reports import report
+from kilofed.runs.loop import delivered
 
 IDS = torch.arange(3, 23).reshape(2, 10)
 Words = Callable[..., list[str]]

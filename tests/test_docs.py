@@ -10,10 +10,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from kilofed.config.recipe import Recipe, changed
 
 import kilofed
 from kilofed import cli
+from kilofed.config.recipe import Recipe, changed
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

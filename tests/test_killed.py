@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+
 from kilofed.config.fields import Value
 
 Order = Callable[..., dict[str, object]]

@@ -10,9 +10,10 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
-from kilofed.data.sources import gazetteer, pydocs
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from kilofed.data.sources import gazetteer, pydocs
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -3,10 +3,10 @@
 from pathlib import Path
 
 import pytest
-from kilofed.config.recipe import from_table, load, shipped, to_table
-from kilofed.federation.method import load_method
 
 import kilofed
+from kilofed.config.recipe import from_table, load, shipped, to_table
+from kilofed.federation.method import load_method
 from kilofed.reports import report
 
 

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from kilofed.federation.cohort import Cohort
 from kilofed.federation.method import Method, on_client
 from kilofed.federation.parties import Client, Server
-
 from kilofed.models import loading
 from kilofed.payload import Payload, Scalar
 

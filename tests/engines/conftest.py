@@ -6,12 +6,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from kilofed.federation.cohort import Engine
 
 from kilofed.engines.faulty import Faults, Faulty
 from kilofed.engines.inprocess import InProcess
 from kilofed.engines.opener import Opener
 from kilofed.engines.pool import Pool
+from kilofed.federation.cohort import Engine
 
 HANDLER = '''
 """Handlers for tests of engines."""

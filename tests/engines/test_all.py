@@ -3,9 +3,9 @@
 import random
 
 import pytest
-from kilofed.federation.cohort import Engine
 
 from kilofed.errors import NonFiniteLoss
+from kilofed.federation.cohort import Engine
 
 
 def test_the_ids_are_those_given(engine: Engine) -> None:

@@ -5,17 +5,17 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+
 from kilofed.config.recipe import TrainSpec
+from kilofed.engines.faulty import Faults, Faulty
+from kilofed.engines.inprocess import Handler, InProcess
+from kilofed.errors import ClientError, RecipeError, TooFewReplies
 from kilofed.federation.cohort import Cohort
 from kilofed.federation.ledger import Ledger
 from kilofed.federation.method import Method, handle, on_client
 from kilofed.federation.parties import Client
-from kilofed.privacy.mechanisms import Mechanism
-
-from kilofed.engines.faulty import Faults, Faulty
-from kilofed.engines.inprocess import Handler, InProcess
-from kilofed.errors import ClientError, RecipeError, TooFewReplies
 from kilofed.payload import Payload
+from kilofed.privacy.mechanisms import Mechanism
 
 IDS = list(range(40))
 

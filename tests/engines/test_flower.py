@@ -9,15 +9,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+
 from kilofed.config.recipe import EngineSpec, Recipe, to_table
+from kilofed.engines import open_engine
+from kilofed.errors import ModelError, RunError
 from kilofed.federation.cohort import Cohort, address
 from kilofed.federation.ledger import Ledger
 from kilofed.federation.parties import Server
-from kilofed.runs.sites import Sites
-
-from kilofed.engines import open_engine
-from kilofed.errors import ModelError, RunError
 from kilofed.payload import Payload
+from kilofed.runs.sites import Sites
 
 HAVE = bool(importlib.util.find_spec("flwr") and importlib.util.find_spec("ray"))
 needs_flower = pytest.mark.skipif(

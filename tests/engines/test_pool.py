@@ -9,8 +9,8 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
-from kilofed.config.recipe import EngineSpec
 
+from kilofed.config.recipe import EngineSpec
 from kilofed.engines import open_engine
 from kilofed.engines.inprocess import InProcess
 from kilofed.engines.opener import Opener

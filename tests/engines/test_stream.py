@@ -15,10 +15,10 @@ import pytest
 pytest.importorskip("grpc", reason="gRPC is not installed: pip install 'kilofed[stream]'")
 
 import grpc
-from kilofed.config.fields import Value
-from kilofed.config.recipe import EngineSpec, changed, from_table
 
 import kilofed
+from kilofed.config.fields import Value
+from kilofed.config.recipe import EngineSpec, changed, from_table
 from kilofed.engines import open_engine, stream
 from kilofed.engines.opener import Opener
 from kilofed.engines.stream import CHUNK, Stream

@@ -6,16 +6,16 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from kilofed.config.fields import Value
 from kilofed.config.recipe import Recipe, changed, to_toml
+from kilofed.engines.inprocess import InProcess
 from kilofed.federation.cohort import Cohort
 from kilofed.federation.ledger import Ledger
 from kilofed.federation.method import forecast
 from kilofed.federation.parties import Server
-from kilofed.runs.sites import Sites
-
-from kilofed.engines.inprocess import InProcess
 from kilofed.payload import Payload
+from kilofed.runs.sites import Sites
 
 Engine = Callable[..., InProcess]
 

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from kilofed.federation.method import method_names
 
 from kilofed.errors import PrivacyError
+from kilofed.federation.method import method_names
 from kilofed.payload import Payload
 
 CENTRAL = {"privacy.kind": "central", "privacy.noise_key": "ab" * 16}

@@ -7,15 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from kilofed.config.fields import Value
-from kilofed.config.recipe import Recipe, changed
-from kilofed.models.heads import MeanClassifier
 from safetensors.torch import load_file
 from transformers import AutoModel
 
 import kilofed
+from kilofed.config.fields import Value
+from kilofed.config.recipe import Recipe, changed
 from kilofed.errors import RunError
 from kilofed.models import evaluation, loading
+from kilofed.models.heads import MeanClassifier
 from kilofed.reports import report
 from kilofed.runs import export
 from kilofed.serving import chat

@@ -1,6 +1,7 @@
 """FedAdam against two steps worked out from FedAvg's means."""
 
 import torch
+
 from kilofed.federation.wire import shared
 
 LR, TAU = 0.05, 0.01

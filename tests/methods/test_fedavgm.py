@@ -1,6 +1,7 @@
 """FedAvgM collapses to FedAvg without momentum, and carries a round's update into the next with it."""
 
 import torch
+
 from kilofed.federation.wire import shared
 
 

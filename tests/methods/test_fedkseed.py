@@ -5,18 +5,18 @@ import math
 import numpy as np
 import pytest
 import torch
-from kilofed.config.recipe import TrainSpec
-from kilofed.federation.cohort import Cohort
-from kilofed.federation.ledger import Ledger
-from kilofed.privacy.mechanisms import Mechanism
-from kilofed.zeroth.seed_log import Order, Report
 
+from kilofed.config.recipe import TrainSpec
 from kilofed.engines.inprocess import InProcess
 from kilofed.errors import ClientError, KilofedError, PayloadError, TooFewReplies
+from kilofed.federation.cohort import Cohort
+from kilofed.federation.ledger import Ledger
 from kilofed.methods.fedkseed import FedKSeed
 from kilofed.models import loading, training
 from kilofed.payload import Payload
+from kilofed.privacy.mechanisms import Mechanism
 from kilofed.zeroth import codec, seed_log, two_point
+from kilofed.zeroth.seed_log import Order, Report
 
 FULL = {"adapter.kind": "full"}
 EXACT = {"bits_up": 32, "bits_down": 32, "overrides": FULL}

@@ -5,18 +5,18 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from kilofed.config.fields import Value
 from kilofed.config.recipe import Recipe, changed
-from kilofed.federation.cohort import Cohort
-from kilofed.federation.ledger import Ledger
-from kilofed.federation.method import Message
-from kilofed.runs.sites import Sites
-
 from kilofed.distillation import ensemble
 from kilofed.engines.inprocess import InProcess
 from kilofed.errors import ClientError, ModelError, RecipeError
+from kilofed.federation.cohort import Cohort
+from kilofed.federation.ledger import Ledger
+from kilofed.federation.method import Message
 from kilofed.models import loading
 from kilofed.payload import Payload
+from kilofed.runs.sites import Sites
 
 CLASSIFY: dict[str, Value] = {
     "data.task": "classify",

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from kilofed.federation.cohort import Cohort
 
 from kilofed.engines.inprocess import InProcess
 from kilofed.errors import ClientError, PrivacyError, RecipeError, TooFewReplies
+from kilofed.federation.cohort import Cohort
 from kilofed.payload import Payload
 
 ALONE = {"data.partition.kind": "iid", "data.partition.num_clients": 1}

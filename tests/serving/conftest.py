@@ -11,11 +11,11 @@ from pathlib import Path
 import httpx
 import openai
 import pytest
+
 from kilofed.generation.decoding import Sampling, Token
+from kilofed.serving.model import Served, open_served
 from kilofed.serving.requests import Limits
 from kilofed.serving.server import running
-
-from kilofed.serving.model import Served, open_served
 
 TOKEN = "a-token-for-tests"
 

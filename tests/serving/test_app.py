@@ -11,6 +11,7 @@ from pathlib import Path
 import httpx
 import openai
 import pytest
+
 from kilofed.generation.decoding import Sampling
 from kilofed.generation.detokenizer import spell
 from kilofed.serving.server import running

@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from kilofed.config.recipe import AdapterSpec, ModelSpec, Recipe
-from kilofed.data.examples import TEMPLATES
-from kilofed.generation.decoding import Sampling, Solo, Speaker
-from kilofed.proxy.model import ProxyModel
 
 import kilofed
+from kilofed.config.recipe import AdapterSpec, ModelSpec, Recipe
+from kilofed.data.examples import TEMPLATES
 from kilofed.errors import DataError, ModelError, RunError
+from kilofed.generation.decoding import Sampling, Solo, Speaker
 from kilofed.models import loading
+from kilofed.proxy.model import ProxyModel
 from kilofed.runs import export
 from kilofed.serving.model import open_served
 

@@ -11,13 +11,13 @@ from types import SimpleNamespace
 import httpx
 import openai
 import pytest
+
+from kilofed.errors import ModelError
 from kilofed.serving.requests import Limits
 from kilofed.serving.scheduler import Desk
 from kilofed.serving.server import running
-from kilofed.serving.validation import Refusal
-
-from kilofed.errors import ModelError
 from kilofed.serving.service import Service
+from kilofed.serving.validation import Refusal
 
 ASK = {"model": "tiny", "prompt": "ab", "max_tokens": 5, "temperature": 0}
 LONG = {**ASK, "max_tokens": 120}
