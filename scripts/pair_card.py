@@ -28,7 +28,7 @@ rows; they were left out of the corpus.
 |---|---|---|
 {figures}
 
-`benchmarks/pair.py` measures this table again; the documents come from the packages that it finds. A question is
+`benchmarks/models/pair.py` measures this table again; the documents come from the packages that it finds. A question is
 put as `Q: ...`, a new line and `A:`; the answer follows after a space. Other forms get far fewer answers.
 
 ## Corpus

@@ -23,7 +23,7 @@ def models() -> dict[str, PreTrainedModel]:
 
 @pytest.fixture
 def pair(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks" / "models"))
     return importlib.import_module("pair")
 
 

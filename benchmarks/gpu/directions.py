@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[1] / "zeroth"))
 
 import plain_hsp1 as plain
 from kilofed.zeroth.directions import cuda, reference

@@ -10,7 +10,7 @@ from pathlib import Path
 HERE = Path(__file__).parent
 JOBS = (
     [str(HERE / "directions.py")],
-    [str(HERE.parent / "decoding.py"), "--device", "cuda", "--large", "24x2048", "--small", "12x768"],
+    [str(HERE.parent / "generation" / "decoding.py"), "--device", "cuda", "--large", "24x2048", "--small", "12x768"],
 )
 
 

@@ -30,7 +30,7 @@ from kilofed.models.halves import Halves, width
 
 ON_HEAP, HEAP = 8 << 20, 1.5
 """Tensors below so many bytes share a heap that is never quite full: they take so many times their size, as measured by
-`benchmarks/forecast.py` on Linux; larger ones are given back when they are freed."""
+`benchmarks/costs/forecast.py` on Linux; larger ones are given back when they are freed."""
 
 
 class Bench:

@@ -1,7 +1,7 @@
 """A head that classifies rows: the mean of the last hidden states, at unit length, into one linear layer.
 
 Sentence encoders are trained so that this mean is what says something. After the same 40 steps on Banking77 it is right
-for 44 % of the rows, the head of transformers for 12 %; `benchmarks/classify.py --quick` prints both.
+for 44 % of the rows, the head of transformers for 12 %; `benchmarks/models/classify.py --quick` prints both.
 """
 
 from pathlib import Path

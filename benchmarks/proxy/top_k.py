@@ -3,7 +3,7 @@
 The embedded pair on held-out package documentation; the small model is trained on it for a few steps first. Three rules
 for the tokens that were not told: shared as the small base shares them (`complete`), all alike, and ruled out.
 
-    python benchmarks/top_k.py [--quick] [--json]
+    python benchmarks/proxy/top_k.py [--quick] [--json]
 """
 
 import argparse

@@ -8,7 +8,7 @@ large model tuned directly by FedAvg. Exact match is that of greedy answers, rea
 
 Where it does not carry, ranks show which part fails: whether the right answer is first among all answers of its type.
 
-    python benchmarks/proxy_gazetteer.py [--quick] [--json] [--seeds 3] [--rounds 6] [--templates qa,plain]
+    python benchmarks/proxy/proxy_gazetteer.py [--quick] [--json] [--seeds 3] [--rounds 6] [--templates qa,plain]
 """
 
 import argparse

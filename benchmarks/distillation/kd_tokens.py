@@ -1,9 +1,9 @@
-"""How much does KD lose on a language model's head when only a few words of each position travel?
+"""How much does KD lose on a language model's head when only a few tokens of each position travel?
 
-The recipe `tiny` under KD with all 4,096 words, with 32 and with 8, in float16 and int8: held-out loss after the same
-rounds, bytes per client and round. Wanted: 32 words within 0.01 nats of all, at under 2 % of the bytes.
+The recipe `tiny` under KD with all 4,096 tokens, with 32 and with 8, in float16 and int8: held-out loss after the same
+rounds, bytes per client and round. Wanted: 32 tokens within 0.01 nats of all, at under 2 % of the bytes.
 
-    python benchmarks/kd_words.py [--quick] [--json]
+    python benchmarks/distillation/kd_tokens.py [--quick] [--json]
 """
 
 import argparse
@@ -35,10 +35,10 @@ def main() -> None:
             sent = done.results["bytes"]
             assert isinstance(sent, dict)
             loss = done.rows["federated"]["loss"]
-            found.append({"words": top_k or "all", "wire": wire, "loss": loss, "bytes": sent["up"] + sent["down"]})
+            found.append({"tokens": top_k or "all", "wire": wire, "loss": loss, "bytes": sent["up"] + sent["down"]})
         if not options.json:
             row, whole = found[-1], found[0]
-            print(f"{row['words']:>4} words, {row['wire']:<8} loss {row['loss']:.4f} ({row['loss'] - whole['loss']:+.4f})  "
+            print(f"{row['tokens']:>4} tokens, {row['wire']:<8} loss {row['loss']:.4f} ({row['loss'] - whole['loss']:+.4f})  "
               f"{row['bytes']:>12,.0f} bytes ({100 * row['bytes'] / whole['bytes']:.2f} %)", flush=True)  # fmt: skip
     if options.json:
         print(json.dumps(found))

@@ -1,6 +1,6 @@
 """Bit-for-bit checks at real sizes; ends with an error at the first difference.
 
-python benchmarks/exactness.py [--quick] [--json]
+python benchmarks/zeroth/exactness.py [--quick] [--json]
 """
 
 import argparse

@@ -6,7 +6,7 @@ scored on a tenth of the test rows. Full: 10 clients, IID and Dirichlet 0.5, Fed
 
 With --central: nothing but central training for that many steps of 32 rows, scored on all test rows.
 
-    python benchmarks/classify.py --data FOLDER [--quick] [--central 600] [--json]
+    python benchmarks/models/classify.py --data FOLDER [--quick] [--central 600] [--json]
 """
 
 import argparse

@@ -9,8 +9,8 @@ al. 2025 (arXiv:2501.04436) holds: FedLLM best in quality, KD fewest bytes, Spli
 Every scene is a `kilofed compare` under --out, which goes on where it was stopped. The full run takes an hour or two of
 one core. Quick: the embedded model, one seed, two rounds, under two minutes.
 
-    python benchmarks/frameworks.py --data DATA [--scenes banking77-iid,natural_instructions] [--out DIR] [--json]
-    python benchmarks/frameworks.py --quick
+    python benchmarks/runs/frameworks.py --data DATA [--scenes banking77-iid,natural_instructions] [--out DIR] [--json]
+    python benchmarks/runs/frameworks.py --quick
 """
 
 import argparse

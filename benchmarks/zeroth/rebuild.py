@@ -1,6 +1,6 @@
 """How long it takes to rebuild weights from K coefficients, against a copy of the same weights and the official replay.
 
-    python benchmarks/rebuild.py [--quick] [--json]
+    python benchmarks/zeroth/rebuild.py [--quick] [--json]
 
 In every round all kernels of a case run in turn, so a busy machine slows them alike; ratios are medians over rounds of
 the ratio within one round. The official replay (FedKSeed: `torch.normal` for every parameter and seed, in sequence) is

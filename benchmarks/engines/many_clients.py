@@ -6,7 +6,7 @@ Engines take turns round by round after a first round each, in which processes s
 "grows" is this process's peak of resident memory in a round above its level at the round's start, the largest of all
 rounds.
 
-    python benchmarks/many_clients.py [--quick] [--json] [--model DIR] [--skip flower]
+    python benchmarks/engines/many_clients.py [--quick] [--json] [--model DIR] [--skip flower]
 """
 
 import argparse

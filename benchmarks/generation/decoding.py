@@ -8,8 +8,8 @@ showed: `acceptance` is measured first, on the embedded pair after a short local
 
 All ways are run in turn in one process and give the same tokens (checked); ratios are medians over the turns.
 
-    python benchmarks/decoding.py [--quick] [--json] [--acceptance 0.7] [--large 12x1024] [--small 6x384] [--threads 2]
-                                 [--device cuda]
+    python benchmarks/generation/decoding.py [--quick] [--json] [--acceptance 0.7] [--large 12x1024] [--small 6x384]
+        [--threads 2] [--device cuda]
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """What zeroth-order methods learn: directions, pools and sampling compared, beside FedAvg-LoRA on the same local data.
 
-    python benchmarks/zeroth_learning.py [--quick] [--json] [--tasks pydocs,...] [--seeds 3] [--data DIR] [--keep FILE]
+    python benchmarks/zeroth/zeroth_learning.py [--quick] [--json] [--tasks pydocs,...] [--seeds 3] [--data DIR] [--keep FILE]
 
 Rows. `structured`: FedKSeed as shipped, on the pool HSP-1. `exact`: the same with a float32 wire. `gaussian`: the same
 walk along K independent normal directions, models averaged in float64, nothing quantised and no bytes counted. `fresh`:

@@ -2,7 +2,7 @@
 
 The tests and benchmarks compare kilofed with it. Run as a script it prints the published test vectors:
 
-    python benchmarks/plain_hsp1.py > src/kilofed/directions/vectors.json
+    python benchmarks/zeroth/plain_hsp1.py > src/kilofed/zeroth/directions/vectors.json
 """
 
 import hashlib

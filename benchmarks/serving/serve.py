@@ -7,7 +7,7 @@ of its own, as clients are.
 Crowd: clients in processes of their own stream answers at temperature 0 without pause; each answer is compared with
 the one that the decoder gave before any client came. Memory is the server process's resident set.
 
-    python benchmarks/serve.py [--quick] [--json] [--seconds 120] [--clients 32] [--model builtin:large]
+    python benchmarks/serving/serve.py [--quick] [--json] [--seconds 120] [--clients 32] [--model builtin:large]
 """
 
 from __future__ import annotations

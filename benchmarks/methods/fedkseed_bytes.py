@@ -2,7 +2,8 @@
 
 Every message is counted whole, as the engine gets it. The paper's own format costs 17,988 bytes at K = 4096.
 
-    python benchmarks/fedkseed_bytes.py [--quick] [--json] [--model DIR] [--seeds 3] [--pools K ...] [--wires NAME ...]
+    python benchmarks/methods/fedkseed_bytes.py [--quick] [--json] [--model DIR] [--seeds 3]
+        [--pools K ...] [--wires NAME ...]
 """
 
 import argparse

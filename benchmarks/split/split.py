@@ -6,7 +6,7 @@
 3. Share of a client's tokens that the server reads off the activations, at each cut.
 4. With --stream: seconds per step and peak memory of a client's process against the run in one process.
 
-    python benchmarks/split.py [--quick] [--json] [--stream] [--seeds 3] [--model DIR]
+    python benchmarks/split/split.py [--quick] [--json] [--stream] [--seeds 3] [--model DIR]
 """
 
 import argparse

@@ -7,7 +7,7 @@ federated and in one place. Beside them the verdict that `kilofed check` gives b
 Each finished part of a data set and seed is a line of --out, and is not measured again. Parts: `steered` is all but
 `direct`, the large model tuned directly, which takes half of the time.
 
-    python benchmarks/proxy_text.py [--quick] [--json] [--datasets dolly,banking77] [--seeds 3] [--parts steered,direct]
+    python benchmarks/proxy/proxy_text.py [--quick] [--json] [--datasets dolly,banking77] [--seeds 3] [--parts steered,direct]
 """
 
 import argparse
@@ -87,8 +87,8 @@ def main() -> None:
     parser.add_argument("--datasets", default="", help="comma-separated; default all that are there")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--parts", default="steered,direct", help="comma-separated")
-    parser.add_argument("--shared", type=Path, default=Path(__file__).resolve().parents[2] / "shared")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "proxy_text.jsonl")
+    parser.add_argument("--shared", type=Path, default=Path(__file__).resolve().parents[3] / "shared")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "results" / "proxy_text.jsonl")
     options = parser.parse_args()
     torch.set_num_threads(1)
     there = [

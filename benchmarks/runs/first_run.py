@@ -3,7 +3,7 @@
 Full: clones this repository into an empty folder, runs `make run` there (the package index or its cache must answer),
 then repeats the recipe with three seeds. Quick: runs the recipe once in this environment.
 
-    python benchmarks/first_run.py [--quick] [--json]
+    python benchmarks/runs/first_run.py [--quick] [--json]
 """
 
 import argparse
@@ -16,7 +16,7 @@ import tempfile
 import time
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parents[1]
+HERE = Path(__file__).resolve().parents[2]
 
 
 def main() -> None:

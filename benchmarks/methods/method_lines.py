@@ -1,6 +1,6 @@
 """How many lines of code is a method? Blank lines, comments and docstrings do not count.
 
-python benchmarks/method_lines.py [--quick] [--json]
+python benchmarks/methods/method_lines.py [--quick] [--json]
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """What a zeroth-order step costs beyond its two forwards: time at 100M parameters or more, peak memory at 300M or more.
 
-    python benchmarks/zeroth_step.py [--quick] [--json]
+    python benchmarks/zeroth/zeroth_step.py [--quick] [--json]
 
 Models have LLaMA's architecture and random weights. Time: a step and two bare forwards of the same model and batch run
 in turn; the ratio is the median over pairs. Memory: a process that only runs forwards and one that only walks, each its

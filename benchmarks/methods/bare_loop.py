@@ -3,7 +3,7 @@
 The bare loop below imports nothing of kilofed's training: it tokenises nothing (both get the same token ids), pads,
 calls the model, cross entropy, backward, AdamW. Pairs of runs alternate in one process; the ratio quoted is the median.
 
-    python benchmarks/bare_loop.py [--quick] [--json] [--model DIR]
+    python benchmarks/methods/bare_loop.py [--quick] [--json] [--model DIR]
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """Bytes per client and round: slopes up, coefficients down, headers and checksums included.
 
-    python benchmarks/codec.py [--quick] [--json]
+    python benchmarks/zeroth/codec.py [--quick] [--json]
 
 Synthetic traffic of the paper's setting: 10 clients a round, tau = 200 steps each, slopes from Student's t with five
 degrees of freedom, order uniform. The error is that of the shared state beside the exact sums, relative, after the last

