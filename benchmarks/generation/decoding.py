@@ -28,7 +28,7 @@ from kilofed.config.recipe import AdapterSpec, ModelSpec
 from kilofed.federation.parties import generator
 from kilofed.generation.decoding import Sampling, Solo
 from kilofed.models import loading, training
-from kilofed.proxy.combination import Offset
+from kilofed.proxy.combination import Difference
 from kilofed.proxy.model import ProxyModel
 from kilofed.proxy.speculation import Drafting, Speculation, plain_tokens
 from kilofed.runs.sites import Sites
@@ -39,7 +39,7 @@ PROMPT = 32
 
 @dataclass(frozen=True)
 class Followed:
-    """A target that follows the tuned model at a given rate and costs what `Offset` costs."""
+    """A target that follows the tuned model at a given rate and costs what `Difference` costs."""
 
     rate: float
 
@@ -126,7 +126,7 @@ def acceptance(rows: int, steps: int, tokens: int) -> dict[str, float]:
         order=lambda name: generator(plan.seed, 0, 0, name),
         dropout=torch.Generator(),
     )
-    proxy = ProxyModel(loading.load_base(ModelSpec("builtin:large")), small, rule=Offset(1.0))
+    proxy = ProxyModel(loading.load_base(ModelSpec("builtin:large")), small, rule=Difference(1.0))
     found = {}
     for name, temperature in (("greedy", 0.0), ("drawn", 1.0)):
         drafted = accepted = 0

@@ -1,4 +1,4 @@
-"""The case that FedPT exists for: clients know the form of an answer, a large model that nobody opens knows the facts.
+"""The case that FedPT exists for: clients know the form of an answer, a black-box large model knows the facts.
 
 Clients hold questions and answers on some entities of a fictional world; the test asks about entities of which no client
 has a row and which the large model met in pre-training, as plain sentences. Exact match after every round, equal rounds

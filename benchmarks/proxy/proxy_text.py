@@ -34,7 +34,7 @@ from kilofed.federation.ledger import Ledger
 from kilofed.federation.parties import Server, generator
 from kilofed.methods.fedpt import FedPT
 from kilofed.models import evaluation, loading, training
-from kilofed.proxy.trial import Trio, sweep
+from kilofed.proxy.trial import ProxyParts, sweep
 from kilofed.runs.sites import Sites
 
 ROUNDS, CLIENTS, BATCH = 4, 6, 4
@@ -135,21 +135,21 @@ def steered(recipe: Recipe, test_rows: int) -> dict[str, object]:
     large = fedpt.beside(plain.server)["large base"]
     score("large base", large)
     score("small base", plain.server.model)
-    trial = [e for client in plain.sites.client_ids() for e in plain.sites.train_examples(client)[:80]]
-    prospects = fedpt.prospects(plain.server, trial, held_out[::2])
+    trial_rows = [e for client in plain.sites.client_ids() for e in plain.sites.train_examples(client)[:80]]
+    trial = fedpt.trial(plain.server, trial_rows, held_out[::2])
     score("small central", plain.central())
     plain.rounds()
     distilled.rounds()
     small = fedpt.trained(plain.server)
     score("small FedAvg", small)
-    by_alpha = sweep(Trio(large, small), held_out, ALPHAS)
+    by_alpha = sweep(ProxyParts(large, small), held_out, ALPHAS)
     score("FedPT", fedpt.deliver(plain.server))
     score("small, distilled", cast(FedPT, distilled.sites.method).trained(distilled.server))
     score("FedPT, distilled", distilled.sites.method.deliver(distilled.server))
     return {
         **both(rows),
         "by_alpha": {str(alpha): loss for alpha, loss in by_alpha.items()},
-        "forecast": {**vars(prospects), "pays": prospects.pays},
+        "forecast": {**vars(trial), "pays": trial.pays},
         "pays": rows["FedPT"].loss < min(rows["small FedAvg"].loss, rows["large base"].loss),
         "kept": [bool(row[3]) for row in distilled.server.state["server.phases"].tolist()],
         "bytes_per_client": plain.bytes,

@@ -18,7 +18,7 @@ from kilofed.federation.method import method_names
 from kilofed.methods import fedpt
 from kilofed.models import evaluation, loading, training
 from kilofed.payload import Payload
-from kilofed.proxy.large_model import open_large
+from kilofed.proxy.large_model import open_large_model
 from kilofed.proxy.model import ProxyModel
 from kilofed.proxy.spec import LargeSpec
 from kilofed.runs.loop import resume
@@ -298,7 +298,7 @@ def test_the_trial_leaves_the_small_model_as_it_was(federate) -> None:
 def test_the_trial_scores_as_evaluation_does(federate) -> None:
     found = federate("fedpt", rounds=0, alpha=0.5, fresh=True)
     held_out = [e for client in found.sites.client_ids() for e in found.sites.test_examples(client)]
-    seen = found.sites.method.prospects(found.server, found.sites.train_examples(0), held_out)
+    seen = found.sites.method.trial(found.server, found.sites.train_examples(0), held_out)
     large = found.sites.method.beside(found.server)["large base"]
     assert seen.large == pytest.approx(evaluation.score(large, held_out, 16).loss, rel=1e-5)
     assert seen.small == pytest.approx(evaluation.score(found.server.model, held_out, 16).loss, rel=1e-5)
@@ -313,4 +313,4 @@ def test_the_method_is_found_and_its_handler_opens_from_text(tiny_recipe: Recipe
 
 def test_an_api_must_be_told_which_model(tiny_model: Path) -> None:
     with pytest.raises(ModelError, match=r"method\.large\.name is empty"):
-        open_large(LargeSpec("http://127.0.0.1:9/v1"), ModelSpec(str(tiny_model)), None)
+        open_large_model(LargeSpec("http://127.0.0.1:9/v1"), ModelSpec(str(tiny_model)), None)

@@ -6,17 +6,17 @@ import numpy as np
 import pytest
 
 from kilofed.errors import RunError
-from kilofed.proxy.api_cache import Answered, Told, prefix_keys
+from kilofed.proxy.api_cache import LogprobCache, TopLogprobs, prefix_keys
 
-TOLD = Told(np.array([7, 3], np.int32), np.array([-0.5, -1.25], np.float32))
+TOLD = TopLogprobs(np.array([7, 3], np.int32), np.array([-0.5, -1.25], np.float32))
 
 
 def test_what_was_put_is_found_in_another_process_s_file(tmp_path: Path) -> None:
     keys = prefix_keys("large", 2, [1, 5])
-    first = Answered(tmp_path / "scores")
+    first = LogprobCache(tmp_path / "scores")
     first.put({keys[1]: TOLD})
     first.close()
-    again = Answered(tmp_path / "scores")
+    again = LogprobCache(tmp_path / "scores")
     found = again.get(keys)
     again.close()
     assert list(found) == [keys[1]]
@@ -38,4 +38,4 @@ def test_a_key_is_the_model_the_number_and_the_text_before() -> None:
 def test_a_file_of_something_else_is_refused(tmp_path: Path) -> None:
     (tmp_path / "scores").write_text("these are no scores, but a text that is long enough to be looked at\n" * 20)
     with pytest.raises(RunError, match="cannot use the file of scores"):
-        Answered(tmp_path / "scores")
+        LogprobCache(tmp_path / "scores")

@@ -17,7 +17,7 @@ from kilofed.generation.decoding import Sampling
 from kilofed.generation.detokenizer import Spelling
 from kilofed.models.training import collate, token_losses
 from kilofed.proxy.api_model import RemoteModel
-from kilofed.proxy.combination import Mix, Offset
+from kilofed.proxy.combination import Difference, Mix
 from kilofed.proxy.model import ProxyModel
 from kilofed.proxy.spec import LargeSpec
 
@@ -42,7 +42,7 @@ def remote(server: Loopback, folder: Path | None = None, **fields: object) -> Re
 @torch.no_grad()
 def test_all_scores_over_http_are_the_local_model(server: Loopback) -> None:
     large = remote(server)
-    near, far = ProxyModel(LARGE, SMALL, rule=Offset(0.6)), ProxyModel(large, SMALL, rule=Offset(0.6))
+    near, far = ProxyModel(LARGE, SMALL, rule=Difference(0.6)), ProxyModel(large, SMALL, rule=Difference(0.6))
     seen = MASK.bool()
     close(far(IDS, MASK).logits[seen], near(IDS, MASK).logits[seen])
     examples = [Example([1, 40, 50, 60], [-100, -100, 50, 60], [], []), Example([1, 70], [-100, 70], [], [])]
@@ -71,8 +71,8 @@ def test_generate_with_left_padding_over_http_is_the_local_answer(server: Loopba
 def test_speech_over_http_is_the_local_answer(server: Loopback, scoring: str) -> None:
     large = remote(server, scoring=scoring)
     sampling = Sampling(max_new_tokens=12)
-    near = [token.id for token in ProxyModel(LARGE, SMALL, rule=Offset(0.5)).speak(PROMPT, sampling)]
-    far = ProxyModel(large, SMALL, rule=Offset(0.5))
+    near = [token.id for token in ProxyModel(LARGE, SMALL, rule=Difference(0.5)).speak(PROMPT, sampling)]
+    far = ProxyModel(large, SMALL, rule=Difference(0.5))
     assert [token.id for token in far.speak(PROMPT, sampling)] == near
     drafted = any(body["echo"] for body in server.bodies)
     assert drafted == (scoring == "echo")
@@ -103,7 +103,7 @@ def test_steps_and_echo_tell_the_same(server: Loopback) -> None:
 @torch.no_grad()
 def test_of_few_scores_the_seen_are_exact_and_the_rest_is_shared(server: Loopback) -> None:
     large = remote(server, top_k=5)
-    far = ProxyModel(large, SMALL, rule=Offset(0.0))(IDS[:1]).logits
+    far = ProxyModel(large, SMALL, rule=Difference(0.0))(IDS[:1]).logits
     near = LARGE(IDS[:1]).logits.log_softmax(-1)
     top = near.topk(5).indices
     torch.testing.assert_close(far.gather(-1, top), near.gather(-1, top), rtol=0, atol=1e-4)
@@ -176,7 +176,7 @@ def test_an_api_that_names_tokens_by_text_is_told_apart(server: Loopback) -> Non
     server.faults = [by_text]
     large = remote(server)
     with pytest.raises(RemoteError, match=r"names tokens by text \('a'\), not as token_id: set names to text"):
-        large.tell([[1, 2]], [[2]])
+        large.top_logprobs([[1, 2]], [[2]])
     large.close()
 
 
@@ -193,7 +193,7 @@ def test_another_vocabulary_or_an_empty_position_is_refused(server: Loopback, to
     server.faults = [lambda handler: handler.answer(200, content)]  # type: ignore[attr-defined]
     large = remote(server)
     with pytest.raises(RemoteError, match=said):
-        large.tell([[1, 2]], [[2]])
+        large.top_logprobs([[1, 2]], [[2]])
     large.close()
 
 
@@ -202,7 +202,7 @@ def test_a_token_told_beyond_the_likeliest_is_not_kept(server: Loopback) -> None
     content = json.dumps({"choices": [{"index": 0, "logprobs": {"top_logprobs": tops}}]}).encode()
     server.faults = [lambda handler: handler.answer(200, content)]  # type: ignore[attr-defined]
     large = remote(server, top_k=2)
-    assert large.tell([[1, 2]], [[2]])[0][2].ids.tolist() == [4, 5]
+    assert large.top_logprobs([[1, 2]], [[2]])[0][2].ids.tolist() == [4, 5]
     large.close()
 
 
@@ -211,7 +211,7 @@ def test_an_echo_of_another_length_is_refused(server: Loopback) -> None:
     server.faults = [lambda handler: handler.answer(200, content.encode())]  # type: ignore[attr-defined]
     large = remote(server)
     with pytest.raises(RemoteError, match="was sent 3 tokens to echo and told of 1"):
-        large.tell([[1, 2, 3]], [[2, 3]])
+        large.top_logprobs([[1, 2, 3]], [[2, 3]])
     large.close()
 
 
@@ -227,7 +227,7 @@ def test_prompts_as_text_tell_the_same(server: Loopback) -> None:
     tokenizer = byte_tokenizer()
     server.read = lambda text: list(tokenizer.encode(text, add_special_tokens=False))
     large, texted = remote(server, top_k=3), remote(server, top_k=3, prompts="text")
-    (by_id,), (by_text,) = large.tell([PROMPT], [[2, 4]]), texted.tell([PROMPT], [[2, 4]])
+    (by_id,), (by_text,) = large.top_logprobs([PROMPT], [[2, 4]]), texted.top_logprobs([PROMPT], [[2, 4]])
     assert isinstance(server.bodies[-1]["prompt"][0], str)  # type: ignore[index]
     assert by_id[4].ids.tolist() == by_text[4].ids.tolist()
     large.close()
@@ -238,6 +238,6 @@ def test_a_prompt_that_text_would_change_is_refused(server: Loopback) -> None:
     large = remote(server, prompts="text")
     half = byte_tokenizer().convert_tokens_to_ids("\u00c3")  # The first byte of a character of two.
     with pytest.raises(ModelError, match="does not survive as text"):
-        large.tell([[half, 70]], [[2]])
+        large.top_logprobs([[half, 70]], [[2]])
     assert not server.bodies
     large.close()

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from kilofed.errors import RecipeError
-from kilofed.proxy.combination import Mix, Offset, combine, complete, fit_constant, fit_mix, mix, nucleus, realign
+from kilofed.proxy.combination import Difference, Mix, combine, complete, fit_constant, fit_mix, mix, nucleus, realign
 
 LARGE, TUNED, BASE = torch.tensor([1.0, 2.0, -1.0]), torch.tensor([0.5, 0.0, 3.0]), torch.tensor([0.25, 1.0, 1.0])
 
@@ -45,7 +45,7 @@ def test_the_nucleus_is_the_smallest_set_that_holds_the_share() -> None:
     assert nucleus(scores, 0.5).isfinite().tolist() == [False, True, False, False]
     assert nucleus(scores, 0.6).isfinite().tolist() == [False, True, False, True]
     assert torch.equal(nucleus(scores, 1.0), scores)
-    ruled = Offset(1.0, nucleus=0.5)(scores, torch.tensor([9.0, 0, 0, 0]), torch.zeros(4))
+    ruled = Difference(1.0, nucleus=0.5)(scores, torch.tensor([9.0, 0, 0, 0]), torch.zeros(4))
     assert ruled.argmax() == 1  # The offset cannot bring back what the large model's nucleus left out.
 
 

@@ -13,7 +13,7 @@ from kilofed.generation.decoding import Sampling
 from kilofed.models import evaluation
 from kilofed.models.loading import without_adapter
 from kilofed.models.training import collate, token_losses
-from kilofed.proxy.combination import Mix, Offset, Realign
+from kilofed.proxy.combination import Difference, Mix, Realign
 from kilofed.proxy.model import ProxyLogits, ProxyModel
 
 IDS, MASK = padded([[1, 5, 9, 30, 7], [1, 8], [1, 22, 3, 4]])
@@ -22,7 +22,7 @@ IDS, MASK = padded([[1, 5, 9, 30, 7], [1, 8], [1, 22, 3, 4]])
 @torch.no_grad()
 def test_alpha_0_is_the_large_model() -> None:
     large = model(0, width=24)
-    proxy = ProxyModel(large, adapted(1), rule=Offset(0.0))
+    proxy = ProxyModel(large, adapted(1), rule=Difference(0.0))
     assert torch.equal(proxy(IDS, MASK).logits, large(IDS, MASK).logits)
     out = proxy.generate(input_ids=IDS, attention_mask=MASK, max_new_tokens=12, do_sample=False)
     assert torch.equal(out, large.generate(input_ids=IDS, attention_mask=MASK, max_new_tokens=12, do_sample=False))
@@ -45,15 +45,15 @@ def test_scores_are_the_sum_of_three_separate_forwards() -> None:
     with without_adapter(small):
         base = small(ids, mask).logits
     expected = large(ids, mask).logits + 0.7 * (small(ids, mask).logits - base)
-    torch.testing.assert_close(ProxyModel(large, small, rule=Offset(0.7))(ids, mask).logits, expected)
+    torch.testing.assert_close(ProxyModel(large, small, rule=Difference(0.7))(ids, mask).logits, expected)
 
 
 @torch.no_grad()
 def test_the_shared_forward_equals_two_models() -> None:
     large, small = model(0, width=24), adapted(1)
     shared, apart = ProxyModel(large, small), ProxyModel(large, small, model(1))
-    assert shared.small_voices.num_voices == 2
-    assert type(shared.small_voices) is not type(apart.small_voices)
+    assert shared.small_source.num_outputs == 2
+    assert type(shared.small_source) is not type(apart.small_source)
     torch.testing.assert_close(shared(IDS, MASK).logits, apart(IDS, MASK).logits)
     ways = {"max_new_tokens": 12, "do_sample": False}
     first = shared.generate(input_ids=IDS, attention_mask=MASK, **ways)
@@ -242,7 +242,7 @@ def test_a_logits_processor_rules_padding_rows_out() -> None:
 
 @torch.no_grad()
 def test_threads_do_not_meet_in_the_small_model() -> None:
-    proxy = ProxyModel(model(0, width=24), adapted(1), rule=Offset(0.5))
+    proxy = ProxyModel(model(0, width=24), adapted(1), rule=Difference(0.5))
     asks = [Sampling(max_new_tokens=15, temperature=0.9, seed=seed) for seed in range(6)]
 
     def spoken(sampling: Sampling) -> list[int]:

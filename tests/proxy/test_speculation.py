@@ -12,9 +12,9 @@ from transformers import MistralConfig, MistralForCausalLM
 
 from kilofed.errors import ModelError
 from kilofed.generation.decoding import Sampling, probabilities
-from kilofed.proxy.combination import Mix, Offset
+from kilofed.proxy.combination import Difference, Mix
 from kilofed.proxy.model import ProxyModel
-from kilofed.proxy.speculation import Drafting, Speculation, gain, plain_tokens, stand_or_redraw
+from kilofed.proxy.speculation import Drafting, Speculation, accept_or_resample, plain_tokens, tokens_per_cost
 
 PROMPT = [1, 5, 9, 30, 7]
 
@@ -28,7 +28,7 @@ def plain(proxy: ProxyModel, sampling: Sampling, prompt: list[int] = PROMPT) -> 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_greedy_speculation_is_the_plain_loop(longest: int, alpha: float, seed: int) -> None:
     drafting = Drafting(longest=longest, shortest=longest)
-    proxy = ProxyModel(model(seed, width=24), adapted(seed + 10), rule=Offset(alpha), drafting=drafting)
+    proxy = ProxyModel(model(seed, width=24), adapted(seed + 10), rule=Difference(alpha), drafting=drafting)
     sampling = Sampling(max_new_tokens=30, num_logprobs=3)
     spoken = list(proxy.speak(PROMPT, sampling))
     expected = list(plain_tokens(proxy, PROMPT, sampling))
@@ -39,7 +39,7 @@ def test_greedy_speculation_is_the_plain_loop(longest: int, alpha: float, seed: 
 
 
 def test_greedy_speculation_is_generate() -> None:
-    proxy = ProxyModel(model(0, width=24), adapted(3), rule=Offset(0.5))
+    proxy = ProxyModel(model(0, width=24), adapted(3), rule=Difference(0.5))
     out = proxy.generate(input_ids=torch.tensor([PROMPT]), max_new_tokens=30, do_sample=False)[0, len(PROMPT) :]
     assert [token.id for token in proxy.speak(PROMPT, Sampling(max_new_tokens=30))] == out.tolist()
 
@@ -47,7 +47,7 @@ def test_greedy_speculation_is_generate() -> None:
 def test_two_small_modules_and_a_rule_without_a_base_speculate_too() -> None:
     sampling = Sampling(max_new_tokens=20)
     for proxy in (
-        ProxyModel(model(0, width=24), adapted(3), model(3), Offset(0.5)),
+        ProxyModel(model(0, width=24), adapted(3), model(3), Difference(0.5)),
         ProxyModel(model(0, width=24), model(3), rule=Mix(0.6)),
     ):
         assert [t.id for t in proxy.speak(PROMPT, sampling)] == plain(proxy, sampling)
@@ -62,7 +62,7 @@ def test_drafts_of_the_target_itself_all_stand() -> None:
 
 
 def test_drafts_of_a_stranger_cost_cycles_but_no_tokens() -> None:
-    proxy = ProxyModel(model(0, width=24), adapted(3), rule=Offset(0.0))
+    proxy = ProxyModel(model(0, width=24), adapted(3), rule=Difference(0.0))
     speculation = Speculation(proxy, Sampling(max_new_tokens=20), Drafting(longest=4))
     spoken = [token.id for token in speculation.tokens(PROMPT)]
     assert spoken == plain(proxy, Sampling(max_new_tokens=20))
@@ -70,7 +70,7 @@ def test_drafts_of_a_stranger_cost_cycles_but_no_tokens() -> None:
 
 
 def test_the_answer_ends_at_an_end_token_and_at_the_context() -> None:
-    proxy = ProxyModel(model(0, width=24, context=20), adapted(3, model(3, context=24)), rule=Offset(0.5))
+    proxy = ProxyModel(model(0, width=24, context=20), adapted(3, model(3, context=24)), rule=Difference(0.5))
     free = plain(proxy, Sampling(max_new_tokens=100))
     assert len(free) == 20 - len(PROMPT)
     proxy.end_ids = frozenset({free[6]})
@@ -81,7 +81,7 @@ def test_the_answer_ends_at_an_end_token_and_at_the_context() -> None:
 
 
 def test_answers_advanced_in_turns_do_not_meet() -> None:
-    proxy = ProxyModel(model(0, width=24), adapted(3), rule=Offset(0.5))
+    proxy = ProxyModel(model(0, width=24), adapted(3), rule=Difference(0.5))
     prompts = [PROMPT, [1, 8], [1, 22, 3, 4]]
     sampling = Sampling(max_new_tokens=12, temperature=0.8, seed=4)
     alone = [[t.id for t in proxy.speak(p, sampling)] for p in prompts]
@@ -91,7 +91,7 @@ def test_answers_advanced_in_turns_do_not_meet() -> None:
 
 
 def test_equal_seeds_draw_equal_tokens() -> None:
-    proxy = ProxyModel(model(0, width=24), adapted(3), rule=Offset(0.5))
+    proxy = ProxyModel(model(0, width=24), adapted(3), rule=Difference(0.5))
     drawn = [[t.id for t in proxy.speak(PROMPT, Sampling(15, temperature=1.0, seed=seed))] for seed in (1, 1, 2)]
     assert drawn[0] == drawn[1] != drawn[2]
 
@@ -104,7 +104,7 @@ def test_a_model_that_cannot_forget_speaks_plainly() -> None:
             num_key_value_heads=2, sliding_window=4, max_position_embeddings=64, initializer_range=0.3,
         )  # fmt: skip
         large = MistralForCausalLM(config).eval()
-    proxy = ProxyModel(large, adapted(3), rule=Offset(0.5))
+    proxy = ProxyModel(large, adapted(3), rule=Difference(0.5))
     sampling = Sampling(max_new_tokens=20)
     assert [token.id for token in proxy.speak(PROMPT, sampling)] == plain(proxy, sampling)
 
@@ -119,7 +119,7 @@ def drawn(rule: str, count: int = 20_000) -> Tensor:
     counts = torch.zeros(len(P))
     for draft in torch.multinomial(Q, count, replacement=True, generator=generator).tolist():
         if rule == "residual":
-            token = stand_or_redraw(P, Q, draft, generator)
+            token = accept_or_resample(P, Q, draft, generator)
         else:  # Redrawn from the whole target: the mistake that is easily made.
             stands = float(torch.rand((), generator=generator)) * Q[draft] < P[draft]
             token = draft if stands else int(torch.multinomial(P, 1, generator=generator))
@@ -142,7 +142,7 @@ def test_the_same_measure_finds_a_wrong_rule() -> None:
 def test_drawn_answers_have_the_plain_loop_s_distribution() -> None:
     top_p = 0.95
     large, small = model(0, vocabulary=4), adapted(3, model(3, vocabulary=4))
-    proxy = ProxyModel(large, small, rule=Offset(0.5), drafting=Drafting(longest=2))
+    proxy = ProxyModel(large, small, rule=Difference(0.5), drafting=Drafting(longest=2))
     exact = answers(proxy, Sampling(temperature=1.3, top_p=top_p))
     count = 500
     found = Counter(
@@ -173,9 +173,9 @@ def answers(proxy: ProxyModel, sampling: Sampling) -> dict[tuple[int, ...], floa
 
 
 def test_gain_is_tokens_per_cost() -> None:
-    assert gain(0.5, 1, 0.0, 0.0) == pytest.approx(1.5)
-    assert gain(0.0, 4, 0.1, 0.0) == pytest.approx(1 / 1.5)
-    good = [gain(0.9, length, 0.1, 0.1) for length in range(1, 9)]
-    poor = [gain(0.1, length, 0.1, 0.1) for length in range(1, 9)]
+    assert tokens_per_cost(0.5, 1, 0.0, 0.0) == pytest.approx(1.5)
+    assert tokens_per_cost(0.0, 4, 0.1, 0.0) == pytest.approx(1 / 1.5)
+    good = [tokens_per_cost(0.9, length, 0.1, 0.1) for length in range(1, 9)]
+    poor = [tokens_per_cost(0.1, length, 0.1, 0.1) for length in range(1, 9)]
     assert good.index(max(good)) > 1
     assert poor.index(max(poor)) == 0

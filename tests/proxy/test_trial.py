@@ -7,9 +7,9 @@ from tests.distillation.test_teacher_cache import rows
 
 from kilofed.config.recipe import AdapterSpec, ModelSpec
 from kilofed.models import evaluation, loading
-from kilofed.proxy.combination import Offset
+from kilofed.proxy.combination import Difference
 from kilofed.proxy.model import ProxyModel
-from kilofed.proxy.trial import Prospects, Trio, sweep
+from kilofed.proxy.trial import ProxyParts, Trial, sweep
 
 
 @pytest.mark.parametrize("kind", ["lora", "full"])
@@ -20,9 +20,9 @@ def test_a_sweep_scores_as_the_steered_model_does(tiny_model: Path, tiny_large: 
         parameter.data += 0.1
     base = loading.load_base(small) if kind == "full" else None
     some = rows(20)
-    found = sweep(Trio(large, tuned, base), some, (0.0, 0.5, 2.0))
+    found = sweep(ProxyParts(large, tuned, base), some, (0.0, 0.5, 2.0))
     for alpha, loss in found.items():
-        proxy = ProxyModel(large, tuned, base, Offset(alpha))
+        proxy = ProxyModel(large, tuned, base, Difference(alpha))
         assert loss == pytest.approx(evaluation.score(proxy, some, 8).loss, rel=1e-4)
     assert found.tuned == pytest.approx(evaluation.score(tuned, some, 8).loss, rel=1e-5)
     assert found[0.0] == pytest.approx(evaluation.score(large, some, 8).loss, rel=1e-5)
@@ -39,7 +39,7 @@ def test_a_sweep_scores_as_the_steered_model_does(tiny_model: Path, tiny_large: 
 def test_the_verdict_is_yes_only_below_both_parts(
     large: float, tuned: float, steered: float, pays: bool, words: str
 ) -> None:
-    found = Prospects(large, 5.0, tuned, steered)
+    found = Trial(large, 5.0, tuned, steered)
     assert found.pays is pays
     assert words in found.sentence
     assert found.gain == pytest.approx(tuned - steered)

@@ -1,4 +1,4 @@
-"""FedPT: devices tune a small model together, which steers a large one that nobody opens (Gao et al. 2024, arXiv:2410.00362).
+"""FedPT: devices tune a small model together, which steers a black-box large one (Gao et al. 2024, arXiv:2410.00362).
 
 Each round is FedAvg of the small model; then the server distils from the large model, steered by what the small one
 learnt, back into the small one. What the paper leaves open is decided here: the teacher is large + alpha (tuned - base)
@@ -30,10 +30,10 @@ from kilofed.methods.fedavg import FedAvg
 from kilofed.models import evaluation, loading, training
 from kilofed.payload import Scalar
 from kilofed.proxy.api_model import RemoteModel
-from kilofed.proxy.large_model import Large, open_large
+from kilofed.proxy.large_model import LargeModel, open_large_model
 from kilofed.proxy.model import ProxyModel
 from kilofed.proxy.spec import LargeSpec
-from kilofed.proxy.trial import Prospects, Trio, foresee, sweep
+from kilofed.proxy.trial import ProxyParts, Trial, run_trial, sweep
 
 ALPHAS = tuple(i / 4 for i in range(9))
 """Strengths that the report draws."""
@@ -119,8 +119,8 @@ class FedPT(FedAvg):
 
     def beside(self, server: Server) -> Mapping[str, nn.Module]:
         """The two parts on their own."""
-        trio = self._trio(server)
-        return {"small tuned": trio.tuned, "large base": trio.large}
+        parts = self._parts(server)
+        return {"small tuned": parts.tuned, "large base": parts.large}
 
     def charts(self, server: Server, rows: Sequence[Example]) -> list[Chart]:
         """The loss against the strength of steering; and what each server phase did to the small model."""
@@ -134,14 +134,14 @@ class FedPT(FedAvg):
         return drawn
 
     def look(self, server: Server, rows: Sequence[Example], held_out: Sequence[Example]) -> list[tuple[bool, str]]:
-        found = self.prospects(server, rows, held_out)
+        found = self.trial(server, rows, held_out)
         return [(found.pays, found.sentence)]
 
-    def prospects(self, server: Server, rows: Sequence[Example], held_out: Sequence[Example]) -> Prospects:
+    def trial(self, server: Server, rows: Sequence[Example], held_out: Sequence[Example]) -> Trial:
         """What a short trial of the small model says of steering; `server.model` ends as it began."""
-        trio = self._trio(server)
-        return foresee(
-            trio, rows, held_out, server.train, alpha=self.alpha, order=lambda name: _order(server, f"trial {name}")
+        parts = self._parts(server)
+        return run_trial(
+            parts, rows, held_out, server.train, alpha=self.alpha, order=lambda name: _order(server, f"trial {name}")
         )
 
     def server_work(self, scene: Scene) -> Work:
@@ -173,7 +173,7 @@ class FedPT(FedAvg):
     def _asked(self, server: Server) -> dict[str, Scalar]:
         """What an API was asked for in the whole run; nothing for a local model."""
         large = server.cache.get("large")
-        if not isinstance(large, Large) or not isinstance(large.model, RemoteModel):
+        if not isinstance(large, LargeModel) or not isinstance(large.model, RemoteModel):
             return {}
         return {"api_requests": large.model.api.num_requests, "api_tokens": large.model.api.num_tokens}
 
@@ -223,11 +223,11 @@ class FedPT(FedAvg):
             taught = [row._replace(labels=list(row.input_ids)) for row in taught]
         return taught, judging
 
-    def _large(self, server: Server) -> Large:
-        """The large model, opened once per process. Raises ModelError: not to be had, another tokeniser."""
+    def _large(self, server: Server) -> LargeModel:
+        """The large model, opened once per process. Raises ModelError: not available, another tokeniser."""
         if "large" not in server.cache:
-            server.cache["large"] = open_large(self.large, server.spec, server.folder)
-        return cast(Large, server.cache["large"])
+            server.cache["large"] = open_large_model(self.large, server.spec, server.folder)
+        return cast(LargeModel, server.cache["large"])
 
     def _base(self, server: Server) -> nn.Module | None:
         """The small model before any tuning; None where it lies under the adapter."""
@@ -242,7 +242,7 @@ class FedPT(FedAvg):
         return evaluation.score(model, rows, 2 * self.batch_size).loss
 
     def _sweep(self, server: Server, rows: Sequence[Example]) -> Chart:
-        losses = sweep(self._trio(server), rows, ALPHAS)
+        losses = sweep(self._parts(server), rows, ALPHAS)
         best = min(losses, key=lambda alpha: losses[alpha])
         lines = {"steered large model": list(losses.items()), "small model alone": [(a, losses.tuned) for a in ALPHAS]}
         words = (
@@ -251,9 +251,9 @@ class FedPT(FedAvg):
         )
         return Chart("Strength of the steering", words, "alpha", "loss, nats per token", lines)
 
-    def _trio(self, server: Server) -> Trio:
+    def _parts(self, server: Server) -> ProxyParts:
         large, tuned, base = self._large(server), self.trained(server), self._base(server)
-        return Trio(large.alone(tuned, base), tuned, base, large.words)
+        return ProxyParts(large.unsteered(tuned, base), tuned, base, large.vocabulary)
 
     def _check_ranges(self) -> None:
         ranges = {

@@ -69,18 +69,18 @@ class Api:
         retrying = tenacity.Retrying(
             stop=tenacity.stop_after_attempt(self.spec.max_tries),
             wait=self._wait,
-            retry=tenacity.retry_if_exception_type(_Again),
+            retry=tenacity.retry_if_exception_type(_Retry),
             reraise=True,
         )
         try:
             return retrying(self._try, content, len(prompts), num_tokens + len(prompts))
-        except _Again as error:
+        except _Retry as error:
             raise RemoteError(
                 f"{self.spec.path} gave no answer (tries: {self.spec.max_tries}, last: {error}): "
                 "try later, or raise max_tries or timeout"
             ) from None
 
-    def served(self) -> list[str]:
+    def model_names(self) -> list[str]:
         """Names of the models that the API serves; empty where it does not tell."""
         try:
             answer = self._http.get(f"{self._base}/models", headers=self._headers())
@@ -104,7 +104,7 @@ class Api:
 
     def _wait(self, state: tenacity.RetryCallState) -> float:
         failed = state.outcome.exception() if state.outcome else None
-        asked = failed.wait if isinstance(failed, _Again) else None
+        asked = failed.wait if isinstance(failed, _Retry) else None
         # Half of it is chance, so that many who were refused together do not come back together.
         seconds: float = random.uniform(0.5, 1) * self.spec.first_wait * 2.0 ** (state.attempt_number - 1)
         seconds = min(max(seconds, asked or 0.0), LONGEST_WAIT)
@@ -122,11 +122,11 @@ class Api:
             trouble = f"nothing came for {self.spec.timeout:g} s"
         except httpx.TransportError as error:
             trouble = f"the connection failed ({type(error).__name__})"
-        self._note(num_prompts, num_tokens, len(content), len(received), status, time.monotonic() - began)
+        self._record(num_prompts, num_tokens, len(content), len(received), status, time.monotonic() - began)
         if trouble:
-            raise _Again(trouble)
+            raise _Retry(trouble)
         if status == 429 or status >= 500:
-            raise _Again(f"status {status}", _seconds(answer.headers.get("retry-after")))
+            raise _Retry(f"status {status}", _seconds(answer.headers.get("retry-after")))
         if status != 200:
             self._refused(status, received)
         return self._logprobs(received, num_prompts)
@@ -145,7 +145,7 @@ class Api:
         self.num_requests += 1
         self.num_tokens += num_tokens
 
-    def _note(self, prompts: int, tokens: int, up: int, down: int, status: int, seconds: float) -> None:
+    def _record(self, prompts: int, tokens: int, up: int, down: int, status: int, seconds: float) -> None:
         if self._ledger:
             row: dict[str, object] = {"model": self.spec.name, "prompts": prompts, "tokens": tokens, "up": up}
             append_line(self._ledger, {**row, "down": down, "status": status, "seconds": round(seconds, 4)})
@@ -154,7 +154,7 @@ class Api:
         if status in (401, 403):
             raise RemoteError(f"{self.spec.path} refused the key (status {status}): check ${self.spec.key_variable}")
         message = self._without_key(_message(received))
-        names = self.served()
+        names = self.model_names()
         if names and self.spec.name not in names:
             raise RemoteError(f"{self.spec.path} does not serve {self.spec.name}; it serves {', '.join(names)}")
         if status == 404:
@@ -172,9 +172,9 @@ class Api:
             choices = sorted(json.loads(received)["choices"], key=lambda choice: int(choice["index"]))
             found = [choice.get("logprobs") for choice in choices]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise _Again("the answer is not a completion") from error
+            raise _Retry("the answer is not a completion") from error
         if len(found) != num_prompts:
-            raise _Again(f"{len(found)} answers came to {num_prompts} prompts")
+            raise _Retry(f"{len(found)} answers came to {num_prompts} prompts")
         if any(not isinstance(one, dict) or not one.get("top_logprobs") for one in found):
             raise RemoteError(
                 f"{self.spec.path} answers without log-probabilities: proxy-tuning needs the `logprobs` of the "
@@ -183,7 +183,7 @@ class Api:
         return found
 
 
-class _Again(Exception):
+class _Retry(Exception):
     """A try failed in a way that another may not."""
 
     def __init__(self, what: str, wait: float | None = None) -> None:

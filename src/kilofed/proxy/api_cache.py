@@ -16,8 +16,8 @@ import numpy.typing as npt
 from kilofed.errors import RunError
 
 
-class Told(NamedTuple):
-    """What an API told of one position."""
+class TopLogprobs(NamedTuple):
+    """The likeliest tokens of one position, as an API gave them."""
 
     ids: npt.NDArray[np.int32]
     """(k,) tokens, in no order."""
@@ -25,7 +25,7 @@ class Told(NamedTuple):
     """(k,) natural logarithms."""
 
 
-class Answered:
+class LogprobCache:
     """A file of scores. Raises RunError: it cannot be opened or is no such file.
 
     Args:
@@ -41,7 +41,7 @@ class Answered:
         except sqlite3.Error as error:
             raise self._said(error) from error
 
-    def get(self, keys: Sequence[bytes]) -> dict[bytes, Told]:
+    def get(self, keys: Sequence[bytes]) -> dict[bytes, TopLogprobs]:
         """Those of `keys` that are known."""
         found = {}
         try:
@@ -49,12 +49,12 @@ class Answered:
                 row = self._file.execute("select k, scores from told where prefix = ?", (key,)).fetchone()
                 if row is not None and len(row[1]) == 8 * row[0]:
                     ids = np.frombuffer(row[1], np.int32, row[0])
-                    found[key] = Told(ids, np.frombuffer(row[1], np.float32, row[0], 4 * row[0]))
+                    found[key] = TopLogprobs(ids, np.frombuffer(row[1], np.float32, row[0], 4 * row[0]))
         except sqlite3.Error as error:
             raise self._said(error) from error
         return found
 
-    def put(self, told: Mapping[bytes, Told]) -> None:
+    def put(self, told: Mapping[bytes, TopLogprobs]) -> None:
         """Keep these, all or none."""
         rows = [
             (key, len(one.ids), one.ids.astype(np.int32).tobytes() + one.logprobs.astype(np.float32).tobytes())

@@ -1,4 +1,4 @@
-"""A large model behind an API as a voice: texts in, log-probabilities of the likeliest tokens out.
+"""A large model behind an API as a logit source: texts in, log-probabilities of the likeliest tokens out.
 
 An API has no cache to roll back and is asked for whole texts, so what stands in the cache is the text itself.
 """
@@ -19,8 +19,8 @@ from kilofed.errors import ModelError, RemoteError
 from kilofed.generation.decoding import UNBOUNDED
 from kilofed.generation.detokenizer import Spelling
 from kilofed.proxy.api import Api, Json
-from kilofed.proxy.api_cache import Answered, Told, prefix_keys
-from kilofed.proxy.logit_sources import Ask
+from kilofed.proxy.api_cache import LogprobCache, TopLogprobs, prefix_keys
+from kilofed.proxy.logit_sources import ForwardInputs
 from kilofed.proxy.spec import LargeSpec
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ class RemoteModel:
         RunError: the folder cannot be written.
     """
 
-    num_voices = 1
+    num_outputs = 1
     copies = 1
 
     def __init__(
@@ -53,13 +53,13 @@ class RemoteModel:
         self.width = max(tokenizer.get_vocab().values()) + 1
         # One token of the context is the one that is asked for.
         self.context = spec.context - 1 if spec.context else UNBOUNDED
-        self.tells_all = False
+        self.has_all_logits = False
         self.checks_several = spec.scoring == "echo"
         """Whether one request tells of several positions, which speculation needs."""
         if folder:
             folder.mkdir(parents=True, exist_ok=True)
         self.api = Api(spec, folder / "remote.jsonl" if folder else None)
-        self._answered = Answered(folder / "remote.sqlite" if folder else None)
+        self._cache = LogprobCache(folder / "remote.sqlite" if folder else None)
         self._tokenizer = tokenizer
         self._names = _names(tokenizer, self.width) if spec.names == "text" else {}
 
@@ -67,26 +67,26 @@ class RemoteModel:
         """An empty text per row: ids stand where a model keeps keys, the mask where it keeps values."""
         return Cache(layers=[DynamicLayer()])  # type: ignore[no-untyped-call]
 
-    def speak(self, ask: Ask, cache: Cache | None) -> tuple[Tensor, ...]:
-        """See Voices: log-probabilities (B, K, width), -inf where the API told none, 0 at padding.
+    def logits(self, inputs: ForwardInputs, cache: Cache | None) -> tuple[Tensor, ...]:
+        """See LogitSource: log-probabilities (B, K, width), -inf where the API told none, 0 at padding.
 
         Raises:
             RemoteError, BudgetSpent: see Api. What was answered before is kept.
         """
-        ids_BT, mask_BT = self._whole(ask, cache)
-        first = ids_BT.shape[1] - ask.input_ids.shape[1]
+        ids_BT, mask_BT = self._whole(inputs, cache)
+        first = ids_BT.shape[1] - inputs.input_ids.shape[1]
         places = torch.arange(first, ids_BT.shape[1])
-        if isinstance(ask.keep, Tensor):
-            places = places[ask.keep.cpu()]
-        elif ask.keep:
-            places = places[-ask.keep :]
+        if isinstance(inputs.keep, Tensor):
+            places = places[inputs.keep.cpu()]
+        elif inputs.keep:
+            places = places[-inputs.keep :]
         counts_BT = mask_BT.cumsum(1)
         texts = [row[keep.bool()].tolist() for row, keep in zip(ids_BT, mask_BT, strict=True)]
         wanted = [
             [int(counts[p]) if keep[p] else 0 for p in places.tolist()]
             for counts, keep in zip(counts_BT, mask_BT, strict=True)
         ]
-        told = self.tell(texts, wanted)
+        told = self.top_logprobs(texts, wanted)
         out = torch.full((len(texts), len(places), self.width), -torch.inf)
         for row, lengths in enumerate(wanted):
             for place, length in enumerate(lengths):
@@ -97,7 +97,9 @@ class RemoteModel:
                 out[row, place, torch.from_numpy(one.ids.astype(np.int64))] = torch.from_numpy(one.logprobs.copy())
         return (out,)
 
-    def tell(self, texts: Sequence[Sequence[int]], lengths: Sequence[Sequence[int]]) -> list[dict[int, Told]]:
+    def top_logprobs(
+        self, texts: Sequence[Sequence[int]], lengths: Sequence[Sequence[int]]
+    ) -> list[dict[int, TopLogprobs]]:
         """What the large model says after the first `n` tokens of each text, for the n in `lengths`; 0 is left out.
 
         Raises:
@@ -105,7 +107,7 @@ class RemoteModel:
         """
         keys = [prefix_keys(self.spec.name, self.spec.top_k, text) for text in texts]
         wanted = [sorted({n for n in row if n}) for row in lengths]
-        known = self._answered.get([keys[row][n - 1] for row, some in enumerate(wanted) for n in some])
+        known = self._cache.get([keys[row][n - 1] for row, some in enumerate(wanted) for n in some])
         missing = [[n for n in some if keys[row][n - 1] not in known] for row, some in enumerate(wanted)]
         steps: dict[tuple[int, ...], None] = {}
         whole: dict[tuple[int, ...], None] = {}
@@ -122,35 +124,35 @@ class RemoteModel:
     def close(self) -> None:
         """End connections and close the file of scores."""
         self.api.close()
-        self._answered.close()
+        self._cache.close()
 
-    def _ask(self, prompts: Sequence[tuple[int, ...]], *, echo: bool) -> dict[bytes, Told]:
+    def _ask(self, prompts: Sequence[tuple[int, ...]], *, echo: bool) -> dict[bytes, TopLogprobs]:
         """Send prompts, keep and give what came, by key."""
         sent = [self._text(prompt) for prompt in prompts] if self.spec.prompts == "text" else prompts
         answers = self.api.complete(sent, sum(map(len, prompts)), echo=echo)
-        found: dict[bytes, Told] = {}
+        found: dict[bytes, TopLogprobs] = {}
         for prompt, answer in zip(prompts, answers, strict=True):
             keys = prefix_keys(self.spec.name, self.spec.top_k, prompt)
-            tops = self._tops(answer, len(prompt), echo=echo)
+            tops = self._read_positions(answer, len(prompt), echo=echo)
             found |= dict(zip(keys[len(keys) - len(tops) :], tops, strict=True))
-        self._answered.put(found)
+        self._cache.put(found)
         return found
 
-    def _tops(self, answer: Json, length: int, *, echo: bool) -> list[Told]:
+    def _read_positions(self, answer: Json, length: int, *, echo: bool) -> list[TopLogprobs]:
         """What was told of the positions after 1 ... `length` tokens, or of the last alone."""
         tops = answer["top_logprobs"]
         if not isinstance(tops, list):
             raise RemoteError(f"{self.spec.path} answers with log-probabilities in another form than OpenAI's")
         if not echo:
-            return [self._told(tops[0])]
+            return [self._read_position(tops[0])]
         if len(tops) != length + 1:
             raise RemoteError(
                 f"{self.spec.path} was sent {length} tokens to echo and told of {len(tops) - 1}: its tokeniser differs, "
                 "or it does not echo; for the latter set scoring to steps"
             )
-        return [self._told(top) for top in tops[1:]]
+        return [self._read_position(top) for top in tops[1:]]
 
-    def _told(self, top: object) -> Told:
+    def _read_position(self, top: object) -> TopLogprobs:
         if not isinstance(top, Mapping) or not top:
             raise RemoteError(f"{self.spec.path} left log-probabilities out at a position that was asked for")
         ids, logprobs = [], []
@@ -166,7 +168,7 @@ class RemoteModel:
             )
         # Some APIs tell the token that came too, likely or not; what is kept are the likeliest, whatever came.
         order = np.argsort(-np.array(logprobs), kind="stable")[: self.spec.top_k]
-        return Told(np.array(ids, np.int32)[order], np.array(logprobs, np.float32)[order])
+        return TopLogprobs(np.array(ids, np.int32)[order], np.array(logprobs, np.float32)[order])
 
     def _id(self, name: str) -> int | None:
         if self.spec.names == "text":
@@ -188,12 +190,14 @@ class RemoteModel:
             raise ModelError("a prompt does not survive as text: set prompts to ids, if the API takes them")
         return text
 
-    def _whole(self, ask: Ask, cache: Cache | None) -> tuple[Tensor, Tensor]:
+    def _whole(self, inputs: ForwardInputs, cache: Cache | None) -> tuple[Tensor, Tensor]:
         """Ids and mask of all that was read, (B, P + T) each."""
-        ids = ask.input_ids.cpu()
+        ids = inputs.input_ids.cpu()
         past = cache.get_seq_length() if cache is not None else 0
         mask = (
-            ask.attention_mask.cpu() if ask.attention_mask is not None else torch.ones(len(ids), past + ids.shape[1])
+            inputs.attention_mask.cpu()
+            if inputs.attention_mask is not None
+            else torch.ones(len(ids), past + ids.shape[1])
         )
         mask = mask[:, past:].long()
         if cache is None:

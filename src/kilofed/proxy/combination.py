@@ -103,7 +103,7 @@ def nucleus(scores: Tensor, top_p: float) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Offset:
+class Difference:
     """Proxy-tuning, or DExperts: `combine`, on the nucleus of the large model where that is asked for."""
 
     alpha: float = 1.0
@@ -123,7 +123,7 @@ class Offset:
 
 @dataclass(frozen=True)
 class Realign:
-    """DeRa: `realign` between a reference (the large model) and its aligned twin (the tuned model)."""
+    """DeRa: `realign` between a reference (the large model) and its aligned version (the tuned model)."""
 
     weight: float = 1.0
     """lambda: 0 is the reference, 1 the aligned model, above 1 goes beyond it."""

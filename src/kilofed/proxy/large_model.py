@@ -9,19 +9,19 @@ from kilofed.config.recipe import ModelSpec
 from kilofed.errors import ModelError
 from kilofed.models import loading
 from kilofed.proxy.api_model import RemoteModel
-from kilofed.proxy.combination import Offset
+from kilofed.proxy.combination import Difference
 from kilofed.proxy.model import ProxyModel
 from kilofed.proxy.spec import LargeSpec
 from kilofed.proxy.vocabulary import common_vocabulary
 
 
 @dataclass(frozen=True)
-class Large:
-    """A large model that is at hand, with the number of words that it shares with the small one."""
+class LargeModel:
+    """A large model that is loaded or reachable, with the number of tokens that it shares with the small one."""
 
     model: nn.Module | RemoteModel
-    words: int | None
-    """None: both models have as many, which was not looked into."""
+    vocabulary: int | None
+    """None: both models have as many, which was not checked."""
 
     def close(self) -> None:
         """End the connections to an API."""
@@ -30,14 +30,14 @@ class Large:
 
     def steer(self, tuned: nn.Module, base: nn.Module | None, alpha: float) -> ProxyModel:
         """The large model, steered by `tuned`; `base` None lies under the adapter of `tuned`."""
-        return ProxyModel(self.model, tuned, base, Offset(alpha), vocabulary=self.words)
+        return ProxyModel(self.model, tuned, base, Difference(alpha), vocabulary=self.vocabulary)
 
-    def alone(self, tuned: nn.Module, base: nn.Module | None) -> nn.Module:
+    def unsteered(self, tuned: nn.Module, base: nn.Module | None) -> nn.Module:
         """The large model by itself; where an API tells of few tokens, the base fills in the others."""
         return self.steer(tuned, base, 0.0) if isinstance(self.model, RemoteModel) else self.model
 
 
-def open_large(spec: LargeSpec, small: ModelSpec | None, folder: Path | None) -> Large:
+def open_large_model(spec: LargeSpec, small: ModelSpec | None, folder: Path | None) -> LargeModel:
     """Load the large model, or open the way to its API.
 
     Args:
@@ -45,16 +45,16 @@ def open_large(spec: LargeSpec, small: ModelSpec | None, folder: Path | None) ->
         folder: where an API's ledger and answers are kept; None keeps them in memory.
 
     Raises:
-        ModelError: not to be had, or another tokeniser. RecipeError, RunError: as RemoteModel.
+        ModelError: not available, or another tokeniser. RecipeError, RunError: as RemoteModel.
     """
     if not spec.is_remote:
-        words = None
+        vocabulary = None
         if small is not None:
-            words = common_vocabulary(loading.load_tokenizer(spec.local), loading.load_tokenizer(small))
-        return Large(loading.load_base(spec.local).requires_grad_(False), words)
+            vocabulary = common_vocabulary(loading.load_tokenizer(spec.local), loading.load_tokenizer(small))
+        return LargeModel(loading.load_base(spec.local).requires_grad_(False), vocabulary)
     if small is None:
         raise ModelError("a large model behind an API needs the small model's tokeniser: name the small model")
     if not spec.name:
         raise ModelError(f"method.large.name is empty: say which model {spec.path} is to be asked for")
     model = RemoteModel(spec, loading.load_tokenizer(small), folder)
-    return Large(model, model.width)
+    return LargeModel(model, model.width)

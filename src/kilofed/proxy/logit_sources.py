@@ -1,7 +1,7 @@
-"""Models behind one call: token ids and a cache in, raw logits out, one set of logits per voice.
+"""Where next-token logits come from: token ids and a cache in, raw logits out, of one model or of two at once.
 
-A voice is one model's opinion on the next token. A small model with and without its LoRA adapter is two voices that
-share one batched forward: the base's weights are read once for both.
+A small model with and without its LoRA adapter gives two sets of logits in one batched forward: the base's weights are
+read once for both.
 """
 
 import inspect
@@ -25,8 +25,8 @@ Route = Callable[[nn.Module], Forward | None]
 
 
 @dataclass(frozen=True)
-class Ask:
-    """What the models are asked: B rows, T new positions after P cached ones."""
+class ForwardInputs:
+    """The inputs of one forward: B rows, T new positions after P cached ones."""
 
     input_ids: Tensor
     """(B, T)"""
@@ -38,32 +38,33 @@ class Ask:
     """The last so many positions, 0 for all, or (K,) which ones."""
 
 
-class Voices(Protocol):
-    """One or more voices with one cache."""
+class LogitSource(Protocol):
+    """One or more models with one cache."""
 
-    num_voices: int
+    num_outputs: int
+    """Sets of logits that a forward gives."""
     context: int
     """Longest sequence in tokens."""
     width: int
     """Width of the logits."""
     copies: int
     """How often its cache holds the batch."""
-    tells_all: bool
+    has_all_logits: bool
     """False: logits are log-probabilities of the likeliest tokens, and -inf at all others."""
 
     def new_cache(self) -> Cache:
         """An empty cache."""
 
-    def speak(self, ask: Ask, cache: Cache | None) -> tuple[Tensor, ...]:
-        """(B, K, width) logits per voice; `cache` is extended."""
+    def logits(self, inputs: ForwardInputs, cache: Cache | None) -> tuple[Tensor, ...]:
+        """(B, K, width) logits of each model; `cache` is extended."""
 
 
-class Local:
-    """One voice: a transformers model, under an adapter or not."""
+class ModelSource:
+    """A transformers model, with an adapter or without."""
 
-    num_voices = 1
+    num_outputs = 1
     copies = 1
-    tells_all = True
+    has_all_logits = True
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
@@ -85,45 +86,45 @@ class Local:
         """An empty cache of the model's own shape."""
         return DynamicCache(config=self.config)
 
-    def speak(self, ask: Ask, cache: Cache | None) -> tuple[Tensor, ...]:
-        """See Voices."""
-        return (self._logits(ask, cache),)
+    def logits(self, inputs: ForwardInputs, cache: Cache | None) -> tuple[Tensor, ...]:
+        """See LogitSource."""
+        return (self._forward(inputs, cache),)
 
-    def _logits(self, ask: Ask, cache: Cache | None) -> Tensor:
+    def _forward(self, inputs: ForwardInputs, cache: Cache | None) -> Tensor:
         device = self.device
         more: dict[str, Tensor | int | Cache] = {}
-        if ask.attention_mask is not None:
-            more["attention_mask"] = ask.attention_mask.to(device)
-        if ask.position_ids is not None and "position_ids" in self._accepts:
-            more["position_ids"] = ask.position_ids.to(device)
+        if inputs.attention_mask is not None:
+            more["attention_mask"] = inputs.attention_mask.to(device)
+        if inputs.position_ids is not None and "position_ids" in self._accepts:
+            more["position_ids"] = inputs.position_ids.to(device)
         if cache is not None:
             more["past_key_values"] = cache
         partly = "logits_to_keep" in self._accepts
         if partly:
-            more["logits_to_keep"] = ask.keep
+            more["logits_to_keep"] = inputs.keep
         logits = cast(
-            Tensor, self._called(input_ids=ask.input_ids.to(device), use_cache=cache is not None, **more).logits
+            Tensor, self._called(input_ids=inputs.input_ids.to(device), use_cache=cache is not None, **more).logits
         )
-        return logits if partly else kept(logits, ask.keep)
+        return logits if partly else kept(logits, inputs.keep)
 
 
-class Untouched(Local):
-    """One voice: the base model inside a model with an adapter."""
+class BaseSource(ModelSource):
+    """The base model inside a model with an adapter."""
 
-    def speak(self, ask: Ask, cache: Cache | None) -> tuple[Tensor, ...]:
-        """See Voices."""
+    def logits(self, inputs: ForwardInputs, cache: Cache | None) -> tuple[Tensor, ...]:
+        """See LogitSource."""
         with without_adapter(self.module):
-            return (self._logits(ask, cache),)
+            return (self._forward(inputs, cache),)
 
 
-class Twins(Local):
-    """Two voices, (tuned, base): a model with a LoRA adapter, and the same without it, in one forward of 2 B rows.
+class SharedForwardPair(ModelSource):
+    """Two sets of logits, (tuned, base): a model with a LoRA adapter, and the same without it, in one forward of 2 B rows.
 
     Raises:
-        ModelError: the adapter is not plain LoRA on linear layers; `Pair` serves any other.
+        ModelError: the adapter is not plain LoRA on linear layers; `TwoForwardPair` serves any other.
     """
 
-    num_voices = 2
+    num_outputs = 2
     copies = 2
 
     def __init__(self, module: nn.Module) -> None:
@@ -134,39 +135,41 @@ class Twins(Local):
         self._layers = layers
         # The layers are routed for the length of a forward; two threads must not meet in there.
         self._lock = threading.Lock()
-        self.tuned = _Alone(self, lambda layer: None)
-        self.base = _Alone(self, lambda layer: cast(Forward, layer.base_layer))
+        self.tuned = _SharedForwardPart(self, lambda layer: None)
+        self.base = _SharedForwardPart(self, lambda layer: cast(Forward, layer.base_layer))
 
-    def speak(self, ask: Ask, cache: Cache | None) -> tuple[Tensor, ...]:
-        """See Voices."""
-        rows = ask.input_ids.shape[0]
-        mask, positions = (_twice(t, rows) if t is not None else None for t in (ask.attention_mask, ask.position_ids))
-        doubled = Ask(_twice(ask.input_ids, rows), mask, positions, ask.keep)
+    def logits(self, inputs: ForwardInputs, cache: Cache | None) -> tuple[Tensor, ...]:
+        """See LogitSource."""
+        rows = inputs.input_ids.shape[0]
+        mask, positions = (
+            _twice(t, rows) if t is not None else None for t in (inputs.attention_mask, inputs.position_ids)
+        )
+        doubled = ForwardInputs(_twice(inputs.input_ids, rows), mask, positions, inputs.keep)
         with self._lock, _routed(self._layers, lambda layer: _on_first_half(layer, rows)):
-            logits = self._logits(doubled, cache)
+            logits = self._forward(doubled, cache)
         return logits[:rows], logits[rows:]
 
 
-class _Alone(Local):
-    """One of two twins, without PEFT's walk over every module."""
+class _SharedForwardPart(ModelSource):
+    """One of two pair, without PEFT's walk over every module."""
 
-    def __init__(self, twins: Twins, route: Route) -> None:
-        super().__init__(twins.module)
-        self._twins, self._route = twins, route
+    def __init__(self, pair: SharedForwardPair, route: Route) -> None:
+        super().__init__(pair.module)
+        self._pair, self._route = pair, route
 
-    def speak(self, ask: Ask, cache: Cache | None) -> tuple[Tensor, ...]:
-        with self._twins._lock, _routed(self._twins._layers, self._route):
-            return (self._logits(ask, cache),)
+    def logits(self, inputs: ForwardInputs, cache: Cache | None) -> tuple[Tensor, ...]:
+        with self._pair._lock, _routed(self._pair._layers, self._route):
+            return (self._forward(inputs, cache),)
 
 
-class Pair:
-    """Two voices, (tuned, base), in two forwards."""
+class TwoForwardPair:
+    """Two sets of logits, (tuned, base), in two forwards."""
 
-    num_voices = 2
+    num_outputs = 2
     copies = 1
-    tells_all = True
+    has_all_logits = True
 
-    def __init__(self, tuned: Local, base: Local) -> None:
+    def __init__(self, tuned: ModelSource, base: ModelSource) -> None:
         self.tuned, self.base = tuned, base
         self.context = min(tuned.context, base.context)
         self.width = min(tuned.width, base.width)
@@ -175,10 +178,10 @@ class Pair:
         """An empty cache for both."""
         return JointCache([self.tuned.new_cache(), self.base.new_cache()], [1, 1])
 
-    def speak(self, ask: Ask, cache: Cache | None) -> tuple[Tensor, ...]:
-        """See Voices."""
+    def logits(self, inputs: ForwardInputs, cache: Cache | None) -> tuple[Tensor, ...]:
+        """See LogitSource."""
         first, second = cache.parts if isinstance(cache, JointCache) else (None, None)
-        return *self.tuned.speak(ask, first), *self.base.speak(ask, second)
+        return *self.tuned.logits(inputs, first), *self.base.logits(inputs, second)
 
 
 class JointCache(Cache):
@@ -186,7 +189,7 @@ class JointCache(Cache):
 
     Args:
         parts: one per model.
-        copies: how often each part holds the batch: 2 for `Twins`, whose rows are the batch twice.
+        copies: how often each part holds the batch: 2 for `SharedForwardPair`, whose rows are the batch twice.
     """
 
     def __init__(self, parts: list[Cache], copies: list[int]) -> None:
@@ -213,8 +216,8 @@ class JointCache(Cache):
             part.batch_repeat_interleave(repeats)
 
 
-def small_voices(tuned: nn.Module, base: nn.Module | None, *, needs_base: bool) -> Voices:
-    """The voices of the small model: tuned alone, or tuned and base in as few forwards as can be.
+def small_source(tuned: nn.Module, base: nn.Module | None, *, needs_base: bool) -> LogitSource:
+    """The logits of the small model: tuned alone, or tuned and base in as few forwards as can be.
 
     Args:
         base: None takes the model under the adapter of `tuned`.
@@ -223,12 +226,12 @@ def small_voices(tuned: nn.Module, base: nn.Module | None, *, needs_base: bool) 
         ModelError: a base is needed, and `tuned` has no adapter to look under.
     """
     if not needs_base:
-        return Local(tuned)
+        return ModelSource(tuned)
     if base is not None and base is not tuned:
-        return Pair(Local(tuned), Local(base))
+        return TwoForwardPair(ModelSource(tuned), ModelSource(base))
     if getattr(tuned, "disable_adapter", None) is None:
         raise ModelError("the tuned small model has no adapter, so its base is not inside it: give the base too")
-    return Twins(tuned) if plain_lora(tuned) else Pair(Local(tuned), Untouched(tuned))
+    return SharedForwardPair(tuned) if plain_lora(tuned) else TwoForwardPair(ModelSource(tuned), BaseSource(tuned))
 
 
 def plain_lora(module: nn.Module) -> "list[nn.Module] | None":
@@ -255,13 +258,13 @@ def plain_lora(module: nn.Module) -> "list[nn.Module] | None":
     return layers if layers and plain and not others else None
 
 
-def can_forget(cache: Cache) -> bool:
+def can_crop(cache: Cache) -> bool:
     """Whether every layer can give back its last positions: full attention can, windows and recurrent states cannot."""
     return all(type(layer) is DynamicLayer for layer in cache.layers)
 
 
 def kept(logits_BTV: Tensor, keep: int | Tensor) -> Tensor:
-    """The positions that `keep` names; see Ask."""
+    """The positions that `keep` names; see ForwardInputs."""
     if isinstance(keep, Tensor):
         return logits_BTV[:, keep.to(logits_BTV.device)]
     return logits_BTV[:, -keep:] if keep else logits_BTV

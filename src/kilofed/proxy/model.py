@@ -1,7 +1,7 @@
 """A large model steered by small ones, as one causal language model (proxy-tuning, Liu et al. 2024, arXiv:2401.08565).
 
 `ProxyModel` is a transformers model: `forward`, `generate`, left padding, KV caches of all parts, beams. The large model
-is never opened: only its next-token scores are used.
+is a black box: only its next-token scores are used.
 """
 
 from collections.abc import Iterator, Sequence
@@ -16,14 +16,23 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from kilofed.errors import ModelError
 from kilofed.generation.decoding import ROWS_AT_ONCE, UNBOUNDED, Sampling, Token, as_token, check_prompt, end_ids_of
 from kilofed.proxy.api_model import RemoteModel
-from kilofed.proxy.combination import Offset, Rule, complete
-from kilofed.proxy.logit_sources import Ask, JointCache, Local, Pair, Twins, Voices, can_forget, small_voices
+from kilofed.proxy.combination import Difference, Rule, complete
+from kilofed.proxy.logit_sources import (
+    ForwardInputs,
+    JointCache,
+    LogitSource,
+    ModelSource,
+    SharedForwardPair,
+    TwoForwardPair,
+    can_crop,
+    small_source,
+)
 from kilofed.proxy.speculation import Drafting, Speculation, plain_tokens
 from kilofed.proxy.vocabulary import common_width
 
 
 class ProxyModel(PreTrainedModel, GenerationMixin):  # type: ignore[no-untyped-call]
-    """Next-token scores = rule(large, tuned, base); with `Offset`, large + alpha (tuned - base).
+    """Next-token scores = rule(large, tuned, base); with `Difference`, large + alpha (tuned - base).
 
     Args:
         large: the model that is steered: a transformers causal model, or one behind an API.
@@ -53,20 +62,20 @@ class ProxyModel(PreTrainedModel, GenerationMixin):  # type: ignore[no-untyped-c
         drafting: Drafting | None = None,
         vocabulary: int | None = None,
     ) -> None:
-        rule = rule or Offset()
-        first = large if isinstance(large, RemoteModel) else Local(large)
-        voices = first, small_voices(tuned, base, needs_base=rule.needs_base)
-        width = common_width({"large": voices[0].width, "small": voices[1].width}, vocabulary)
+        rule = rule or Difference()
+        first = large if isinstance(large, RemoteModel) else ModelSource(large)
+        sources = first, small_source(tuned, base, needs_base=rule.needs_base)
+        width = common_width({"large": sources[0].width, "small": sources[1].width}, vocabulary)
         own = tuned if isinstance(large, RemoteModel) else large
-        super().__init__(_config(Local(own).config, width, min(v.context for v in voices)))
+        super().__init__(_config(ModelSource(own).config, width, min(source.context for source in sources)))
         self.rule = rule
         self.drafting = drafting or Drafting()
         self.width = width
-        self.context = min(v.context for v in voices)
+        self.context = min(source.context for source in sources)
         self.large, self.tuned = large, tuned
         self.base = base if base is not tuned else None
-        self.large_voice: Voices = voices[0]
-        self.small_voices: Voices = voices[1]
+        self.large_source: LogitSource = sources[0]
+        self.small_source: LogitSource = sources[1]
         self.end_ids = end_ids_of(own, self.config.eos_token_id)
         self.cost_ratio = 0.05 if isinstance(large, RemoteModel) else _num_parameters(tuned) / _num_parameters(large)
         """What one forward of the small model costs in forwards of the large one, by their sizes; a guess for an API."""
@@ -103,15 +112,15 @@ class ProxyModel(PreTrainedModel, GenerationMixin):  # type: ignore[no-untyped-c
         cache = past_key_values if past_key_values is not None or not use_cache else self.new_cache()
         length = input_ids.shape[1] + (cache.get_seq_length() if cache is not None else 0)
         self._refuse_longer(length)
-        ask = Ask(input_ids, attention_mask, position_ids, logits_to_keep)
+        inputs = ForwardInputs(input_ids, attention_mask, position_ids, logits_to_keep)
         first, second = cache.parts if isinstance(cache, JointCache) else (None, None)
-        (large,) = self.large_voice.speak(ask, first)
-        scores = self.joined(large, *self.small_voices.speak(ask, second))
+        (large,) = self.large_source.logits(inputs, first)
+        scores = self.joint_logits(large, *self.small_source.logits(inputs, second))
         return CausalLMOutputWithPast(logits=cast(torch.FloatTensor, scores), past_key_values=cache)
 
-    def joined(self, large: Tensor, tuned: Tensor, base: Tensor | None = None) -> Tensor:
+    def joint_logits(self, large: Tensor, tuned: Tensor, base: Tensor | None = None) -> Tensor:
         """The rule on logits of any widths and dtypes: (..., vocabulary), float32, where the large model's lie."""
-        if not self.large_voice.tells_all:
+        if not self.large_source.has_all_logits:
             known, others = large[..., : self.width], tuned if base is None else base
             large = complete(known, others[..., : self.width].to(large.device, torch.float32))
         parts = [
@@ -123,13 +132,13 @@ class ProxyModel(PreTrainedModel, GenerationMixin):  # type: ignore[no-untyped-c
 
     def new_cache(self) -> JointCache:
         """An empty cache for all parts."""
-        voices = self.large_voice, self.small_voices
-        return JointCache([v.new_cache() for v in voices], [v.copies for v in voices])
+        sources = self.large_source, self.small_source
+        return JointCache([source.new_cache() for source in sources], [source.copies for source in sources])
 
-    def separate(self) -> tuple[Voices, Voices | None]:
-        """The small model's voices one by one, for loops in which they do not go in step: tuned, and base if there is."""
-        small = self.small_voices
-        return (small.tuned, small.base) if isinstance(small, Twins | Pair) else (small, None)
+    def separate(self) -> tuple[LogitSource, LogitSource | None]:
+        """The small model's sources one by one, for loops in which they are not in sync: tuned, and base if there is one."""
+        small = self.small_source
+        return (small.tuned, small.base) if isinstance(small, SharedForwardPair | TwoForwardPair) else (small, None)
 
     def speak(self, prompt_ids: Sequence[int], sampling: Sampling) -> Iterator[Token]:
         """As decode.Speaker.speak, several tokens per forward of the large model where drafts stand.
@@ -139,7 +148,7 @@ class ProxyModel(PreTrainedModel, GenerationMixin):  # type: ignore[no-untyped-c
         """
         check_prompt(prompt_ids, self.context)
         checks_several = not isinstance(self.large, RemoteModel) or self.large.checks_several
-        if self.drafting.longest and checks_several and can_forget(self.new_cache()):
+        if self.drafting.longest and checks_several and can_crop(self.new_cache()):
             yield from Speculation(self, sampling, self.drafting).tokens(prompt_ids)
         else:
             yield from plain_tokens(self, prompt_ids, sampling)
@@ -180,7 +189,7 @@ class ProxyModel(PreTrainedModel, GenerationMixin):  # type: ignore[no-untyped-c
 
     def _refuse_longer(self, length: int) -> None:
         if length > self.context:
-            shorter = "large" if self.large_voice.context == self.context else "small"
+            shorter = "large" if self.large_source.context == self.context else "small"
             raise ModelError(
                 f"{length} tokens are more than the {self.context} that the {shorter} model's context holds: "
                 "shorten the prompt or the answer"
@@ -208,8 +217,8 @@ class ProxyLogits(LogitsProcessor):
         pad_token_id: int | None = None,
         vocabulary: int | None = None,
     ) -> None:
-        self._rule = rule or Offset()
-        self._small = small_voices(tuned, base, needs_base=self._rule.needs_base)
+        self._rule = rule or Difference()
+        self._small = small_source(tuned, base, needs_base=self._rule.needs_base)
         self._pad = pad_token_id
         self._width = common_width({"small": self._small.width}, vocabulary)
         self._ids: Tensor | None = None
@@ -232,16 +241,18 @@ class ProxyLogits(LogitsProcessor):
         past = self._follow(input_ids)
         mask = (input_ids != self._pad).cumsum(1).clamp(max=1) if self._pad is not None else torch.ones_like(input_ids)
         positions = (mask.cumsum(1) - 1).clamp(min=0)
-        ask = Ask(input_ids[:, past:], mask, positions[:, past:], keep=1)
-        voices = [
-            voice[:, -1, : self._width].to(scores.device, torch.float32)
-            for voice in self._small.speak(ask, self._cache.parts[0])
+        inputs = ForwardInputs(input_ids[:, past:], mask, positions[:, past:], keep=1)
+        sources = [
+            logits[:, -1, : self._width].to(scores.device, torch.float32)
+            for logits in self._small.logits(inputs, self._cache.parts[0])
         ]
         self._ids = input_ids
         joint = torch.full_like(scores, -torch.inf)
         large = scores[:, : self._width]
         # Beams add what they are given up, so it must be log-probabilities again.
-        joint[:, : self._width] = self._rule(large, voices[0], voices[1] if len(voices) > 1 else large).log_softmax(-1)
+        joint[:, : self._width] = self._rule(large, sources[0], sources[1] if len(sources) > 1 else large).log_softmax(
+            -1
+        )
         return cast(torch.FloatTensor, joint)
 
     def _follow(self, input_ids: Tensor) -> int:

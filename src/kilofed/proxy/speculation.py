@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kilofed.generation.decoding import Sampling, Token, as_token, choose, probabilities
-from kilofed.proxy.logit_sources import Ask, Voices
+from kilofed.proxy.logit_sources import ForwardInputs, LogitSource
 
 if TYPE_CHECKING:
     from kilofed.proxy.model import ProxyModel
@@ -32,23 +32,23 @@ class Drafting:
     0.3 is about what a CPU takes in float32; a GPU takes less."""
 
 
-class Reader:
-    """One voice that reads one text: it is fed what it has not seen, and forgets what was taken back."""
+class CachedSource:
+    """One logit source on one growing text: only new tokens are computed, and rejected ones are cropped from its cache."""
 
-    def __init__(self, voice: Voices) -> None:
-        self.voice = voice
-        self._cache = voice.new_cache()
+    def __init__(self, source: LogitSource) -> None:
+        self.source = source
+        self._cache = source.new_cache()
         self._seen = 0
 
-    def read(self, ids: Sequence[int], keep: int) -> Tensor:
+    def logits(self, ids: Sequence[int], keep: int) -> Tensor:
         """Logits after each of the last `keep` of `ids`, (keep, width); ids that are in the cache are not read again."""
         new = torch.tensor([list(ids[self._seen :])])
         positions = torch.arange(self._seen, len(ids))[None]
-        (logits,) = self.voice.speak(Ask(new, position_ids=positions, keep=keep), self._cache)
+        (logits,) = self.source.logits(ForwardInputs(new, position_ids=positions, keep=keep), self._cache)
         self._seen = len(ids)
         return logits[0]
 
-    def forget(self, length: int) -> None:
+    def crop(self, length: int) -> None:
         """Keep the first `length` ids; fewer may have been seen."""
         if length < self._seen:
             self._cache.crop(length - self._seen)
@@ -81,8 +81,8 @@ class Speculation:
     def __init__(self, proxy: "ProxyModel", sampling: Sampling, drafting: Drafting) -> None:
         self._proxy, self._sampling, self._drafting = proxy, sampling, drafting
         tuned, base = proxy.separate()
-        self._large, self._tuned = Reader(proxy.large_voice), Reader(tuned)
-        self._base = Reader(base) if base is not None else None
+        self._large, self._tuned = CachedSource(proxy.large_source), CachedSource(tuned)
+        self._base = CachedSource(base) if base is not None else None
         self._cost = proxy.cost_ratio
         self._generator = torch.Generator().manual_seed(sampling.seed)
         self.num_drafted = self.num_accepted = self.num_cycles = 0
@@ -92,7 +92,7 @@ class Speculation:
         ids = list(prompt_ids)
         room = min(self._sampling.max_new_tokens, self._proxy.context - len(ids))
         while room > 0:
-            for token in self._cycle(ids, min(self._ahead(), room - 1)):
+            for token in self._cycle(ids, min(self._draft_length(), room - 1)):
                 ids.append(token.id)
                 room -= 1
                 yield token
@@ -104,23 +104,25 @@ class Speculation:
         """The next tokens, at least one: the drafted ones that stand, and one of the joint model's own."""
         drafted, tuned_GV = self._draft(ids, num_drafts)
         whole = ids + drafted
-        large = self._large.read(whole, len(drafted) + 1)
-        base = self._base.read(whole, len(drafted) + 1) if self._base else None
+        large = self._large.logits(whole, len(drafted) + 1)
+        base = self._base.logits(whole, len(drafted) + 1) if self._base else None
         self.num_cycles += 1
         if not drafted:
-            tuned_GV = self._tuned.read(whole, 1)
-        targets_GV = self._proxy.joined(
+            tuned_GV = self._tuned.logits(whole, 1)
+        targets_GV = self._proxy.joint_logits(
             large[: len(tuned_GV)], tuned_GV, base[: len(tuned_GV)] if base is not None else None
         )
-        tokens = self._judge(drafted, targets_GV, tuned_GV)
+        tokens = self._verify(drafted, targets_GV, tuned_GV)
         all_stand = bool(drafted) and [token.id for token in tokens] == drafted
         if all_stand and drafted[-1] not in self._proxy.end_ids:
             # All stand. The tuned model has not read the last of them yet; its next draft needs that step anyway.
-            last = self._proxy.joined(large[-1:], self._tuned.read(whole, 1), base[-1:] if base is not None else None)
-            tokens.append(self._token(last[0], self._own(last[0])))
-        for reader in (self._large, self._tuned, self._base):
-            if reader is not None:
-                reader.forget(len(ids) + len(tokens) - 1)
+            last = self._proxy.joint_logits(
+                large[-1:], self._tuned.logits(whole, 1), base[-1:] if base is not None else None
+            )
+            tokens.append(self._token(last[0], self._sample(last[0])))
+        for source in (self._large, self._tuned, self._base):
+            if source is not None:
+                source.crop(len(ids) + len(tokens) - 1)
         return tokens
 
     def _draft(self, ids: list[int], num_drafts: int) -> tuple[list[int], Tensor]:
@@ -128,19 +130,19 @@ class Speculation:
         drafted: list[int] = []
         logits: list[Tensor] = []
         while len(drafted) < num_drafts:
-            logits.append(self._tuned.read(ids + drafted, 1)[..., : self._proxy.width])
-            drafted.append(self._own(logits[-1][0]))
+            logits.append(self._tuned.logits(ids + drafted, 1)[..., : self._proxy.width])
+            drafted.append(self._sample(logits[-1][0]))
             if drafted[-1] in self._proxy.end_ids:
                 break
         return drafted, torch.cat(logits) if logits else torch.empty(0)
 
-    def _judge(self, drafted: list[int], targets_GV: Tensor, tuned_GV: Tensor) -> list[Token]:
+    def _verify(self, drafted: list[int], targets_GV: Tensor, tuned_GV: Tensor) -> list[Token]:
         """The drafted tokens up to the first that falls, and what is drawn in its place."""
         if not drafted:
-            return [self._token(targets_GV[0], self._own(targets_GV[0]))]
+            return [self._token(targets_GV[0], self._sample(targets_GV[0]))]
         tokens = []
         for target_V, tuned_V, draft in zip(targets_GV, tuned_GV, drafted, strict=True):
-            chosen = self._decide(target_V, tuned_V, draft)
+            chosen = self._accept(target_V, tuned_V, draft)
             tokens.append(self._token(target_V, chosen))
             self.num_drafted += 1
             if chosen != draft:
@@ -148,13 +150,13 @@ class Speculation:
             self.num_accepted += 1
         return tokens
 
-    def _decide(self, target_V: Tensor, tuned_V: Tensor, draft: int) -> int:
+    def _accept(self, target_V: Tensor, tuned_V: Tensor, draft: int) -> int:
         if self._sampling.temperature == 0:
             return int(target_V.argmax())
         p_V, q_V = probabilities(target_V.cpu(), self._sampling), probabilities(tuned_V.cpu(), self._sampling)
-        return stand_or_redraw(p_V, q_V, draft, self._generator)
+        return accept_or_resample(p_V, q_V, draft, self._generator)
 
-    def _own(self, logits_V: Tensor) -> int:
+    def _sample(self, logits_V: Tensor) -> int:
         if self._sampling.temperature == 0:
             return int(logits_V.argmax())
         return int(torch.multinomial(probabilities(logits_V.cpu(), self._sampling), 1, generator=self._generator))
@@ -162,15 +164,15 @@ class Speculation:
     def _token(self, logits_V: Tensor, chosen: int) -> Token:
         return as_token(logits_V.cpu(), chosen, self._sampling.num_logprobs)
 
-    def _ahead(self) -> int:
+    def _draft_length(self) -> int:
         """The draft length with the most tokens per cost, were every draft accepted as often as so far."""
         # Two drafts of which one stood are known before the first.
         accepted = (self.num_accepted + 1) / (self.num_drafted + 2)
         lengths = range(self._drafting.shortest, self._drafting.longest + 1)
-        return max(lengths, key=lambda length: gain(accepted, length, self._cost, self._drafting.slope))
+        return max(lengths, key=lambda length: tokens_per_cost(accepted, length, self._cost, self._drafting.slope))
 
 
-def stand_or_redraw(p_V: Tensor, q_V: Tensor, draft: int, generator: torch.Generator) -> int:
+def accept_or_resample(p_V: Tensor, q_V: Tensor, draft: int, generator: torch.Generator) -> int:
     """`draft`, drawn from q, or another token instead, such that the result is distributed as p.
 
     It stands with probability min(1, p/q); else one is drawn from what p has more of than q, max(0, p - q) normalised.
@@ -188,7 +190,7 @@ def stand_or_redraw(p_V: Tensor, q_V: Tensor, draft: int, generator: torch.Gener
     return int(torch.multinomial(more_V, 1, generator=generator))
 
 
-def gain(accepted: float, length: int, cost: float, slope: float) -> float:
+def tokens_per_cost(accepted: float, length: int, cost: float, slope: float) -> float:
     """Expected tokens per cycle over its cost in single-position forwards of the large model.
 
     Args:

@@ -22,19 +22,19 @@ BATCH = 16
 
 
 @dataclass(frozen=True)
-class Trio:
+class ProxyParts:
     """A large model, a small tuned one and the small one before tuning."""
 
     large: nn.Module
     tuned: nn.Module
     base: nn.Module | None = None
     """None: it lies under the adapter of `tuned`."""
-    words: int | None = None
+    vocabulary: int | None = None
     """Width that logits are cut to; None leaves them."""
 
 
 @dataclass(frozen=True)
-class Prospects:
+class Trial:
     """Held-out losses in nats per token before anything is trained, and after a short trial of the small model."""
 
     large: float
@@ -70,15 +70,15 @@ class Prospects:
         )
 
 
-def foresee(
-    trio: Trio,
+def run_trial(
+    parts: ProxyParts,
     rows: Sequence[Example],
     held_out: Sequence[Example],
     spec: TrainSpec,
     *,
     alpha: float,
     order: Callable[[str], torch.Generator],
-) -> Prospects:
+) -> Trial:
     """Train the small model for STEPS steps, score, and put it back as it was.
 
     Args:
@@ -88,18 +88,18 @@ def foresee(
         alpha: strength of the steering.
         order: the random stream of a name.
     """
-    start = loading.read_trained(trio.tuned)
-    before = sweep(trio, held_out, (0.0,))
+    start = loading.read_trained(parts.tuned)
+    before = sweep(parts, held_out, (0.0,))
     trial = replace(
         spec, steps=STEPS, epochs=0, batch_size=max(spec.batch_size, BATCH), schedule="constant", warmup=0.0
     )
     batches = training.batches(rows, trial, first=0, count=STEPS, order=order)
     try:
-        training.fit(trio.tuned, batches, trial, first=0, total=STEPS, dropout=order("dropout"))
-        after = sweep(trio, held_out, (alpha,))
+        training.fit(parts.tuned, batches, trial, first=0, total=STEPS, dropout=order("dropout"))
+        after = sweep(parts, held_out, (alpha,))
     finally:
-        loading.write_trained(trio.tuned, start)
-    return Prospects(before[0.0], before.tuned, after.tuned, after[alpha])
+        loading.write_trained(parts.tuned, start)
+    return Trial(before[0.0], before.tuned, after.tuned, after[alpha])
 
 
 class Sweep(dict[float, float]):
@@ -109,17 +109,17 @@ class Sweep(dict[float, float]):
 
 
 @torch.inference_mode()
-def sweep(trio: Trio, rows: Sequence[Example], alphas: Sequence[float]) -> Sweep:
+def sweep(parts: ProxyParts, rows: Sequence[Example], alphas: Sequence[float]) -> Sweep:
     """Score every strength of steering on `rows` with one forward of each model."""
     found, count = Sweep(dict.fromkeys(alphas, 0.0)), 0
     for start in range(0, len(rows), BATCH):
         batch = training.collate(rows[start : start + BATCH])
-        large, tuned = _scores(trio.large, batch, trio.words), _scores(trio.tuned, batch, trio.words)
-        if trio.base is not None:
-            base = _scores(trio.base, batch, trio.words)
+        large, tuned = _scores(parts.large, batch, parts.vocabulary), _scores(parts.tuned, batch, parts.vocabulary)
+        if parts.base is not None:
+            base = _scores(parts.base, batch, parts.vocabulary)
         else:
-            with loading.without_adapter(trio.tuned) as untouched:
-                base = _scores(untouched, batch, trio.words)
+            with loading.without_adapter(parts.tuned) as untouched:
+                base = _scores(untouched, batch, parts.vocabulary)
         targets = batch.labels[:, 1:][batch.labels[:, 1:] != IGNORED]
         for alpha in alphas:
             found[alpha] += _sum_loss(combine(large, tuned, base, alpha), targets)
@@ -134,8 +134,8 @@ def _sum_loss(scores: Tensor, targets: Tensor) -> float:
     return float(nn.functional.cross_entropy(scores, targets, reduction="sum"))
 
 
-def _scores(model: nn.Module, batch: training.Batch, words: int | None) -> Tensor:
+def _scores(model: nn.Module, batch: training.Batch, vocabulary: int | None) -> Tensor:
     """Logits (N, V) of the learnt tokens on the CPU."""
     device = next(model.parameters()).device
     there = training.Batch(batch.input_ids.to(device), batch.attention_mask.to(device), batch.labels.to(device))
-    return training.token_logits(model, there)[0][:, :words].cpu()
+    return training.token_logits(model, there)[0][:, :vocabulary].cpu()
