@@ -128,7 +128,7 @@ def logits(model: nn.Module, rows: Sequence[Example]) -> tuple[list[Tensor], lis
     scores: list[Tensor] = []
     targets: list[Tensor] = []
     for start in range(0, len(rows), BATCH):
-        batch = training.collate(rows[start : start + BATCH])
+        batch = training.collate_tokens(rows[start : start + BATCH])
         counts = (batch.labels[:, 1:] != IGNORED).sum(1).tolist()
         logits_NV, targets_N = training.token_logits(model, batch)
         scores += logits_NV.split(counts)

@@ -59,7 +59,7 @@ def scores(rows: int, steps: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         dropout=torch.Generator(),
     )
     large = loading.load_base(ModelSpec("builtin:large"))
-    batch = training.collate(sites.test_examples(0)[:rows])
+    batch = training.collate_tokens(sites.test_examples(0)[:rows])
     learnt = batch.labels[:, 1:] != IGNORED
 
     @torch.no_grad()

@@ -43,14 +43,14 @@ def build(shape: str, dtype: str) -> LlamaForCausalLM:
         torch.set_default_dtype(usual)
 
 
-def batch_of(tokens: int) -> training.Batch:
+def batch_of(tokens: int) -> training.TokenBatch:
     ids = torch.randint(3, 32_000, (1, tokens), generator=torch.Generator().manual_seed(0))
     labels = ids.clone()
     labels[:, : tokens // 2] = -100
-    return training.Batch(ids, torch.ones_like(ids), labels)
+    return training.TokenBatch(ids, torch.ones_like(ids), labels)
 
 
-def walker(model: LlamaForCausalLM, batch: training.Batch) -> Callable[[], float]:
+def walker(model: LlamaForCausalLM, batch: training.TokenBatch) -> Callable[[], float]:
     """One step from a point whose coefficients are all in use, as in the middle of a run."""
     stream = two_point.Stream(model, loading.trained(model), NUM_SEEDS)
     a = np.random.default_rng(0).normal(scale=1e-5, size=NUM_SEEDS).astype(np.float32)
@@ -58,7 +58,7 @@ def walker(model: LlamaForCausalLM, batch: training.Batch) -> Callable[[], float
     return lambda: two_point.slope(stream, point, 11, batch, STEPS)[1]
 
 
-def forwards(model: LlamaForCausalLM, batch: training.Batch) -> Callable[[], float]:
+def forwards(model: LlamaForCausalLM, batch: training.TokenBatch) -> Callable[[], float]:
     def run() -> float:
         with torch.inference_mode():
             return sum(float(training.loss(model, batch)) for _ in range(2)) / 2

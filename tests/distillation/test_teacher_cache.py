@@ -29,7 +29,7 @@ def teacher(tiny_large: Path) -> torch.nn.Module:
 def test_lessons_are_the_teachers_scores_in_any_batch(teacher: torch.nn.Module) -> None:
     some = rows(7)
     lessons = teacher_cache.ask(teacher, some, k=0, batch_size=3)
-    batch = training.collate([some[5], some[0], some[3]])
+    batch = training.collate_tokens([some[5], some[0], some[3]])
     told = lessons.of(batch)
     with torch.inference_mode():
         logits, targets = training.token_logits(teacher, batch)
@@ -41,7 +41,7 @@ def test_a_row_that_is_met_twice_is_asked_once_and_takes_few_bytes(teacher: torc
     some = rows(3)
     lessons = teacher_cache.ask(teacher, [*some, *some], k=4)
     assert len(lessons) == 3
-    tokens = sum(training.collate([row]).num_learnt for row in some)
+    tokens = sum(training.collate_tokens([row]).num_learnt for row in some)
     assert lessons.num_bytes == tokens * (4 * 2 + 5 * 2)  # Four word numbers, four scores and the rest.
 
 
@@ -49,7 +49,7 @@ def test_the_objective_is_the_mean_kl_and_mixes_in_the_rows_own_answers(
     teacher: torch.nn.Module, tiny_model: Path
 ) -> None:
     student, some = loading.load_base(ModelSpec(str(tiny_model))), rows(4)
-    batch = training.collate(some)
+    batch = training.collate_tokens(some)
     lessons = teacher_cache.ask(teacher, some, k=5, temperature=2.0)
     logits, _ = training.token_logits(student, batch)
     kl = losses.forward_kl(lessons.of(batch), logits, 2.0).mean()
@@ -61,7 +61,7 @@ def test_the_objective_is_the_mean_kl_and_mixes_in_the_rows_own_answers(
 
 def test_a_student_with_a_wider_vocabulary_is_cut_to_the_teachers(teacher: torch.nn.Module, tiny_model: Path) -> None:
     student, some = loading.load_base(ModelSpec(str(tiny_model))), rows(2)
-    lessons, batch = teacher_cache.ask(teacher, some, k=0), training.collate(some)
+    lessons, batch = teacher_cache.ask(teacher, some, k=0), training.collate_tokens(some)
     before = teacher_cache.objective(lessons, direction="reverse")(student, batch)
     student.resize_token_embeddings(272)
     torch.testing.assert_close(teacher_cache.objective(lessons, direction="reverse")(student, batch), before)
@@ -70,7 +70,7 @@ def test_a_student_with_a_wider_vocabulary_is_cut_to_the_teachers(teacher: torch
 def test_learning_its_lessons_brings_the_student_to_the_teacher(teacher: torch.nn.Module, tiny_model: Path) -> None:
     student = loading.load_model(ModelSpec(str(tiny_model)), AdapterSpec(kind="full"), 0)
     some = rows(4)
-    lessons, batch = teacher_cache.ask(teacher, some, k=32), training.collate(some)
+    lessons, batch = teacher_cache.ask(teacher, some, k=32), training.collate_tokens(some)
     objective = teacher_cache.objective(lessons, direction="forward")
     before = objective(student, batch).item()
     spec = TrainSpec(steps=60, batch_size=4, lr=1e-2)

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -78,7 +79,9 @@ def batch(*, classes: bool) -> training.Batch:
     draws = torch.Generator().manual_seed(1)
     ids, mask = torch.randint(3, 99, (2, 7), generator=draws), torch.ones(2, 7, dtype=torch.long)
     ids[1, 5:], mask[1, 5:] = 0, 0
-    return training.Batch(ids, mask, torch.tensor([0, 2]) if classes else ids.masked_fill(mask == 0, -100))
+    if classes:
+        return training.ClassBatch(ids, mask, torch.tensor([0, 2]))
+    return training.TokenBatch(ids, mask, ids.masked_fill(mask == 0, -100))
 
 
 @pytest.mark.parametrize("kind", ["lora", "full"])
@@ -89,7 +92,7 @@ def test_two_parts_have_the_loss_of_the_whole_to_the_bit(name: str, kind: str, t
     classes = ("a", "b", "c") if name in ENCODERS else ()
     whole, rows = loading.load_model(spec, adapter, 0, classes), batch(classes=bool(classes))
     wanted = training.loss(whole, rows)
-    unseen = training.Batch(torch.zeros_like(rows.input_ids), rows.attention_mask, rows.labels)
+    unseen = replace(rows, input_ids=torch.zeros_like(rows.input_ids))
     padding = rows.attention_mask[:, :, None] == 0
     for cut, head in ((1, False), (3, True)):
         part = loading.load_model(Part(**vars(spec), num_blocks=cut, head=head), adapter, 0, classes)

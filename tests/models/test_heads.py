@@ -14,7 +14,7 @@ from kilofed.config.recipe import AdapterSpec, ModelSpec
 from kilofed.data.examples import Example
 from kilofed.models import loading
 from kilofed.models.heads import SCALE, MeanClassifier
-from kilofed.models.training import class_logits, collate
+from kilofed.models.training import class_logits, collate_classes
 
 CLASSES = ("no", "perhaps", "yes")
 LORA = AdapterSpec(rank=2, alpha=4.0)
@@ -37,7 +37,7 @@ def shaken(model: nn.Module) -> nn.Module:
 
 def logits(model: nn.Module, rows: list[Example] = ROWS) -> Tensor:
     with torch.inference_mode():
-        return class_logits(model, collate(rows)).clone()
+        return class_logits(model, collate_classes(rows)).clone()
 
 
 def test_the_mean_head_is_its_closed_form(tiny_encoder: Path) -> None:

@@ -63,10 +63,26 @@ def model(tiny_model: Path) -> nn.Module:
 def test_padding_is_masked_and_not_learnt() -> None:
     rows = [Example([5, 6, 7], [IGNORED, 6, 7], [5], []), Example([8], [8], [], [])]
     batch = training.collate(rows)
+    assert isinstance(batch, training.TokenBatch)
     assert batch.input_ids.tolist() == [[5, 6, 7], [8, 0, 0]]
     assert batch.attention_mask.tolist() == [[1, 1, 1], [1, 0, 0]]
     assert batch.labels.tolist() == [[IGNORED, 6, 7], [8, IGNORED, IGNORED]]
     assert batch.num_learnt == 2  # The 8 has nothing before it that could predict it.
+    assert batch.targets_N.tolist() == [6, 7]
+    assert batch.kept_K.tolist() == [0, 1]
+
+
+def test_one_row_is_a_batch_of_its_own_kind() -> None:
+    # A single row of one class and one of one token have tensors that look alike.
+    token, row = Example([5], [5], [], []), Example([5], [], [], [], 1)
+    assert isinstance(training.collate([token]), training.TokenBatch)
+    classes = training.collate([row])
+    assert isinstance(classes, training.ClassBatch)
+    assert classes.classes.tolist() == [1]
+    with pytest.raises(AssertionError):
+        training.collate([row, token])
+    with pytest.raises(AssertionError):
+        training.collate([token, row])
 
 
 @pytest.mark.parametrize(("rows", "size"), [(10, 4), (9, 3), (3, 8), (1, 1)])
@@ -294,7 +310,8 @@ def test_the_loss_over_classes_is_that_of_transformers(tiny_encoder: Path) -> No
     model = loading.load_classifier(ModelSpec(str(tiny_encoder)), "stock", 0, ("a", "b", "c"))
     rows = [Example([5, 6, 7], [], [], [], 2), Example([8], [], [], [], 0)]
     batch = training.collate(rows)
-    theirs = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=batch.labels).loss
+    assert isinstance(batch, training.ClassBatch)
+    theirs = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=batch.classes).loss
     torch.testing.assert_close(training.loss(model, batch), theirs)
     assert batch.num_learnt == 2
 

@@ -15,7 +15,7 @@ from kilofed.data.examples import Example
 from kilofed.errors import BudgetSpent, ModelError, RemoteError
 from kilofed.generation.decoding import Sampling
 from kilofed.generation.detokenizer import Spelling
-from kilofed.models.training import collate, token_losses
+from kilofed.models.training import collate_tokens, token_losses
 from kilofed.proxy.api_model import RemoteModel
 from kilofed.proxy.combination import Difference, Mix
 from kilofed.proxy.model import ProxyModel
@@ -47,7 +47,10 @@ def test_all_scores_over_http_are_the_local_model(server: Loopback) -> None:
     close(far(IDS, MASK).logits[seen], near(IDS, MASK).logits[seen])
     examples = [Example([1, 40, 50, 60], [-100, -100, 50, 60], [], []), Example([1, 70], [-100, 70], [], [])]
     torch.testing.assert_close(
-        token_losses(far, collate(examples))[0], token_losses(near, collate(examples))[0], rtol=0, atol=1e-4
+        token_losses(far, collate_tokens(examples))[0],
+        token_losses(near, collate_tokens(examples))[0],
+        rtol=0,
+        atol=1e-4,
     )
     large.close()
 

@@ -12,7 +12,7 @@ from kilofed.errors import ModelError
 from kilofed.generation.decoding import Sampling
 from kilofed.models import evaluation
 from kilofed.models.loading import without_adapter
-from kilofed.models.training import collate, token_losses
+from kilofed.models.training import collate_tokens, token_losses
 from kilofed.proxy.combination import Difference, Mix, Realign
 from kilofed.proxy.model import ProxyLogits, ProxyModel
 
@@ -132,7 +132,7 @@ def test_training_and_evaluation_take_it_for_a_causal_model() -> None:
     large, small = model(0, vocabulary=259, width=24), adapted(1, model(1, vocabulary=259))
     proxy = ProxyModel(large, small).eval()
     examples = [Example([1, 40, 50, 60], [-100, -100, 50, 60], [], []), Example([1, 70], [-100, 70], [], [])]
-    losses, _ = token_losses(proxy, collate(examples))
+    losses, _ = token_losses(proxy, collate_tokens(examples))
     logits = proxy(torch.tensor([[1, 40, 50]])).logits[0, 1:].log_softmax(-1)
     expected = -logits.gather(-1, torch.tensor([[50], [60]]))[:, 0]
     torch.testing.assert_close(losses[:2], expected)

@@ -17,11 +17,11 @@ from kilofed.split.server_half import Sent, Sharing, Tail
 SGD = TrainSpec(optimizer="sgd", lr=0.5)
 
 
-def batch(seed: int, lengths: list[int]) -> training.Batch:
+def batch(seed: int, lengths: list[int]) -> training.TokenBatch:
     """Rows of random tokens; the first two of each are not learnt."""
     draws = torch.Generator().manual_seed(seed)
     rows = [torch.randint(3, 259, (length,), generator=draws).tolist() for length in lengths]
-    return training.collate([Example(row, [IGNORED] * 2 + row[2:], [], []) for row in rows])
+    return training.collate_tokens([Example(row, [IGNORED] * 2 + row[2:], [], []) for row in rows])
 
 
 @pytest.fixture
@@ -54,13 +54,16 @@ def test_what_a_client_writes_the_server_reads(model: torch.nn.Module) -> None:
     one = batch(0, [5, 3])
     read = sent(model, one)
     assert torch.equal(read.mask_BT, one.attention_mask)
-    assert read.labels is not None
-    assert torch.equal(read.labels, one.labels)
+    assert isinstance(read.batch, training.TokenBatch)
+    assert torch.equal(read.batch.labels, one.labels)
+    assert not read.batch.input_ids.any()
     assert not read.hidden_BTD[1, 3:].any()
-    classes = training.Batch(one.input_ids, one.attention_mask, torch.tensor([4, 1]))
-    assert server_half.labels(classes)["classes"].tolist() == [4, 1]
     without = {"rows": torch.zeros(8, 16), **server_half.lengths(one)}
-    assert server_half.read(without, 16, labels=False).labels is None
+    assert server_half.read(without, 16, labels=False).batch is None
+    classes = training.ClassBatch(one.input_ids, one.attention_mask, torch.tensor([4, 1]))
+    found = server_half.read(without | server_half.labels(classes), 16, labels=True).batch
+    assert isinstance(found, training.ClassBatch)
+    assert found.classes.tolist() == [4, 1]
     with pytest.raises(PayloadError, match="0 labels for 8 tokens in 2 rows"):
         server_half.read(without, 16, labels=True)
 
@@ -120,6 +123,6 @@ def test_a_lost_copy_does_not_count(model: torch.nn.Module, made: Callable[[Shar
 
 def test_a_loss_that_is_no_number_is_named(model: torch.nn.Module, made: Callable[[Sharing], Tail]) -> None:
     one = sent(model, batch(0, [5]))
-    broken = Sent(one.hidden_BTD * torch.nan, one.mask_BT, one.labels)
+    broken = Sent(one.hidden_BTD * torch.nan, one.mask_BT, one.batch)
     with pytest.raises(NonFiniteLoss, match="on a batch of client 3 is nan"):
         made("sequential").learn({3: broken})

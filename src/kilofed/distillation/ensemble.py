@@ -51,7 +51,9 @@ def num_positions(rows: Sequence[Example]) -> list[int]:
 
 def logits_of(model: nn.Module, batch: training.Batch) -> Tensor:
     """Logits (N, V) at the positions of a batch, row by row; the labels of rows to classify are not looked at."""
-    return training.class_logits(model, batch) if batch.labels.dim() == 1 else training.token_logits(model, batch)[0]
+    if isinstance(batch, training.TokenBatch):
+        return training.token_logits(model, batch)[0]
+    return training.class_logits(model, batch)
 
 
 def width(model: nn.Module, rows: Sequence[Example]) -> int:
@@ -67,9 +69,8 @@ def choose(model: nn.Module, rows: Sequence[Example], k: int, batch_size: int) -
     """The words (N, K) that all models score: the model's `k` best at each position, the row's own next token first."""
     found = []
     for batch, logits_NV in _forward(model, rows, batch_size):
-        if batch.labels.dim() == 2:
-            targets_BT = batch.labels[:, 1:]
-            logits_NV.scatter_(1, targets_BT[targets_BT != IGNORED][:, None], math.inf)
+        if isinstance(batch, training.TokenBatch):
+            logits_NV.scatter_(1, batch.targets_N[:, None], math.inf)
         found.append(logits_NV.topk(min(k, logits_NV.shape[1]), dim=1).indices.cpu())
     return torch.cat(found)
 

@@ -44,7 +44,7 @@ class Lessons:
         """Put away what the teacher says of `row`, one position per learnt token."""
         self._kept[tuple(row.input_ids)] = losses.pack(scores, self._packing)
 
-    def of(self, batch: training.Batch) -> TopK:
+    def of(self, batch: training.TokenBatch) -> TopK:
         """What the teacher says of the learnt tokens of `batch`, row by row; raises KeyError for a row it never saw."""
         lengths = batch.attention_mask.sum(1).tolist()
         keys = [tuple(row[:length].tolist()) for row, length in zip(batch.input_ids, lengths, strict=True)]
@@ -75,10 +75,10 @@ def ask(
     lessons: Lessons | None = None
     for start in range(0, len(every), batch_size):
         part = every[start : start + batch_size]
-        logits_NV, _ = training.token_logits(teacher, training.collate(part, device))
+        logits_NV, _ = training.token_logits(teacher, training.collate_tokens(part, device))
         lessons = lessons or Lessons(logits_NV.shape[1], temperature=temperature)
         scores = losses.top_k(logits_NV, k or logits_NV.shape[1], temperature)
-        counts = [training.collate([row]).num_learnt for row in part]
+        counts = [training.collate_tokens([row]).num_learnt for row in part]
         for row, *own in zip(part, *(torch.split(t.cpu(), counts) for t in _tensors(scores)), strict=True):
             lessons.keep(row, TopK(own[0], own[1], own[2], scores.num_words, temperature))
     return lessons or Lessons(0, temperature=temperature)
@@ -94,6 +94,7 @@ def objective(lessons: Lessons, *, direction: Direction, own_answers: float = 0.
     """
 
     def loss(student: nn.Module, batch: training.Batch) -> Tensor:
+        assert isinstance(batch, training.TokenBatch)
         logits_NV, targets_N = training.token_logits(student, batch)
         logits_NV = logits_NV[:, : lessons.num_words]
         value = losses.KL[direction](lessons.of(batch), logits_NV, lessons.temperature).mean()

@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 
 from kilofed.config.recipe import ModelSpec, Recipe, TrainSpec
-from kilofed.data.examples import IGNORED, Example
+from kilofed.data.examples import Example
 from kilofed.federation.parties import Server, generator
 from kilofed.models import training
 
@@ -96,7 +96,7 @@ class Scene:
 def shape(rows: Sequence[Example], **about: object) -> Pass:
     """A batch of `rows` as a Pass."""
     batch = training.collate(rows)
-    kept = int((batch.labels[:, 1:] != IGNORED).any(0).sum()) if batch.labels.dim() == 2 else 0
+    kept = len(batch.kept_K) if isinstance(batch, training.TokenBatch) else 0
     num_rows, num_tokens = batch.input_ids.shape
     return replace(Pass(num_rows, num_tokens, kept), **about)  # type: ignore[arg-type]
 

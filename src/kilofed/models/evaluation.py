@@ -13,7 +13,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from kilofed.config.recipe import EvaluateSpec
 from kilofed.data.examples import IGNORED, Example
 from kilofed.models import loading
-from kilofed.models.training import class_logits, collate, token_losses
+from kilofed.models.training import class_logits, collate_classes, collate_tokens, token_losses
 
 SCORES = ("loss", "accuracy", "perplexity", "rouge_l", "exact_match", "macro_f1")
 
@@ -54,7 +54,7 @@ def score(model: nn.Module, examples: Sequence[Example], batch_size: int) -> Sco
     total, right, tokens = 0.0, 0, 0
     with torch.inference_mode():
         for start in range(0, len(ordered), batch_size):
-            losses, hits = token_losses(model, collate(ordered[start : start + batch_size], device))
+            losses, hits = token_losses(model, collate_tokens(ordered[start : start + batch_size], device))
             total += float(losses.double().sum())
             right += int(hits.sum())
             tokens += len(losses)
@@ -66,11 +66,11 @@ def _score_classes(model: nn.Module, examples: Sequence[Example], batch_size: in
     total, pairs = 0.0, Counter[tuple[int, int]]()
     with torch.inference_mode():
         for start in range(0, len(examples), batch_size):
-            batch = collate(examples[start : start + batch_size], device)
+            batch = collate_classes(examples[start : start + batch_size], device)
             logits_BC = class_logits(model, batch)
-            losses = nn.functional.cross_entropy(logits_BC, batch.labels, reduction="none", ignore_index=IGNORED)
+            losses = nn.functional.cross_entropy(logits_BC, batch.classes, reduction="none", ignore_index=IGNORED)
             total += float(losses.double().sum())
-            pairs.update(zip(batch.labels.tolist(), logits_BC.argmax(-1).tolist(), strict=True))
+            pairs.update(zip(batch.classes.tolist(), logits_BC.argmax(-1).tolist(), strict=True))
     pairs = Counter({(true, guess): n for (true, guess), n in pairs.items() if true != IGNORED})
     rows, right = pairs.total(), sum(number for (true, guess), number in pairs.items() if true == guess)
     return Scores(total / max(rows, 1), right / max(rows, 1), rows, macro_f1=macro_f1(pairs))

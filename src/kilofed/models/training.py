@@ -15,19 +15,63 @@ from kilofed.errors import NonFiniteLoss
 
 
 @dataclass(frozen=True)
-class Batch:
-    """Padded examples, of shape (B, T)."""
+class TokenBatch:
+    """Rows whose tokens are learnt, padded on the right: B rows, T tokens in the longest."""
 
     input_ids: Tensor
+    """(B, T), 0 at the padding."""
     attention_mask: Tensor
+    """(B, T), 1 at tokens and 0 at the padding."""
     labels: Tensor
-    """IGNORED where nothing is learnt; (B,) classes where whole rows are classified."""
+    """(B, T), the token itself where it is learnt and IGNORED elsewhere."""
+
+    @property
+    def targets_BT(self) -> Tensor:
+        """(B, T - 1): what each position but the last has to predict, IGNORED where that is not learnt."""
+        return self.labels[:, 1:]
+
+    @property
+    def targets_N(self) -> Tensor:
+        """(N,): the learnt tokens, row by row."""
+        return self.targets_BT[self.targets_BT != IGNORED]
+
+    @property
+    def kept_K(self) -> Tensor:
+        """(K,): positions from which at least one row has to predict a learnt token."""
+        return (self.targets_BT != IGNORED).any(dim=0).nonzero()[:, 0]
 
     @property
     def num_learnt(self) -> int:
-        """Tokens that the loss is over: those that some position predicts; or rows that have a class."""
-        learnt = self.labels if self.labels.dim() == 1 else self.labels[:, 1:]
-        return int((learnt != IGNORED).sum())
+        """N: tokens that the loss is over, those that some position predicts."""
+        return int((self.targets_BT != IGNORED).sum())
+
+    def to(self, device: str | torch.device) -> "TokenBatch":
+        """The same rows on `device`."""
+        return TokenBatch(self.input_ids.to(device), self.attention_mask.to(device), self.labels.to(device))
+
+
+@dataclass(frozen=True)
+class ClassBatch:
+    """Rows that are classified as a whole, padded on the right: B rows, T tokens in the longest."""
+
+    input_ids: Tensor
+    """(B, T), 0 at the padding."""
+    attention_mask: Tensor
+    """(B, T), 1 at tokens and 0 at the padding."""
+    classes: Tensor
+    """(B,), number of each row's class, IGNORED where it is not known."""
+
+    @property
+    def num_learnt(self) -> int:
+        """Rows that the loss is over, those that have a class."""
+        return int((self.classes != IGNORED).sum())
+
+    def to(self, device: str | torch.device) -> "ClassBatch":
+        """The same rows on `device`."""
+        return ClassBatch(self.input_ids.to(device), self.attention_mask.to(device), self.classes.to(device))
+
+
+Batch = TokenBatch | ClassBatch
 
 
 @dataclass(frozen=True)
@@ -46,60 +90,63 @@ Loss = Callable[[nn.Module, Batch], Tensor]
 
 
 def collate(examples: Sequence[Example], device: str | torch.device = "cpu") -> Batch:
+    """A ClassBatch of examples that have classes, a TokenBatch of others; all are to be of one kind."""
+    return collate_tokens(examples, device) if examples[0].label is None else collate_classes(examples, device)
+
+
+def collate_tokens(examples: Sequence[Example], device: str | torch.device = "cpu") -> TokenBatch:
     """Pad on the right to the longest example; padding is masked and not learnt."""
-    width = max(len(example.input_ids) for example in examples)
-    input_ids = torch.zeros(len(examples), width, dtype=torch.long)
-    mask = torch.zeros(len(examples), width, dtype=torch.long)
-    classes = [example.label for example in examples if example.label is not None]
-    labels = torch.full((len(examples), width), IGNORED, dtype=torch.long)
+    assert all(example.label is None for example in examples)
+    input_ids, mask = _padded(examples)
+    labels = torch.full_like(input_ids, IGNORED)
     for row, example in enumerate(examples):
-        length = len(example.input_ids)
-        input_ids[row, :length] = torch.tensor(example.input_ids)
-        if not classes:
-            labels[row, :length] = torch.tensor(example.labels)
-        mask[row, :length] = 1
-    if classes:
-        assert len(classes) == len(examples)
-        labels = torch.tensor(classes)
-    return Batch(input_ids.to(device), mask.to(device), labels.to(device))
+        labels[row, : len(example.labels)] = torch.tensor(example.labels)
+    return TokenBatch(input_ids, mask, labels).to(device)
 
 
-def token_logits(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+def collate_classes(examples: Sequence[Example], device: str | torch.device = "cpu") -> ClassBatch:
+    """Pad on the right to the longest example; padding is masked."""
+    classes = [example.label for example in examples if example.label is not None]
+    assert len(classes) == len(examples)
+    input_ids, mask = _padded(examples)
+    return ClassBatch(input_ids, mask, torch.tensor(classes)).to(device)
+
+
+def token_logits(model: nn.Module, batch: TokenBatch) -> tuple[Tensor, Tensor]:
     """Logits (N, V), float32, and targets (N,) of the learnt tokens, row by row."""
-    targets_BT = batch.labels[:, 1:]
     # Positions at which no row learns anything need no pass through the output head, which is most of a small model.
-    kept_K = (targets_BT != IGNORED).any(dim=0).nonzero()[:, 0]
+    kept_K = batch.kept_K
     partly = {"logits_to_keep": kept_K} if keeps_logits(model) else {}
     logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False, **partly).logits
     logits_BKV = logits if partly else logits[:, kept_K]
-    targets_BK = targets_BT[:, kept_K]
+    targets_BK = batch.targets_BT[:, kept_K]
     learnt = targets_BK != IGNORED
     return logits_BKV[learnt].float(), targets_BK[learnt]
 
 
-def token_losses(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+def token_losses(model: nn.Module, batch: TokenBatch) -> tuple[Tensor, Tensor]:
     """Cross entropy (nats) and whether the best guess was right, one entry per learnt token."""
     logits_NV, targets_N = token_logits(model, batch)
     losses = nn.functional.cross_entropy(logits_NV, targets_N, reduction="none")
     return losses, logits_NV.argmax(-1) == targets_N
 
 
-def class_logits(model: nn.Module, batch: Batch) -> Tensor:
+def class_logits(model: nn.Module, batch: ClassBatch) -> Tensor:
     """Logits (B, C) of a model that classifies rows, float32."""
     out = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
     return cast(Tensor, out.logits).float()
 
 
-def class_losses(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+def class_losses(model: nn.Module, batch: ClassBatch) -> tuple[Tensor, Tensor]:
     """Cross entropy (nats) and whether the best guess was right, one entry per row that has a class."""
-    learnt = batch.labels != IGNORED
-    logits_NC, targets_N = class_logits(model, batch)[learnt], batch.labels[learnt]
+    learnt = batch.classes != IGNORED
+    logits_NC, targets_N = class_logits(model, batch)[learnt], batch.classes[learnt]
     return nn.functional.cross_entropy(logits_NC, targets_N, reduction="none"), logits_NC.argmax(-1) == targets_N
 
 
 def losses(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-    """`token_losses`, or `class_losses` where the batch has classes."""
-    return class_losses(model, batch) if batch.labels.dim() == 1 else token_losses(model, batch)
+    """`token_losses` of a TokenBatch, `class_losses` of a ClassBatch."""
+    return token_losses(model, batch) if isinstance(batch, TokenBatch) else class_losses(model, batch)
 
 
 def loss(model: nn.Module, batch: Batch) -> Tensor:
@@ -236,6 +283,18 @@ def optimizer_for(parameters: list[nn.Parameter], spec: TrainSpec) -> torch.opti
         return torch.optim.SGD(parameters, lr=spec.lr, weight_decay=spec.weight_decay)
     kind = torch.optim.AdamW if spec.optimizer == "adamw" else torch.optim.Adam
     return kind(parameters, lr=spec.lr, weight_decay=spec.weight_decay)
+
+
+def _padded(examples: Sequence[Example]) -> tuple[Tensor, Tensor]:
+    """Tokens (B, T) and attention mask (B, T)."""
+    width = max(len(example.input_ids) for example in examples)
+    input_ids = torch.zeros(len(examples), width, dtype=torch.long)
+    mask = torch.zeros(len(examples), width, dtype=torch.long)
+    for row, example in enumerate(examples):
+        length = len(example.input_ids)
+        input_ids[row, :length] = torch.tensor(example.input_ids)
+        mask[row, :length] = 1
+    return input_ids, mask
 
 
 def _backward(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from kilofed.config.recipe import TrainSpec
-from kilofed.data.examples import IGNORED, Example
+from kilofed.data.examples import Example
 from kilofed.models import loading, training
 from kilofed.proxy.combination import combine
 
@@ -113,14 +113,14 @@ def sweep(parts: ProxyParts, rows: Sequence[Example], alphas: Sequence[float]) -
     """Score every strength of steering on `rows` with one forward of each model."""
     found, count = Sweep(dict.fromkeys(alphas, 0.0)), 0
     for start in range(0, len(rows), BATCH):
-        batch = training.collate(rows[start : start + BATCH])
+        batch = training.collate_tokens(rows[start : start + BATCH])
         large, tuned = _scores(parts.large, batch, parts.vocabulary), _scores(parts.tuned, batch, parts.vocabulary)
         if parts.base is not None:
             base = _scores(parts.base, batch, parts.vocabulary)
         else:
             with loading.without_adapter(parts.tuned) as untouched:
                 base = _scores(untouched, batch, parts.vocabulary)
-        targets = batch.labels[:, 1:][batch.labels[:, 1:] != IGNORED]
+        targets = batch.targets_N
         for alpha in alphas:
             found[alpha] += _sum_loss(combine(large, tuned, base, alpha), targets)
         found.tuned += _sum_loss(tuned, targets)
@@ -134,8 +134,7 @@ def _sum_loss(scores: Tensor, targets: Tensor) -> float:
     return float(nn.functional.cross_entropy(scores, targets, reduction="sum"))
 
 
-def _scores(model: nn.Module, batch: training.Batch, vocabulary: int | None) -> Tensor:
+def _scores(model: nn.Module, batch: training.TokenBatch, vocabulary: int | None) -> Tensor:
     """Logits (N, V) of the learnt tokens on the CPU."""
     device = next(model.parameters()).device
-    there = training.Batch(batch.input_ids.to(device), batch.attention_mask.to(device), batch.labels.to(device))
-    return training.token_logits(model, there)[0][:, :vocabulary].cpu()
+    return training.token_logits(model, batch.to(device))[0][:, :vocabulary].cpu()

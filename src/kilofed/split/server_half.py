@@ -36,8 +36,9 @@ class Sent:
     hidden_BTD: Tensor
     """Hidden states at the cut, zeros at the padding."""
     mask_BT: Tensor
-    labels: Tensor | None = None
-    """(B, T), or (B,) classes; None where they stay with the client."""
+    batch: training.Batch | None = None
+    """What is to be learnt, with input_ids of 0: the server does not get the tokens; None where the labels stay with
+    the client."""
     top_BTD: Tensor | None = None
     """Instead of labels: the gradient of the client's loss with respect to what left the last block."""
 
@@ -72,8 +73,8 @@ def lengths(batch: training.Batch) -> dict[str, Tensor]:
 
 def labels(batch: training.Batch) -> dict[str, Tensor]:
     """What tells the server what is to be learnt."""
-    if batch.labels.dim() == 1:
-        return {CLASSES: batch.labels.int().cpu()}
+    if isinstance(batch, training.ClassBatch):
+        return {CLASSES: batch.classes.int().cpu()}
     return {LABELS: activation_codec.pack(batch.labels, batch.attention_mask).int().cpu()}
 
 
@@ -88,12 +89,12 @@ def read(tensors: Mapping[str, Tensor], width: int, *, labels: bool) -> Sent:
         return Sent(hidden, mask)
     classes, found = tensors.get(CLASSES), tensors.get(LABELS, torch.zeros(0))
     if classes is not None and len(classes) == len(ends):
-        return Sent(hidden, mask, classes.long())
+        return Sent(hidden, mask, training.ClassBatch(torch.zeros_like(mask), mask, classes.long()))
     if len(found) != num:
         raise PayloadError(f"it sent {len(found)} labels for {num} tokens in {len(ends)} rows")
     whole = torch.full(mask.shape, IGNORED)
     whole[mask.bool()] = found.long()
-    return Sent(hidden, mask, whole)
+    return Sent(hidden, mask, training.TokenBatch(torch.zeros_like(mask), mask, whole))
 
 
 def finite(rows: Tensor) -> Tensor:
@@ -153,7 +154,7 @@ class Tail:
         answers: dict[int, Answer] = {}
         for group in self._groups(sent):
             learner = self._learner(group[0])
-            if sent[group[0]].labels is None:
+            if sent[group[0]].batch is None:
                 answers |= self._descend(group, sent)
             else:
                 answers |= self._through(learner, group, sent)
@@ -185,7 +186,7 @@ class Tail:
             kept = {one: batch for one, batch in sweep.done.items() if one != client or one not in sweep.open}
             for group in self._groups(kept):
                 for one in group:
-                    if kept[one].labels is None:
+                    if kept[one].batch is None:
                         self.ascend(one, kept[one])
                 self.learn({one: kept[one] for one in group})
             self._sweeps[-1].open = sweep.open - {client}
@@ -235,8 +236,11 @@ class Tail:
 
     def _through(self, learner: Learner, group: Sequence[int], sent: Mapping[int, Sent]) -> dict[int, Answer]:
         """One forward and backward over the batches of a group."""
-        hidden, batch = _merge([sent[client] for client in group], self._device)
-        parts = [_batch(sent[client].mask_BT, sent[client].labels) for client in group]
+        parts = [part for client in group if (part := sent[client].batch) is not None]
+        assert len(parts) == len(group)
+        width = max(part.input_ids.shape[1] for part in parts)
+        hidden = _leaf(torch.cat([_widened(sent[client].hidden_BTD, width, 0.0) for client in group]), self._device)
+        batch = _joined(parts, width).to(self._device)
 
         def forward() -> Tensor:
             with self._halves.from_cut(hidden):
@@ -275,26 +279,21 @@ class Tail:
             model.eval()
 
 
-def _merge(sent: Sequence[Sent], device: torch.device) -> tuple[Tensor, training.Batch]:
-    """Batches one below the other, padded to the longest; their tokens stay unknown."""
-    width = max(one.mask_BT.shape[1] for one in sent)
-
-    def wide(tensor: Tensor, value: float) -> Tensor:
-        missing = width - tensor.shape[1]
-        # Padding of dimension 1, counted from the last one.
-        return nn.functional.pad(tensor, [*[0] * (2 * (tensor.dim() - 2)), 0, missing], value=value)
-
-    hidden = _leaf(torch.cat([wide(one.hidden_BTD, 0.0) for one in sent]), device)
-    mask = torch.cat([wide(one.mask_BT, 0) for one in sent])
-    labels = [one.labels for one in sent if one.labels is not None]
-    whole = torch.cat([one if one.dim() == 1 else wide(one, IGNORED) for one in labels])
-    batch = _batch(mask, whole)
-    return hidden, training.Batch(batch.input_ids.to(device), mask.to(device), whole.to(device))
+def _joined(parts: Sequence[training.Batch], width: int) -> training.Batch:
+    """Batches of one kind one below the other, padded to `width` tokens."""
+    ids = torch.cat([_widened(part.input_ids, width, 0) for part in parts])
+    mask = torch.cat([_widened(part.attention_mask, width, 0) for part in parts])
+    labels = [part.labels for part in parts if isinstance(part, training.TokenBatch)]
+    if labels:
+        return training.TokenBatch(ids, mask, torch.cat([_widened(one, width, IGNORED) for one in labels]))
+    classes = [part.classes for part in parts if isinstance(part, training.ClassBatch)]
+    return training.ClassBatch(ids, mask, torch.cat(classes))
 
 
-def _batch(mask_BT: Tensor, labels: Tensor | None) -> training.Batch:
-    assert labels is not None
-    return training.Batch(torch.zeros_like(mask_BT), mask_BT, labels)
+def _widened(tensor: Tensor, width: int, value: float) -> Tensor:
+    """(B, T, ...) padded to (B, width, ...)."""
+    # Padding of dimension 1, counted from the last one.
+    return nn.functional.pad(tensor, [*[0] * (2 * (tensor.dim() - 2)), 0, width - tensor.shape[1]], value=value)
 
 
 def _leaf(hidden: Tensor, device: torch.device) -> Tensor:
