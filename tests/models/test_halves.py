@@ -149,10 +149,33 @@ def test_a_part_that_lacks_something_below_the_cut_says_so(tmp_path: Path) -> No
         Halves(part, 1).below(rows.input_ids, rows.attention_mask)
 
 
+def test_a_part_that_is_trimmed_again_knows_what_has_run(tiny_model: Path) -> None:
+    part = loading.load_base(Part(str(tiny_model), num_blocks=1))
+    halves.trim(part, 1, head=False)
+    rows = batch(classes=False)
+    hidden = Halves(part, 1).below(rows.input_ids, rows.attention_mask)
+    assert torch.equal(Halves(part, 1).below(rows.input_ids, rows.attention_mask), hidden)
+    with pytest.raises(RecipeError, match="the model has 2 blocks"):
+        Halves(part, 2)  # Of the whole model, not of the part.
+
+
+def test_the_model_is_its_own_again_whatever_a_side_did(tiny_model: Path) -> None:
+    model, rows = loading.load_base(ModelSpec(str(tiny_model))), batch(classes=False)
+    modules = dict(model.named_modules())
+    cut = Halves(model, 1)
+    assert dict(model.named_modules()) == modules
+    hidden = cut.below(rows.input_ids, rows.attention_mask)
+    cut.between(hidden, rows.attention_mask)
+    with pytest.raises(RuntimeError), cut.from_cut(hidden[:, :, :3]):
+        training.loss(model, rows)
+    assert dict(model.named_modules()) == modules
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in modules.values())
+
+
 def test_a_cut_model_still_writes_and_is_copied(tiny_model: Path, tmp_path: Path) -> None:
-    model = loading.load_base(ModelSpec(str(tiny_model)))
+    model, rows = loading.load_base(ModelSpec(str(tiny_model))), batch(classes=False)
     before = model.generate(torch.arange(3, 8)[None], max_new_tokens=4, do_sample=False, pad_token_id=0)
-    Halves(model, 1)
+    Halves(model, 1).below(rows.input_ids, rows.attention_mask)
     after = model.generate(torch.arange(3, 8)[None], max_new_tokens=4, do_sample=False, pad_token_id=0)
     assert torch.equal(after, before)
     model.save_pretrained(tmp_path)

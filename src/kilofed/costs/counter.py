@@ -129,12 +129,13 @@ class Bench:
     def _measured(self, model: nn.Module, one: Pass) -> tuple[int, int]:
         model.train(one.learns)
         dtype = torch.bfloat16 if self._train.autocast and one.learns else None
+        halves = Halves(model, one.cut) if one.part != "whole" else None
         if one.part == "head":  # How blocks hand on what they made is seen when one has run.
             with self._mode, torch.no_grad():
-                _forward(model, replace(one, rows=1, width=1, kept=min(one.kept, 1)))
+                _forward(model, halves, replace(one, rows=1, width=1, kept=min(one.kept, 1)))
         with self._mode, _Held(model) as held, measurement.counted() as cost:
             with torch.autocast("cpu", dtype, enabled=dtype is not None), torch.set_grad_enabled(one.learns):
-                loss = _loss(_forward(model, one), one)
+                loss = _loss(_forward(model, halves, one), one)
             if one.learns:
                 loss.backward()  # type: ignore[no-untyped-call]
         return cost.flops, held.most
@@ -148,12 +149,12 @@ def _positions(one: Pass) -> int:
     return one.rows * one.kept
 
 
-def _forward(model: nn.Module, one: Pass) -> Tensor:
+def _forward(model: nn.Module, halves: Halves | None, one: Pass) -> Tensor:
+    """What comes out of the pass's part of the model; `halves` is None where that is the whole."""
     ids = torch.zeros(one.rows, one.width, dtype=torch.long)
     mask = torch.ones(one.rows, one.width, dtype=torch.long)
-    if one.part == "whole":
+    if halves is None:
         return _logits(model, ids, mask, one.kept)
-    halves = Halves(model, one.cut)
     if one.part == "below":
         return halves.below(ids, mask)
     dtype = next(model.parameters()).dtype

@@ -6,7 +6,7 @@ Source: split learning, Gupta and Raskar 2018, arXiv:1810.06060; the U-shape is 
 """
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import cast
@@ -39,7 +39,7 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     """
     lists = [(name, item) for name, item in model.named_modules() if isinstance(item, nn.ModuleList)]
     for name, item in lists:
-        if isinstance(item, _Blocks):
+        if isinstance(item, _Kept):
             return name, item
     wanted = getattr(getattr(model, "config", None), "num_hidden_layers", None)
     found = [(name, item) for name, item in lists if len(item) == wanted and len({type(block) for block in item}) == 1]
@@ -69,15 +69,17 @@ def trim(model: nn.Module, num_blocks: int, *, head: bool) -> None:
     Raises:
         ModelError, RecipeError: as `find_blocks` and `check_cut`.
     """
-    blocks = _own_list(model)
+    above, blocks = find_blocks(model)
     if len(blocks) > num_blocks:
         check_cut(num_blocks, len(blocks))
-        blocks.keep(num_blocks)
+    kept = blocks if isinstance(blocks, _Kept) else _Kept(blocks, num_whole=len(blocks))
+    del kept[num_blocks:]
+    model.set_submodule(above, kept)
     if head:
         return
     for name, module in list(model.named_modules()):
         if name and any(True for _ in module.parameters(recurse=False)) and not works_first(model, name):
-            model.set_submodule(name, _Absent(name, blocks))
+            model.set_submodule(name, _Absent(name, kept))
 
 
 def works_first(model: nn.Module, name: str) -> bool:
@@ -116,6 +118,8 @@ def width(model: nn.Module) -> int:
 class Halves:
     """A model, whole or trimmed, that runs from and to its cut.
 
+    The model stays as it is: other blocks stand in its list while a side runs, and its own again afterwards.
+
     Args:
         cut: blocks below the cut.
 
@@ -125,15 +129,18 @@ class Halves:
 
     def __init__(self, model: nn.Module, cut: int) -> None:
         self.model, self.cut = model, cut
-        self._blocks = _own_list(model)
-        check_cut(cut, self._blocks.whole)
+        self._name, self._list = find_blocks(model)
+        check_cut(cut, _num_whole(self._list))
+        self._held = list(self._list)
+        self._num_out: int | None = None
+        """Length of the tuple that a block returns, 0 for a bare tensor; None before any has run."""
         self._inner = _caller(model)
         taken = inspect.signature(self._inner.forward).parameters
         self._options = {"use_cache": False} if "use_cache" in taken else {}
 
     def below(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Hidden states (B, T, D) after the first `cut` blocks. Raises ModelError: the client lacks something for it."""
-        return self._run(input_ids, attention_mask, self._blocks.held[: self.cut])
+        return self._run(input_ids, attention_mask, self._held[: self.cut])
 
     def between(self, hidden_BTD: Tensor, attention_mask: Tensor) -> Tensor:
         """Hidden states (B, T, D) after the last block, from those at the cut."""
@@ -146,83 +153,70 @@ class Halves:
     def from_cut(self, hidden_BTD: Tensor) -> Iterator[None]:
         """While it lasts, `model(...)` starts at the cut with these hidden states, whatever tokens it is given."""
         blocks = self._upper()
-        with self._blocks.showing(blocks), _entering(blocks[self.cut], hidden_BTD):
+        with self._showing(blocks), _entering(blocks[self.cut], hidden_BTD):
             yield
 
     @contextmanager
     def from_last(self, hidden_BTD: Tensor) -> Iterator[None]:
         """While it lasts, `model(...)` starts after the last block with these hidden states: it is the head alone."""
-        if self._blocks.num_out is None:  # How blocks hand on what they made is seen when one runs.
+        if self._num_out is None:  # How blocks hand on what they made is seen when one runs.
             with torch.no_grad():
                 self.below(torch.zeros(1, 1, dtype=torch.long, device=hidden_BTD.device), hidden_BTD.new_ones(1, 1))
-        blocks = [self._pass() for _ in range(self._blocks.whole)]
-        with self._blocks.showing(blocks), _entering(blocks[-1], hidden_BTD):
+        blocks = [self._pass() for _ in range(_num_whole(self._list))]
+        with self._showing(blocks), _entering(blocks[-1], hidden_BTD):
             yield
 
     def _upper(self) -> list[nn.Module]:
         # What stands in the lower places is passed through: a block's place may say which mask it gets.
-        return [*(self._pass() for _ in range(self.cut)), *self._blocks.held[self.cut :]]
+        return [*(self._pass() for _ in range(self.cut)), *self._held[self.cut :]]
 
     def _pass(self) -> nn.Module:
-        return _Pass(self._blocks.held[-1], self._blocks.num_out or 0)
+        return _Pass(self._held[-1], self._num_out or 0)
 
     def _run(self, input_ids: Tensor, attention_mask: Tensor, blocks: list[nn.Module]) -> Tensor:
         reached: list[Tensor] = []
 
         def take(block: nn.Module, given: tuple[Tensor, ...], out: Tensor | tuple[Tensor, ...]) -> None:
-            self._blocks.passed = True
-            self._blocks.num_out = len(out) if isinstance(out, tuple) else 0
+            self._mark(passed=True)
+            self._num_out = len(out) if isinstance(out, tuple) else 0
             reached.append(out[0] if isinstance(out, tuple) else out)
 
-        self._blocks.passed = False
+        self._mark(passed=False)
         handle = blocks[-1].register_forward_hook(take)
         try:
-            with self._blocks.showing(blocks):
+            with self._showing(blocks):
                 self._inner(input_ids=input_ids, attention_mask=attention_mask, **self._options)
         finally:
             handle.remove()
         return reached[0]
 
-
-class _Blocks(nn.ModuleList):
-    """The list of blocks, under their places in the whole model, that shows a forward what it is to run."""
-
-    passed = False
-    """Whether the last block that is to run has been run."""
-    num_out: int | None = None
-    """Length of the tuple that a block returns, 0 for a bare tensor; None before any has run."""
-    _shown: list[nn.Module] | None = None
-
-    def __init__(self, blocks: nn.ModuleList) -> None:
-        super().__init__(list(blocks))
-        self.whole = len(blocks)
-        """Blocks of the whole model."""
-
-    @property
-    def held(self) -> list[nn.Module]:
-        """The blocks that are there."""
-        return [block for block in self._modules.values() if block is not None]
-
-    def keep(self, num: int) -> None:
-        for place in list(self._modules)[num:]:
-            del self._modules[place]
+    def _mark(self, *, passed: bool) -> None:
+        """Say whether what stands above the blocks may be met."""
+        if isinstance(self._list, _Kept):
+            self._list.passed = passed
 
     @contextmanager
-    def showing(self, blocks: list[nn.Module]) -> Iterator[None]:
-        self._shown = blocks
+    def _showing(self, blocks: list[nn.Module]) -> Iterator[None]:
+        """While it lasts, a forward of the model runs `blocks` instead of its own."""
+        self.model.set_submodule(self._name, nn.ModuleList(blocks))
         try:
             yield
         finally:
-            self._shown = None
+            self.model.set_submodule(self._name, self._list)
 
-    def __iter__(self) -> Iterator[nn.Module]:
-        return iter(self.held if self._shown is None else self._shown)
 
-    def __len__(self) -> int:
-        return len(self._modules if self._shown is None else self._shown)
+class _Kept(nn.ModuleList):
+    """The blocks that were kept of a longer list, under their places in the whole model.
 
-    def __getitem__(self, index: int | slice) -> nn.Module:  # type: ignore[override]
-        return cast(nn.Module, list(self)[index])
+    Args:
+        num_whole: blocks of the whole model.
+    """
+
+    def __init__(self, blocks: Iterable[nn.Module], num_whole: int = 0) -> None:
+        super().__init__(blocks)
+        self.num_whole = num_whole
+        self.passed = False
+        """Whether the last block that is to run has been run."""
 
 
 class _Pass(nn.Module):
@@ -242,7 +236,7 @@ class _Pass(nn.Module):
 class _Absent(nn.Module):
     """Stands in the place of what another party holds; it may be met after the cut only."""
 
-    def __init__(self, name: str, blocks: _Blocks) -> None:
+    def __init__(self, name: str, blocks: _Kept) -> None:
         super().__init__()
         self._name, self._list = name, [blocks]  # In a list: it is not a part of this module.
 
@@ -273,13 +267,9 @@ def _entering(block: nn.Module, hidden_BTD: Tensor) -> Iterator[None]:
         handle.remove()
 
 
-def _own_list(model: nn.Module) -> _Blocks:
-    """The model's list of blocks, exchanged for one that can be told what to show."""
-    name, blocks = find_blocks(model)
-    if not isinstance(blocks, _Blocks):
-        blocks = _Blocks(blocks)
-        model.set_submodule(name, blocks)
-    return blocks
+def _num_whole(blocks: nn.ModuleList) -> int:
+    """Blocks of the whole model, of which these are all or those that were kept."""
+    return blocks.num_whole if isinstance(blocks, _Kept) else len(blocks)
 
 
 def _owners(model: nn.Module) -> list[str]:
