@@ -1,25 +1,31 @@
-# Two commands: `make run` and `make test`. Both make .venv if it is absent.
+# The commands: `make run`, `make test`, `make docs`. Each makes .venv if it is absent.
 VENV := .venv
 PYTHON ?= python3
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 DEVELOPMENT := $(VENV)/.installed-development
+WORKERS ?= 2
+# A file's tests stay in one process: they share its models and its Ray.
+PYTEST := $(VENV)/bin/python -m pytest --numprocesses $(WORKERS) --dist loadfile
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: run test fast lint clean
+.PHONY: run test fast lint docs clean
 
 run: $(VENV)/.installed
 	$(VENV)/bin/kilofed run tiny
 
 test: lint
-	$(VENV)/bin/python -m pytest --verbose --durations=15
+	$(PYTEST) --verbose --durations=15
 
 fast: lint
-	$(VENV)/bin/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 lint: $(DEVELOPMENT)
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
+
+docs: $(DEVELOPMENT)
+	$(VENV)/bin/zensical build --clean --strict
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
@@ -32,4 +38,4 @@ $(DEVELOPMENT): $(VENV)/.installed
 	touch $@
 
 clean:
-	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) site .cache .mypy_cache .pytest_cache .ruff_cache .hypothesis

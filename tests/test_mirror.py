@@ -18,6 +18,7 @@ OF_THE_WHOLE = {
     "test_over_http.py",
     "test_pretrain_pair.py",
     "test_recipes.py",
+    "test_site.py",
     "engines/test_all.py",
     "methods/test_all.py",
     "methods/test_classify.py",

@@ -81,7 +81,9 @@ class Cohort:
             ask: one payload for all, or one per id (then only those ids are asked).
 
         Raises:
-            TooFewReplies, ClientError, PayloadError
+            TooFewReplies: fewer clients answered than the quorum.
+            ClientError: a client failed, and failures are not skipped.
+            PrivacyError: a client's policy refuses it, or each client is asked another thing under a policy of means.
         """
         if self._policy.needs_aggregate and not isinstance(ask, Payload):
             raise PrivacyError(
@@ -103,7 +105,9 @@ class Cohort:
         """Every client's reply to `action`, by id.
 
         Raises:
-            PrivacyError: the policy allows means only. TooFewReplies, ClientError, PayloadError.
+            PrivacyError: the policy allows means only.
+            TooFewReplies: fewer clients answered than the quorum.
+            ClientError: a client failed, and failures are not skipped.
         """
         replies: dict[int, Payload] = {}
         self._exchange(action, "call", ask, replies.__setitem__)

@@ -36,7 +36,9 @@ def combine(large: Tensor, tuned: Tensor, base: Tensor, alpha: float) -> Tensor:
     (Liu et al. 2021, arXiv:2105.03023, equation 1).
 
     Args:
-        large, tuned, base: (..., V).
+        large: (..., V), the large model's logits.
+        tuned: (..., V), those of the small tuned model.
+        base: (..., V), those of the small model as it was.
         alpha: 0 is the large model alone.
     """
     return large + alpha * (tuned - base)
@@ -185,7 +187,8 @@ def fit_constant(large: Tensor, tuned: Tensor, targets: Tensor, *, grid: int = 1
     """The constant share of the large model that has the least loss on a validation set.
 
     Args:
-        large, tuned: (N, V) logits at N positions.
+        large: (N, V) logits of the large model at N positions.
+        tuned: (N, V) those of the small tuned model.
         targets: (N,) the tokens that came.
         grid: number of steps between 0 and 1 that are tried, both ends too.
     """
@@ -203,7 +206,8 @@ def fit_mix(
     """Learn `EntropyMix` on a validation set: Adam at 2e-3, one document per step, as in CombLM's code.
 
     Args:
-        large, tuned: per document, (N_i, V) logits.
+        large: per document, (N_i, V) logits of the large model.
+        tuned: per document, (N_i, V) those of the small tuned model.
         targets: per document, (N_i,) the tokens that came.
         epochs: passes over the documents; more fit the validation set closer.
     """

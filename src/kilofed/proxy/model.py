@@ -203,7 +203,9 @@ class ProxyLogits(LogitsProcessor):
     it before temperature, top-k and top-p. One processor serves one `generate` at a time.
 
     Args:
-        tuned, base, rule: as for ProxyModel.
+        tuned: as for ProxyModel.
+        base: as for ProxyModel.
+        rule: as for ProxyModel.
         pad_token_id: leading tokens of this id are padding; None for prompts that are not padded.
         vocabulary: number of real tokens; all others are ruled out. None takes the small model's width.
     """

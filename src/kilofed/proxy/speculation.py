@@ -178,7 +178,8 @@ def accept_or_resample(p_V: Tensor, q_V: Tensor, draft: int, generator: torch.Ge
     It stands with probability min(1, p/q); else one is drawn from what p has more of than q, max(0, p - q) normalised.
 
     Args:
-        p_V, q_V: (V,) the target's and the draft's distribution.
+        p_V: (V,) the target's distribution.
+        q_V: (V,) the draft's distribution.
         draft: a token with q above 0.
         generator: on the CPU.
     """

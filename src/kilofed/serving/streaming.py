@@ -67,8 +67,7 @@ class Ticket:
 async def unless_gone(work: Coroutine[object, object, None], receive: Receive) -> bool:
     """Do `work` until it is over or the client has left; whether it is over.
 
-    Raises:
-        Whatever `work` raises.
+    What `work` raises is raised.
     """
     working, leaving = asyncio.ensure_future(work), asyncio.ensure_future(_gone(receive))
     try:
