@@ -49,6 +49,18 @@ def test_links_between_pages_lead_somewhere() -> None:
             assert (page.parent / target).exists(), f"{page.name} links to {target}"
 
 
+def test_tables_of_methods_are_what_ls_prints(capsys: pytest.CaptureFixture[str]) -> None:
+    cli.main(["ls", "--markdown"])
+    table = capsys.readouterr().out
+    shown = [
+        found
+        for page in PAGES
+        for found in re.findall(r"<!-- methods: .*? -->\n(.*?)<!-- end of methods -->", page.read_text("utf-8"), re.S)
+    ]
+    assert shown
+    assert all(found == table for found in shown)
+
+
 def test_commands_of_the_readme_are_those_of_the_parser(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         cli.main(["--help"])

@@ -23,8 +23,8 @@ LAYERS: list[set[str]] = [
     {"files", "payload", "config"},
     {"data", "privacy"},
     {"models", "generation"},
-    {"federation", "zeroth", "distillation", "proxy"},
-    {"split", "costs", "engines", "reports"},
+    {"federation", "zeroth", "proxy"},
+    {"split", "distillation", "costs", "engines", "reports"},
     {"methods"},
     {"runs"},
     {"serving"},
@@ -32,7 +32,7 @@ LAYERS: list[set[str]] = [
     {"__main__"},
 ]
 CONTRACT = {"federation", "methods", "engines", "runs"}
-MATHS = {"errors", "files", "payload", "config", "data", "models", "generation", "zeroth", "distillation", "proxy"}
+MATHS = {"errors", "files", "payload", "config", "data", "models", "generation", "zeroth", "proxy"}
 """Packages that a federated method uses and that know of none."""
 OUTSIDERS = {
     "transformers": {"models", "proxy", "costs.needs", "runs.sites", "runs.loop", "runs.check"},

@@ -62,7 +62,7 @@ def measure(template: str, seed: int, rounds: int) -> dict[str, object]:
         from_table({**as_table(template, seed, rounds), "model": {"path": "builtin:large"}, "method": "fedavg"})
     )
     held_out = plain.held_out(1000)
-    base = cast(FedPT, plain.sites.method).beside(plain.server)["large base"]
+    base = cast(FedPT, plain.sites.method).presentation().extra_models(plain.server)["large base"]
     steered = Steered(plain, base, held_out)
     other = Steered(distilled, base, held_out)
     start: dict[str, float] = {

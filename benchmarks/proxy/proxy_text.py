@@ -132,7 +132,7 @@ def steered(recipe: Recipe, test_rows: int) -> dict[str, object]:
     def score(row: str, model: nn.Module) -> None:
         rows[row] = evaluation.score(model, held_out, 16)
 
-    large = fedpt.beside(plain.server)["large base"]
+    large = fedpt.presentation().extra_models(plain.server)["large base"]
     score("large base", large)
     score("small base", plain.server.model)
     trial_rows = [e for client in plain.sites.client_ids() for e in plain.sites.train_examples(client)[:80]]

@@ -32,7 +32,7 @@ from kilofed.federation.ledger import Ledger
 from kilofed.federation.parties import Server
 from kilofed.models import evaluation, loading
 from kilofed.models.evaluation import interval
-from kilofed.runs import plan as plan_of
+from kilofed.runs.preview import preview_of
 from kilofed.runs.sites import Sites
 from kilofed.split import reconstruction
 
@@ -167,8 +167,7 @@ def activations(asked: Recipe) -> int:
     """Bytes that the largest batch of the client's part holds."""
     sites = Sites(asked)
     bench = Bench(asked.adapter, asked.train, ())
-    scene = plan_of.scene_of(sites, bench)
-    work = sites.method.client_work(scene, 0)
+    work = sites.method.costs().client(preview_of(sites, bench), 0)
     spec = sites.method.client_model(asked, 0)
     assert work
     assert spec

@@ -110,6 +110,7 @@ def _parser() -> argparse.ArgumentParser:
 
     ls = commands.add_parser("ls", help="list methods, recipes, data sources or runs")
     ls.add_argument("what", nargs="?", choices=("methods", "recipes", "data", "runs"), help="default: all of them")
+    ls.add_argument("--markdown", action="store_true", help="methods as a table for a page")
     ls.set_defaults(call=_ls)
 
     show = commands.add_parser("show", help="explain a method, a recipe or a table of a recipe, field by field")
@@ -243,6 +244,9 @@ def _plan(options: argparse.Namespace) -> None:
 def _ls(options: argparse.Namespace) -> None:
     from kilofed.runs import listing
 
+    if options.markdown:
+        print(listing.methods_table())
+        return
     kinds = [options.what] if options.what else ["methods", "recipes", "data", "runs"]
     found = {kind: getattr(listing, kind)() for kind in kinds}
     if options.json:

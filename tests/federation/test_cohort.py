@@ -2,19 +2,20 @@
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import pytest
 import torch
 
-from kilofed.config.recipe import TrainSpec
+from kilofed.config.recipe import Recipe, TrainSpec
 from kilofed.engines.inprocess import InProcess
 from kilofed.errors import ClientError, NonFiniteLoss, PrivacyError, TooFewReplies
 from kilofed.federation.cohort import Cohort
 from kilofed.federation.ledger import Ledger
-from kilofed.federation.method import Message, Method, forecast, handle, on_client
+from kilofed.federation.method import Method, forecast, handle, on_client
 from kilofed.federation.parties import Client, Server
+from kilofed.federation.workload import Message, RunPreview
 from kilofed.payload import Payload
 from kilofed.privacy.mechanisms import CentralGaussian, Mechanism
 
@@ -235,10 +236,11 @@ def test_a_quorum_that_is_met_goes_on() -> None:
 class Talkative(Probe):
     """Two means and a call per round, with scalars of every kind in the asks."""
 
-    def rehearse(self, server: Server) -> list[Message]:
+    def messages(self, preview: RunPreview) -> dict[int, Sequence[Message]]:
         tell = Payload({"x": torch.zeros(2)}, {"weight": 1, "loss": 0.0})
-        asked = Payload(server.state, {"temperature": 0.0, "flag": False})
-        return [Message("tell", "mean", asked, tell, times=2), Message("profile", "call", Payload(), self._profile())]
+        asked = Payload(preview.server.state, {"temperature": 0.0, "flag": False})
+        profile = Message("profile", "call", Payload(), self._profile())
+        return preview.alike(Message("tell", "mean", asked, tell, times=2), profile)
 
     def _profile(self) -> Payload:
         return Payload({"speed": torch.zeros(2)}, {"cores": 0})
@@ -250,13 +252,15 @@ def test_the_forecast_is_what_the_ledger_counts(policy: Mechanism) -> None:
         {n: Payload({"x": torch.randn(2)}, {"weight": 10 ** (n % 18), "loss": math.pi * n}) for n in (1, 12, 123)}
     )
     server = Server(0, 3, TrainSpec(), state={"w": torch.randn(5, 3)})
-    sent = forecast(method, server, policy)
+    preview = RunPreview(Recipe(), server, lambda _: [], lambda _: [], ids=[1, 12, 123])
+    told = forecast(method, preview, policy)
+    assert sorted(told) == [1, 12, 123]
     ledger = Ledger()
     clients = cohort(method, [1, 12, 123], policy, ledger=ledger)
     for temperature in (0.1, 1e300):
         clients.mean("tell", Payload(server.state, {"temperature": temperature, "flag": True}))
     clients.call("profile", Payload())
-    assert [(one.action, one.exchanges) for one in sent] == [("tell", 2), ("profile", 1)]
+    assert [(one.action, one.exchanges) for one in told[1]] == [("tell", 2), ("profile", 1)]
     for number in (1, 12, 123):
-        assert ledger.per_client("down")[number] == sum(one.down for one in sent)
-        assert ledger.per_client("up")[number] == sum(one.up for one in sent)
+        assert ledger.per_client("down")[number] == sum(one.down for one in told[number])
+        assert ledger.per_client("up")[number] == sum(one.up for one in told[number])

@@ -14,6 +14,7 @@ from kilofed.federation.cohort import Cohort
 from kilofed.federation.ledger import Ledger
 from kilofed.federation.method import forecast
 from kilofed.federation.parties import Server
+from kilofed.federation.workload import RunPreview
 from kilofed.payload import Payload
 from kilofed.runs.sites import Sites
 
@@ -72,10 +73,22 @@ class Federation:
             self.metrics.append(self.sites.method.round(self.server, cohort))
         return self
 
-    def forecast(self) -> dict[str, int]:
-        """Bytes of the next round per client, by direction."""
-        sent = forecast(self.sites.method, self.server, self.sites.policy)
-        return {"down": sum(one.down for one in sent), "up": sum(one.up for one in sent)}
+    def forecast(self) -> dict[int, dict[str, int]]:
+        """Bytes of the next round by client and direction."""
+        method, recipe = self.sites.method, self.recipe
+        preview = RunPreview(
+            recipe,
+            self.server,
+            lambda client: self.sites.train_examples(client, method.client_model(recipe, client)),
+            self.sites.public_examples,
+            self.sites.client_ids(),
+            self.done + 1,
+        )
+        told = forecast(method, preview, self.sites.policy)
+        return {
+            client: {"down": sum(one.down for one in sent), "up": sum(one.up for one in sent)}
+            for client, sent in told.items()
+        }
 
     @property
     def content(self) -> bytes:

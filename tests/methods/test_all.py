@@ -84,10 +84,10 @@ def test_the_forecast_is_what_the_ledger_counts(name: str, federate, overrides: 
     except PrivacyError:
         return
     expected = found.forecast()
-    if not expected["down"]:
-        pytest.skip("the lengths of its messages depend on the data")
     found.run(2)
+    exact = type(found.sites.method).exact_bytes
     for way in ("down", "up"):
         rows = [row for row in found.ledger.rows() if row.round == 2 and row.direction == way]
         by_client = {client: sum(row.bytes for row in rows if row.client == client) for client in range(4)}
-        assert by_client == dict.fromkeys(range(4), expected[way])
+        told = {client: of[way] for client, of in expected.items()}
+        assert by_client == (told if exact else pytest.approx(told, rel=0.1))

@@ -167,14 +167,14 @@ def test_other_weights_stop_the_run_even_where_failures_are_skipped(federate) ->
 
 def test_charts_show_every_coefficient_in_order_and_chances_that_sum_to_k(federate) -> None:
     found = federate("fedkseed", sampling="pro", overrides=FULL)
-    walked, chances = found.sites.method.charts(found.server, [])
+    walked, chances = found.sites.method.presentation().charts(found.server, [])
     sizes = [y for _, y in walked.lines["coefficients"]]
     assert len(sizes) == 64
     assert sizes == sorted(sizes, reverse=True)
-    assert sizes[0] == np.abs(found.sites.method._values(found.server.state, 0)).max() > 0
+    assert sizes[0] == np.abs(found.sites.method.values(found.server.state, 0)).max() > 0
     assert sum(y for _, y in chances.lines["pro"]) == pytest.approx(64)
     uniform = federate("fedkseed", overrides=FULL)
-    assert len(uniform.sites.method.charts(uniform.server, [])) == 1
+    assert len(uniform.sites.method.presentation().charts(uniform.server, [])) == 1
 
 
 def test_slopes_that_cannot_be_believed_are_refused_and_named(federate) -> None:

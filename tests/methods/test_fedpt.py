@@ -110,7 +110,7 @@ def test_a_large_model_that_is_the_small_one_and_alpha_1_teaches_nothing(federat
 def test_a_server_phase_brings_the_small_model_nearer_to_its_teacher(federate, distil: str) -> None:
     found = federate("fedpt", rounds=0, fresh=True, distil=distil, steps=40, lr=5e-3, alpha=0.0)
     method, server = found.sites.method, found.server
-    rows = method._public(server)[0]
+    rows = method.public_rows(server)[0]
     batch = training.collate(rows)
 
     def distance() -> float:
@@ -135,7 +135,7 @@ def test_a_small_model_is_never_left_worse_on_held_out_public_rows(federate) -> 
 
 def test_public_rows_that_judge_are_not_taught_and_no_client_holds_any(federate) -> None:
     found = federate("fedpt", rounds=0)
-    taught, judging = found.sites.method._public(found.server)
+    taught, judging = found.sites.method.public_rows(found.server)
     held = [e for client in found.sites.client_ids() for e in found.sites.train_examples(client)]
     held += [e for client in found.sites.client_ids() for e in found.sites.test_examples(client)]
     parts = [{tuple(e.input_ids) for e in part} for part in (taught, judging, held)]
@@ -147,7 +147,7 @@ def test_public_rows_that_judge_are_not_taught_and_no_client_holds_any(federate)
 def test_teaching_whole_rows_reaches_prompts_too(federate) -> None:
     some, every = (federate("fedpt", rounds=0, tokens=kind) for kind in ("answers", "all"))
     counts = [
-        sum(training.collate([e]).num_learnt for e in f.sites.method._public(f.server)[0]) for f in (some, every)
+        sum(training.collate([e]).num_learnt for e in f.sites.method.public_rows(f.server)[0]) for f in (some, every)
     ]
     assert counts[1] > counts[0]
 
@@ -289,17 +289,17 @@ def test_the_trial_leaves_the_small_model_as_it_was(federate) -> None:
     found = federate("fedpt", rounds=0, fresh=True)
     before = loading.read_trained(found.server.model)
     rows, held_out = found.sites.train_examples(0), found.sites.test_examples(1)
-    ((good, sentence),) = found.sites.method.look(found.server, rows, held_out)
+    (said,) = found.sites.method.presentation().diagnose(found.server, rows, held_out)
     after = loading.read_trained(found.server.model)
     assert all(torch.equal(after[name], before[name]) for name in before)
-    assert ("likely to pay" in sentence and "NOT" not in sentence) == good
+    assert ("likely to pay" in said.text and "NOT" not in said.text) == said.good
 
 
 def test_the_trial_scores_as_evaluation_does(federate) -> None:
     found = federate("fedpt", rounds=0, alpha=0.5, fresh=True)
     held_out = [e for client in found.sites.client_ids() for e in found.sites.test_examples(client)]
     seen = found.sites.method.trial(found.server, found.sites.train_examples(0), held_out)
-    large = found.sites.method.beside(found.server)["large base"]
+    large = found.sites.method.presentation().extra_models(found.server)["large base"]
     assert seen.large == pytest.approx(evaluation.score(large, held_out, 16).loss, rel=1e-5)
     assert seen.small == pytest.approx(evaluation.score(found.server.model, held_out, 16).loss, rel=1e-5)
     assert seen.tuned < seen.small

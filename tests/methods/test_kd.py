@@ -13,7 +13,7 @@ from kilofed.engines.inprocess import InProcess
 from kilofed.errors import ClientError, ModelError, RecipeError
 from kilofed.federation.cohort import Cohort
 from kilofed.federation.ledger import Ledger
-from kilofed.federation.method import Message
+from kilofed.federation.workload import Message, RunPreview
 from kilofed.models import loading
 from kilofed.payload import Payload
 from kilofed.runs.sites import Sites
@@ -71,10 +71,16 @@ def test_a_client_keeps_its_own_adapter(federate, tmp_path: Path) -> None:
     assert any(not torch.equal(own[0].tensors[name], own[1].tensors[name]) for name in own[0].tensors)
 
 
+def first_message(found) -> Message:
+    """What the first client is sent and answers in the next round, numbers made up."""
+    preview = RunPreview(found.recipe, found.server, lambda _: [], lambda _: [], [0, 1], found.done + 1)
+    (message,) = found.sites.method.messages(preview)[0]
+    return message
+
+
 def test_only_what_is_said_of_public_rows_travels(federate) -> None:
     found = federate("kd", rounds=1, public_rows=2)
-    (message,) = found.sites.method.rehearse(found.server)
-    assert isinstance(message, Message)
+    message = first_message(found)
     assert sorted(message.reply.tensors) == ["log_probs"]
     assert sorted(message.ask.tensors) == ["log_probs", "words"]
     num = sum(ensemble.num_positions(found.sites.method.rows(found.server.public, 0, 2)))
@@ -95,7 +101,7 @@ def test_the_wire_moves_what_is_said_by_less_than_a_step(federate, wire: str, mo
 @pytest.mark.parametrize("words", [{"weighting": "entropy"}, {"weighting": "confidence"}, {"score_share": 0.5}])
 def test_counts_are_sent_where_clients_count_differently(federate, words: dict[str, Value]) -> None:
     found = federate("kd", **words)
-    (message,) = found.sites.method.rehearse(found.server)
+    message = first_message(found)
     assert sorted(message.reply.tensors) == ["counts", "log_probs"]
     assert found.content != federate("kd").content
 

@@ -262,11 +262,11 @@ def test_what_cannot_be_split_is_refused_with_what_to_do(federate) -> None:
 def test_the_report_says_what_the_server_can_read(federate) -> None:
     found = federate("split")
     rows = [row for client in range(4) for row in found.sites.test_examples(client)]
-    (chart,) = found.sites.method.charts(found.server, rows)
+    (chart,) = found.sites.method.presentation().charts(found.server, rows)
     assert set(chart.lines) == {"linear inverter", "nearest embedding"}
     assert [x for x, _ in chart.lines["linear inverter"]] == [1]
     assert "tokens off the activations" in chart.words
-    assert found.sites.method.charts(found.server, []) == []
+    assert found.sites.method.presentation().charts(found.server, []) == []
 
 
 @pytest.mark.parametrize("labels", ["server", pytest.param("client", marks=pytest.mark.slow)])

@@ -12,11 +12,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from kilofed.cli import main
 from kilofed.config.fields import Value
 from kilofed.config.recipe import AdapterSpec, ModelSpec, Recipe, changed, from_table
-from kilofed.costs import needs
+from kilofed.costs import environment
 from kilofed.models.loading import outline
 from kilofed.runs import check as module
 from kilofed.runs.check import Finding, check
 from kilofed.runs.loop import run
+from kilofed.runs.preview import bench_of, preview_of, run_memory
+from kilofed.runs.sites import Sites
 from kilofed.units import size
 
 Change = Callable[[dict[str, Value]], Recipe]
@@ -287,7 +289,7 @@ def test_too_little_memory_is_bad_and_the_weights_are_not_loaded(
     def refuse(*_: object) -> None:
         raise AssertionError("the weights were loaded")
 
-    monkeypatch.setattr(needs, "free_memory", lambda _: 1000)
+    monkeypatch.setattr(environment, "free_memory", lambda _: 1000)
     monkeypatch.setattr("kilofed.models.loading.load_base", refuse)
     findings = check(tiny_recipe)
     assert "1.0 kB free" in of(findings, "bad")["memory"]
@@ -296,7 +298,7 @@ def test_too_little_memory_is_bad_and_the_weights_are_not_loaded(
 
 def test_tight_memory_is_a_warning(tiny_recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module._Look, "needed", 900)
-    monkeypatch.setattr(needs, "free_memory", lambda _: 1000)
+    monkeypatch.setattr(environment, "free_memory", lambda _: 1000)
     assert "tight" in of(check(tiny_recipe), "warn")["memory"]
 
 
@@ -305,17 +307,30 @@ def test_too_little_disk_is_bad(tiny_recipe: Recipe, monkeypatch: pytest.MonkeyP
     assert "1 B free" in of(check(tiny_recipe), "bad")["disk"]
 
 
-def test_memory_grows_with_length_batch_and_trained_parameters(tiny_recipe: Recipe) -> None:
-    model = outline(tiny_recipe.model, tiny_recipe.adapter)
-    base = needs.memory(tiny_recipe, model, 48)
-    assert needs.memory(tiny_recipe, model, 96) > base
-    assert needs.memory(changed(tiny_recipe, {"evaluate.batch_size": 256}), model, 48) > base
-    assert needs.memory(changed(tiny_recipe, {"engine.name": "pool"}), model, 48) > 2 * base
-    whole = outline(tiny_recipe.model, AdapterSpec(kind="full"))
-    assert needs.memory(tiny_recipe, whole, 48) > base
-    parted: dict[str, Value] = {"train.batch_size": 64, "evaluate.batch_size": 1}
-    large = needs.memory(changed(tiny_recipe, parted), model, 48)
-    assert needs.memory(changed(tiny_recipe, {**parted, "train.accumulation": 8}), model, 48) < large
+def test_memory_grows_with_length_batch_processes_and_trained_parameters(tiny_recipe: Recipe) -> None:
+    def needed(**changes: Value) -> int:
+        recipe = changed(tiny_recipe, {key.replace("__", "."): value for key, value in changes.items()})
+        sites = Sites(recipe)
+        bench = bench_of(sites)
+        found = run_memory(sites, preview_of(sites, bench), bench)
+        assert found is not None
+        return found
+
+    base = needed()
+    assert needed(data__max_length=16) < base
+    assert needed(evaluate__batch_size=256) > base
+    assert needed(engine__name="pool") > 2 * base
+    assert needed(adapter__kind="full") > base
+    assert needed(evaluate__controls=["base"]) < base
+    large = needed(train__batch_size=64, evaluate__batch_size=1)
+    assert needed(train__batch_size=64, train__accumulation=8, evaluate__batch_size=1) < large
+
+
+@pytest.mark.parametrize("method", ["split", "fedkseed"])
+def test_bytes_are_told_for_every_method(method: str, tiny_recipe: Recipe) -> None:
+    text = of(check(changed(tiny_recipe, {"method": method})), "good")["bytes"]
+    assert "per client in the first round" in text
+    assert text.startswith("about") == (method == "fedkseed")
 
 
 def test_an_outline_has_the_shapes_of_the_model_and_no_weights(tiny_model: Path) -> None:

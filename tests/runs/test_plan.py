@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -16,10 +17,11 @@ from kilofed.config.recipe import AdapterSpec, ModelSpec, TrainSpec, from_table
 from kilofed.costs import environment
 from kilofed.costs.counter import Bench
 from kilofed.errors import KilofedError
-from kilofed.federation.workload import Pass, Work
+from kilofed.federation.workload import WHOLE, Pass, PassKind, Work
 from kilofed.reports.reading import dig
 from kilofed.runs import plan
 from kilofed.runs.sites import Sites
+from kilofed.split.passes import PartName, PartOfModel
 
 DEVICE = plan.Device(flops=1e9, memory=1e9, runtime=1e8)
 PUBLIC = {"data": {"public_share": 0.3}}
@@ -152,7 +154,7 @@ def test_a_model_that_looks_at_its_numbers_runs_without_a_forecast(
     def looks(*_: object) -> torch.Tensor:
         return torch.ones(1).sum().item() * torch.ones(1)  # As some mixtures of experts do.
 
-    monkeypatch.setattr("kilofed.costs.counter._forward", looks)
+    monkeypatch.setattr(PassKind, "prepare", lambda *_: looks)
     table = changed(tiny_table, {"evaluate": {"costs": True, "generate": 0, "controls": [], "every": 2}})
     (found,) = plan.plan({"one": from_table(table)}, DEVICE)
     assert f"cannot foresee what {tiny_table['model']['path']} computes" in found.refused
@@ -175,12 +177,12 @@ def test_rounds_beyond_those_looked_at_are_taken_to_be_like_them(
     assert part.compute_seconds == pytest.approx(whole.compute_seconds, rel=0.2)  # Rows differ in length.
 
 
-@pytest.mark.parametrize("part", ["whole", "below", "above", "between", "head"])
+@pytest.mark.parametrize("part", [WHOLE, *(PartOfModel(1, part) for part in get_args(PartName))], ids=str)
 @pytest.mark.parametrize("kind", ["lora", "full"])
-def test_four_probes_tell_the_operations_of_any_batch(part, kind, tiny_model: Path) -> None:
+def test_four_probes_tell_the_operations_of_any_batch(part: PassKind, kind: str, tiny_model: Path) -> None:
     bench = Bench(AdapterSpec(kind=kind, rank=2), TrainSpec(), ())
     spec = ModelSpec(str(tiny_model))
-    one = Pass(3, 37, 11, learns=True, part=part, cut=1)
+    one = Pass(3, 37, 11, learns=True, kind=part)
     assert bench.operations([one, replace(one, times=2.0)], spec) == pytest.approx(
         3 * bench._run(one, spec)[0], rel=1e-9
     )

@@ -22,11 +22,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from kilofed.config.recipe import AdapterSpec, ModelSpec, Recipe, TrainSpec
 from kilofed.costs import environment, measurement
 from kilofed.data.examples import Example
-from kilofed.distillation import ensemble, losses
 from kilofed.errors import ModelError
 from kilofed.federation.workload import Pass, Work
 from kilofed.models import loading, training
-from kilofed.models.halves import Halves, width
 
 ON_HEAP, HEAP = 8 << 20, 1.5
 """Tensors below so many bytes share a heap that is never quite full: they take so many times their size, as measured by
@@ -99,16 +97,16 @@ class Bench:
         return self.weight_bytes(spec) + max(busy, messages)
 
     def _operations(self, one: Pass, spec: ModelSpec) -> float:
-        kind = replace(one, rows=1, width=1, kept=min(one.kept, 1), times=1.0, model=one.model or spec)
-        if kind not in self._rates:
+        like = replace(one, rows=1, width=1, kept=min(one.kept, 1), times=1.0, model=one.model or spec)
+        if like not in self._rates:
             # Exact for stacks of blocks: work per row, token, pair of tokens and position at the head.
             sizes = [(4, 1), (8, 1), (8, 4), (16, 2)]
-            probes = [replace(kind, width=wide, kept=kept * kind.kept) for wide, kept in sizes]
+            probes = [replace(like, width=wide, kept=kept * like.kept) for wide, kept in sizes]
             basis = torch.tensor([[1, p.width, p.width**2, p.kept] for p in probes], dtype=torch.float64)
             counted = torch.tensor([self._run(probe, spec)[0] for probe in probes], dtype=torch.float64)
-            self._rates[kind] = torch.linalg.lstsq(basis, counted[:, None], driver="gelsd").solution[:, 0].tolist()
+            self._rates[like] = torch.linalg.lstsq(basis, counted[:, None], driver="gelsd").solution[:, 0].tolist()
         per_row = [1, one.width, one.width**2, one.kept]
-        each = sum(rate * much for rate, much in zip(self._rates[kind], per_row, strict=True))
+        each = sum(rate * much for rate, much in zip(self._rates[like], per_row, strict=True))
         return one.times * round(one.rows * each)
 
     def _run(self, one: Pass, spec: ModelSpec) -> tuple[int, int]:
@@ -129,13 +127,11 @@ class Bench:
     def _measured(self, model: nn.Module, one: Pass) -> tuple[int, int]:
         model.train(one.learns)
         dtype = torch.bfloat16 if self._train.autocast and one.learns else None
-        halves = Halves(model, one.cut) if one.part != "whole" else None
-        if one.part == "head":  # How blocks hand on what they made is seen when one has run.
-            with self._mode, torch.no_grad():
-                _forward(model, halves, replace(one, rows=1, width=1, kept=min(one.kept, 1)))
+        with self._mode, torch.no_grad():
+            forward = one.kind.prepare(model, one)
         with self._mode, _Held(model) as held, measurement.counted() as cost:
             with torch.autocast("cpu", dtype, enabled=dtype is not None), torch.set_grad_enabled(one.learns):
-                loss = _loss(_forward(model, halves, one), one)
+                loss = one.kind.loss(forward(), one)
             if one.learns:
                 loss.backward()  # type: ignore[no-untyped-call]
         return cost.flops, held.most
@@ -147,44 +143,6 @@ def _tokens(one: Pass) -> int:
 
 def _positions(one: Pass) -> int:
     return one.rows * one.kept
-
-
-def _forward(model: nn.Module, halves: Halves | None, one: Pass) -> Tensor:
-    """What comes out of the pass's part of the model; `halves` is None where that is the whole."""
-    ids = torch.zeros(one.rows, one.width, dtype=torch.long)
-    mask = torch.ones(one.rows, one.width, dtype=torch.long)
-    if halves is None:
-        return _logits(model, ids, mask, one.kept)
-    if one.part == "below":
-        return halves.below(ids, mask)
-    dtype = next(model.parameters()).dtype
-    hidden = torch.zeros(one.rows, one.width, width(model), dtype=dtype).requires_grad_(one.learns)
-    if one.part == "between":
-        return halves.between(hidden, mask)
-    with halves.from_last(hidden) if one.part == "head" else halves.from_cut(hidden):
-        return _logits(model, ids, mask, one.kept)
-
-
-def _logits(model: nn.Module, ids: Tensor, mask: Tensor, kept: int) -> Tensor:
-    """(B, C) logits of classes, or (B, K, V) of tokens."""
-    if not kept:
-        return cast(Tensor, model(input_ids=ids, attention_mask=mask).logits)
-    partly = {"logits_to_keep": torch.arange(kept)} if training.keeps_logits(model) else {}
-    logits = model(input_ids=ids, attention_mask=mask, use_cache=False, **partly).logits
-    return cast(Tensor, logits[:, :kept])
-
-
-def _loss(out: Tensor, one: Pass) -> Tensor:
-    if one.part in ("below", "between"):
-        return out.sum()
-    flat = out.reshape(-1, out.shape[-1]).float().clone()
-    if not one.taught:
-        return nn.functional.cross_entropy(flat, torch.zeros(len(flat), dtype=torch.long))
-    k = min(one.taught, flat.shape[1])
-    words, said, rest = torch.zeros(len(flat), k, dtype=torch.long), torch.zeros(len(flat), k), torch.zeros(len(flat))
-    if not one.learns:
-        return ensemble.kept((flat / 2.0).log_softmax(1), words)
-    return losses.forward_kl(losses.TopK(words, said, rest, flat.shape[1], 2.0), flat, 2.0).mean()
 
 
 def _emptied(model: nn.Module) -> nn.Module:

@@ -26,28 +26,15 @@ from torch import nn
 
 from kilofed.config.fields import build
 from kilofed.config.recipe import MethodSpec, ModelSpec, Recipe
-from kilofed.data.examples import Example
 from kilofed.errors import ClientError, PayloadError, PrivacyError, RecipeError, nearest
 from kilofed.federation.cohort import ACTION, ERROR, EXCHANGE, KIND, ROUND, VERB, Cohort, address
 from kilofed.federation.parties import Client, Server
-from kilofed.federation.presentation import Chart
-from kilofed.federation.workload import Scene, Work
+from kilofed.federation.presentation import Presentation
+from kilofed.federation.workload import Costs, Message, RunPreview
 from kilofed.payload import Payload, Scalar
 from kilofed.privacy.mechanisms import Mechanism
 
 F = TypeVar("F", bound=Callable[..., Payload])
-
-
-@dataclass(frozen=True)
-class Message:
-    """One exchange of a round with made-up numbers: the lengths of its messages are exact."""
-
-    action: str
-    verb: str
-    ask: Payload
-    reply: Payload
-    times: int = 1
-    """How often a client takes part in it per round."""
 
 
 @dataclass(frozen=True)
@@ -62,14 +49,30 @@ class Sent:
 
 @dataclass(frozen=True)
 class Method:
-    """One federated method; its fields are its hyperparameters."""
+    """One federated method; its fields are its hyperparameters.
+
+    `setup`, `round` and `deliver` must be written, and the functions that clients run (`@on_client`); all else has a
+    default.
+    """
 
     sends: ClassVar[str] = "trained tensors"
-    """What leaves a client, in a word or two."""
-    brings: ClassVar[str] = "the tuned model"
+    """What leaves a client, in a few words."""
+    delivered_as: ClassVar[str] = "the tuned model"
     """What is delivered and scored, in a few words."""
     exact_bytes: ClassVar[bool] = True
     """Whether messages are as long as `messages` says, whatever their numbers."""
+
+    def setup(self, server: Server) -> None:
+        """Fill `server.state` before round 1."""
+        raise NotImplementedError
+
+    def round(self, server: Server, clients: Cohort) -> Mapping[str, Scalar]:
+        """One round; changes `server.state` and returns metrics."""
+        raise NotImplementedError
+
+    def deliver(self, server: Server) -> nn.Module:
+        """The model that the run delivers, put together in `server.model`."""
+        raise NotImplementedError
 
     def client_model(self, recipe: Recipe, client: int) -> ModelSpec | None:
         """The model that client number `client` loads; None for no model at all."""
@@ -82,52 +85,25 @@ class Method:
     def check(self, server: Server) -> None:
         """Refuse what could not run; `server.model` may be an outline, without numbers. Raises RecipeError."""
 
-    def setup(self, server: Server) -> None:
-        """Fill `server.state` before round 1."""
-
-    def round(self, server: Server, clients: Cohort) -> Mapping[str, Scalar]:
-        """One round; changes `server.state` and returns metrics."""
-        raise NotImplementedError
-
-    def deliver(self, server: Server) -> nn.Module:
-        """The model that the run brings, put together in `server.model`."""
-        raise NotImplementedError
-
-    def trained(self, server: Server) -> nn.Module:
-        """The model whose adapter the run folder keeps: what is delivered, or the part of it that was trained."""
-        return self.deliver(server)
-
-    def beside(self, server: Server) -> Mapping[str, nn.Module]:
-        """Other models that the run brings or works with, each a row of the table by its name; put in place when read."""
-        return {}
-
     def done(self, server: Server) -> bool:
         """Whether no further round is wanted; read from `server.state` before each."""
         return False
 
-    def look(self, server: Server, rows: Sequence[Example], held_out: Sequence[Example]) -> list[tuple[bool, str]]:
-        """What `kilofed check` says of this method on some of the clients' rows: (whether it is good, a sentence)."""
-        return []
+    def messages(self, preview: RunPreview) -> Mapping[int, Sequence[Message]]:
+        """The messages of a round by client, numbers made up; no client where nobody can tell."""
+        return {}
 
-    def rehearse(self, server: Server) -> list[Message]:
-        """The messages of the next round, numbers made up; empty when their lengths depend on the data."""
-        return []
+    def costs(self) -> Costs:
+        """What its parties compute in a round."""
+        return Costs()
 
-    def messages(self, scene: Scene, client: int) -> list[Message]:
-        """The messages between the server and one client in a round of a run that has not begun."""
-        return self.rehearse(scene.server)
+    def presentation(self) -> Presentation:
+        """What it adds to check, the table of results and the report."""
+        return Presentation()
 
-    def client_work(self, scene: Scene, client: int) -> Work | None:
-        """What one client computes in a round of a run that has not begun; None where nobody can tell."""
-        return None
-
-    def server_work(self, scene: Scene) -> Work | None:
-        """What the server computes in a round of a run that has not begun; None where nobody can tell."""
-        return None
-
-    def charts(self, server: Server, rows: Sequence[Example]) -> list[Chart]:
-        """What the report draws of this method after the last round; `rows` are held-out ones, some of each client's."""
-        return []
+    def trained(self, server: Server) -> nn.Module:
+        """The model whose adapter the run folder keeps: what is delivered, or the part of it that was trained."""
+        return self.deliver(server)
 
 
 @dataclass(frozen=True)
@@ -194,19 +170,25 @@ def method_names() -> list[str]:
     return sorted(item.name for item in pkgutil.iter_modules(package.__path__))
 
 
-def forecast(method: Method, server: Server, policy: Mechanism) -> list[Sent]:
-    """Bytes of the next round per client and action, before it runs; equal to what the ledger will count."""
-    return sent(method, method.rehearse(server), policy)
+def forecast(method: Method, preview: RunPreview, policy: Mechanism) -> dict[int, list[Sent]]:
+    """Bytes of the round in `preview` by client and message; empty where nobody can tell.
 
-
-def sent(method: Method, messages: Sequence[Message], policy: Mechanism) -> list[Sent]:
-    """Bytes of `messages`, which one client takes part in."""
-    found = []
-    for message in messages:
-        ask = Payload(message.ask.tensors, {**message.ask.scalars, **address(message.action, message.verb, 0, 0)})
-        down, up = ask.num_bytes * message.times, leaving(method, message, policy).num_bytes * message.times
-        found.append(Sent(message.action, down, up, message.times))
+    The ledger counts these very bytes where `method.exact_bytes` is set.
+    """
+    found: dict[int, list[Sent]] = {}
+    known: dict[int, list[Sent]] = {}  # Clients with the same messages share one list of them.
+    for client, messages in method.messages(preview).items():
+        if id(messages) not in known:
+            known[id(messages)] = [sent(method, message, policy) for message in messages]
+        found[client] = known[id(messages)]
     return found
+
+
+def sent(method: Method, message: Message, policy: Mechanism) -> Sent:
+    """Bytes of one message, which one client takes part in."""
+    ask = Payload(message.ask.tensors, {**message.ask.scalars, **address(message.action, message.verb, 0, 0)})
+    down, up = ask.num_bytes * message.times, leaving(method, message, policy).num_bytes * message.times
+    return Sent(message.action, down, up, message.times)
 
 
 def leaving(method: Method, message: Message, policy: Mechanism) -> Payload:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from kilofed.config.recipe import ModelSpec, TrainSpec
 from kilofed.data.examples import Example
 from kilofed.federation.states import States
+from kilofed.models import training
 
 
 def generator(seed: int, round: int, client: int, purpose: str) -> torch.Generator:
@@ -46,6 +47,23 @@ class Client:
     """Gives the trained tensors of `model` as they were before any training, which equal seeds make equal."""
     round: int = 0
     """Round of the message in hand, from 1."""
+
+    def fit_round(self, objective: training.Loss = training.loss) -> training.Fit:
+        """Train `model` on the rows for the round in hand, as the recipe's [train] says.
+
+        Raises:
+            NonFiniteLoss: see `training.fit`.
+        """
+        return training.fit_round(
+            self.model,
+            self.data,
+            self.train,
+            round=self.round,
+            num_rounds=self.num_rounds,
+            order=self.order,
+            dropout=self.rng("dropout"),
+            objective=objective,
+        )
 
     def rng(self, purpose: str) -> torch.Generator:
         """This client's random stream for one purpose in this round."""

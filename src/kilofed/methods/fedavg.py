@@ -4,7 +4,7 @@ McMahan et al. 2017, arXiv:1602.05629, algorithm 1; with LoRA factors Zhang et a
 Differs from the papers: a run's schedule and epochs go on from round to round; the optimiser starts afresh.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from kilofed.federation import wire
 from kilofed.federation.cohort import Cohort
-from kilofed.federation.method import Message, Method, on_client
+from kilofed.federation.method import Method, on_client
 from kilofed.federation.parties import Client, Server
-from kilofed.federation.workload import Scene, Work
+from kilofed.federation.workload import Costs, LocalTraining, Message, RunPreview
 from kilofed.models import loading, training
 from kilofed.payload import Payload, Scalar
 
@@ -44,16 +44,7 @@ class FedAvg(Method):
     def fit(self, client: Client, ask: Payload) -> Payload:
         """Train from what was sent; reply with the trained tensors."""
         loading.write_trained(client.model, ask.tensors)
-        done = training.fit_round(
-            client.model,
-            client.data,
-            client.train,
-            round=client.round,
-            num_rounds=client.num_rounds,
-            order=client.order,
-            dropout=client.rng("dropout"),
-            objective=self.objective(client.model),
-        )
+        done = client.fit_round(self.objective(client.model))
         weight = done.num_examples if self.weights == "examples" else 1
         end = wire.up(loading.read_trained(client.model), ask.tensors, self.wire)
         return Payload(end, {"weight": weight, "train_loss": done.loss})
@@ -62,17 +53,14 @@ class FedAvg(Method):
         """What local training minimises; `model` holds the round's start."""
         return training.loss
 
-    def client_work(self, scene: Scene, client: int) -> Work:
-        return Work(scene.learnt(client, scene.recipe.train))
-
-    def server_work(self, scene: Scene) -> Work:
-        return Work()
-
     def deliver(self, server: Server) -> nn.Module:
         loading.write_trained(server.model, wire.shared(server.state))
         return server.model
 
-    def rehearse(self, server: Server) -> list[Message]:
-        ask = Payload(wire.down(server.state, self.wire))
-        end = wire.up(wire.shared(server.state), ask.tensors, self.wire)
-        return [Message("fit", "mean", ask, Payload(end, {"weight": 1, "train_loss": 0.0}))]
+    def costs(self) -> Costs:
+        return LocalTraining()
+
+    def messages(self, preview: RunPreview) -> Mapping[int, Sequence[Message]]:
+        ask = Payload(wire.down(preview.server.state, self.wire))
+        end = wire.up(wire.shared(preview.server.state), ask.tensors, self.wire)
+        return preview.alike(Message("fit", "mean", ask, Payload(end, {"weight": 1, "train_loss": 0.0})))

@@ -21,10 +21,10 @@ from torch import Tensor, nn
 from kilofed.data.examples import Example
 from kilofed.errors import ClientError, KilofedError, PayloadError, RecipeError, TooFewReplies, WrongWeights
 from kilofed.federation.cohort import Cohort, log
-from kilofed.federation.method import Message, Method, on_client
+from kilofed.federation.method import Method, on_client
 from kilofed.federation.parties import Client, Server
-from kilofed.federation.presentation import Chart
-from kilofed.federation.workload import Scene, Work, two_forwards
+from kilofed.federation.presentation import Chart, Presentation
+from kilofed.federation.workload import Costs, Message, RunPreview, TwoPointSteps
 from kilofed.models import loading, training
 from kilofed.payload import Payload, Scalar
 from kilofed.zeroth import codec, seed_log, two_point
@@ -155,7 +155,7 @@ class FedKSeed(Method):
             sums, metrics = self._summed(self.pool(seed, epoch), state, round, without)
         state[SUMS] = state[SUMS] + torch.from_numpy(sums[: len(state[SUMS])])
         self._advance(state, epoch)
-        values = self._values(state, epoch)
+        values = self.values(state, epoch)
         return {**metrics, "seeds_moved": int((values != 0).sum()), "largest_step": float(np.abs(values).max())}
 
     def _summed(
@@ -195,7 +195,7 @@ class FedKSeed(Method):
         body = state.get(state_name(epoch))
         return codec.State.zeros(self.num_seeds) if body is None else codec.receive(None, seed_log.to_bytes(body))
 
-    def _values(self, state: Mapping[str, Tensor], epoch: int) -> npt.NDArray[np.float32]:
+    def values(self, state: Mapping[str, Tensor], epoch: int) -> npt.NDArray[np.float32]:
         """(K,) coefficients of one epoch's pool."""
         body = state.get(state_name(epoch))
         if body is not None and (data := seed_log.to_bytes(body))[0] == codec.FLOATS:
@@ -210,7 +210,7 @@ class FedKSeed(Method):
     def point(self, seed: int, state: Mapping[str, Tensor], *, epochs: int = 0) -> two_point.Point:
         """Where a run stands, given a server's state, or a client's with its number of epochs."""
         count = epochs or len(state[VERSIONS])
-        return two_point.Point(tuple(self.pool(seed, e).at(self._values(state, e)) for e in range(count)))
+        return two_point.Point(tuple(self.pool(seed, e).at(self.values(state, e)) for e in range(count)))
 
     def stream(self, model: nn.Module) -> two_point.Stream:
         """`model`, which holds w0, for points of this method's pools."""
@@ -337,67 +337,82 @@ class FedKSeed(Method):
                     "changed? It is sent the whole state in its next round"
                 ) from error
 
-    def messages(self, scene: Scene, client: int) -> list[Message]:
+    def messages(self, preview: RunPreview) -> dict[int, Sequence[Message]]:
         """With made-up slopes: how short slopes pack depends a little on what they are."""
-        state, held, made_up = self._made_up(scene)
+        state, held, made_up = self._made_up(preview)
         digest = bytes(len(seed_log.NO_DIGEST))
         order = Order(len(state[VERSIONS]) - 1, digest, self._messages(state, held), self._levels(state))
-        ask, weight = Payload({BODY: order.pack()}), len(scene.rows_of(client)) if self.weights == "examples" else 1
-        report = Report(weight, 1.0, (), made_up)
-        if self.disclose == "scalars":
-            return [Message("walk", "call", ask, Payload({BODY: seed_log.to_tensor(report.pack(self.bits_up))}))]
-        return [Message("walk", "mean", ask, self._own_sums(report, np.zeros((3, self.num_seeds))))]
+        ask = Payload({BODY: order.pack()})
+        return {client: [self._message(preview, client, ask, made_up)] for client in preview.ids}
 
-    def _made_up(self, scene: Scene) -> tuple[dict[str, Tensor], tuple[int, int], Floats]:
+    def _message(self, preview: RunPreview, client: int, ask: Payload, slopes: Floats) -> Message:
+        weight = len(preview.rows_of(client)) if self.weights == "examples" else 1
+        report = Report(weight, 1.0, (), slopes)
+        if self.disclose == "scalars":
+            return Message("walk", "call", ask, Payload({BODY: seed_log.to_tensor(report.pack(self.bits_up))}))
+        return Message("walk", "mean", ask, self._own_sums(report, np.zeros((3, self.num_seeds))))
+
+    def _made_up(self, preview: RunPreview) -> tuple[dict[str, Tensor], tuple[int, int], Floats]:
         """The server's state before the round, what clients hold, and slopes, if slopes were normally distributed."""
         state: dict[str, Tensor]
-        at, state, held = cast(tuple[int, dict[str, Tensor], tuple[int, int]], scene.cache.get(BODY, (0, {}, (0, 0))))
+        at, state, held = cast(
+            tuple[int, dict[str, Tensor], tuple[int, int]], preview.cache.get(BODY, (0, {}, (0, 0)))
+        )
         draws = np.random.default_rng(0)
-        while at < scene.round:
+        while at < preview.round:
             at += 1
             self.begin(state, at)
-            if at == scene.round:
+            if at == preview.round:
                 break
             held = (len(state[VERSIONS]) - 1, int(state[VERSIONS][-1]))
-            reports = {who: Report(1, 1.0, (), draws.normal(size=self.steps)) for who in scene.ids}
+            reports = {who: Report(1, 1.0, (), draws.normal(size=self.steps)) for who in preview.ids}
             state[log_name(at)] = seed_log.pack_log({who: one.pack(self.bits_up) for who, one in reports.items()})
-            self.apply(scene.recipe.seed, state, at)
-        scene.cache[BODY] = at - 1, state, held
+            self.apply(preview.recipe.seed, state, at)
+        preview.cache[BODY] = at - 1, state, held
         return state, held, draws.normal(size=self.steps)
 
-    def client_work(self, scene: Scene, client: int) -> Work:
-        return two_forwards(scene, client, self.steps, self.batch_size)
+    def costs(self) -> Costs:
+        return TwoPointSteps(self.steps, self.batch_size)
 
-    def server_work(self, scene: Scene) -> Work:
-        return Work()
+    def presentation(self) -> "SeedCharts":
+        return SeedCharts(self)
 
     def deliver(self, server: Server) -> nn.Module:
         # A copy: server.model holds w0, which clients of this process share.
         model = copy.deepcopy(server.model)
         return self.stream(model).settle(self.point(server.seed, server.state))
 
+
+@dataclass(frozen=True)
+class SeedCharts(Presentation):
+    """How far the pool's directions were walked, and how likely its seeds are."""
+
+    method: FedKSeed
+
     def charts(self, server: Server, rows: Sequence[Example]) -> list[Chart]:
-        walked = np.sort(np.abs(self._values(server.state, len(server.state[VERSIONS]) - 1)))[::-1]
+        num = self.method.num_seeds
+        walked = np.sort(np.abs(self.method.values(server.state, len(server.state[VERSIONS]) - 1)))[::-1]
         found = [
             Chart(
                 "How far each direction was walked",
-                f"{int((walked > 0).sum())} of {self.num_seeds} directions of the pool were walked; the farthest first.",
+                f"{int((walked > 0).sum())} of {num} directions of the pool were walked; the farthest first.",
                 "directions, the farthest walked first",
                 "size of the coefficient",
                 {"coefficients": ranked(walked)},
             )
         ]
-        if self.sampling == "uniform":
+        if self.method.sampling == "uniform":
             return found
         _, sizes, counts = server.state[SUMS].numpy()
         chances = (
-            self.num_seeds * np.sort(seed_log.probabilities(seed_log.interest(sizes, counts, self.sampling)))[::-1]
+            self.method.num_seeds
+            * np.sort(seed_log.probabilities(seed_log.interest(sizes, counts, self.method.sampling)))[::-1]
         )
         words = (
             f"{int((counts > 0).sum())} seeds were tried. The likeliest is {chances[0] / chances[-1]:.2f} times as "
             "likely as the least likely one; 2.72 is the most that the rule allows."
         )
-        lines = {self.sampling: ranked(chances), "uniform": [(1.0, 1.0), (float(self.num_seeds), 1.0)]}
+        lines = {self.method.sampling: ranked(chances), "uniform": [(1.0, 1.0), (float(num), 1.0)]}
         return [*found, Chart("Chances of the seeds", words, "seeds, the likeliest first", "chance times K", lines)]
 
 

@@ -7,7 +7,7 @@ drift, and the server computes personal learning rates for any number of clients
 
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -18,9 +18,9 @@ from torch import Tensor
 from kilofed.errors import RecipeError
 from kilofed.federation import wire
 from kilofed.federation.cohort import Cohort
-from kilofed.federation.method import Message, on_client
+from kilofed.federation.method import on_client
 from kilofed.federation.parties import Client, Server
-from kilofed.federation.workload import Scene, Work, two_forwards
+from kilofed.federation.workload import Costs, Message, RunPreview, TwoPointSteps
 from kilofed.methods.fedavg import FedAvg
 from kilofed.models import loading, training
 from kilofed.payload import Payload, Scalar
@@ -114,15 +114,16 @@ class FedMeZO(FedAvg):
         weight = self.steps * min(self.batch_size, len(client.data)) if self.weights == "examples" else 1
         return Payload(wire.up(end, ask.tensors, self.wire), {"weight": weight, "train_loss": found.loss})
 
-    def client_work(self, scene: Scene, client: int) -> Work:
-        return two_forwards(scene, client, self.steps, self.batch_size)
+    def costs(self) -> Costs:
+        return TwoPointSteps(self.steps, self.batch_size)
 
-    def rehearse(self, server: Server) -> list[Message]:
-        found = super().rehearse(server)
-        if self.rates == "frozen":
-            return found
+    def messages(self, preview: RunPreview) -> Mapping[int, Sequence[Message]]:
+        messages = super().messages(preview)
+        if self.rates == "frozen" or not messages:
+            return messages
+        (one,) = next(iter(messages.values()))
         verb = "mean" if self.rates == "random" else "call"
-        return [replace(one, verb=verb, ask=Payload(one.ask.tensors, {"lr": self.lr})) for one in found]
+        return preview.alike(replace(one, verb=verb, ask=Payload(one.ask.tensors, {"lr": self.lr})))
 
 
 def personalities(qualities: Mapping[int, float]) -> dict[int, float]:

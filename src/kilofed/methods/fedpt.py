@@ -1,4 +1,4 @@
-"""FedPT: devices tune a small model together, which steers a black-box large one (Gao et al. 2024, arXiv:2410.00362).
+"""FedPT: clients tune a small model together, which steers a black-box large model (Gao et al. 2024, arXiv:2410.00362).
 
 Each round is FedAvg of the small model; then the server distils from the large model, steered by what the small one
 learnt, back into the small one. What the paper leaves open is decided here: the teacher is large + alpha (tuned - base)
@@ -20,12 +20,13 @@ from torch import nn
 from kilofed.config.recipe import ModelSpec, Recipe, TrainSpec
 from kilofed.data.examples import Example
 from kilofed.distillation import teacher_cache
+from kilofed.distillation.passes import Distilled
 from kilofed.errors import NonFiniteLoss, RecipeError
 from kilofed.federation import wire
 from kilofed.federation.cohort import Cohort
 from kilofed.federation.parties import Server, generator
-from kilofed.federation.presentation import Chart
-from kilofed.federation.workload import Pass, Scene, Work, shape, shapes
+from kilofed.federation.presentation import Chart, Diagnosis, Presentation
+from kilofed.federation.workload import LocalTraining, Pass, RunPreview, Work, shape, shapes
 from kilofed.methods.fedavg import FedAvg
 from kilofed.models import evaluation, loading, training
 from kilofed.payload import Scalar
@@ -47,7 +48,7 @@ PROXY_LOSS = wire.SERVER + "proxy_loss"
 class FedPT(FedAvg):
     """Clients tune the small model; the server steers a large one with it, and teaches the small one in turn."""
 
-    brings: ClassVar[str] = "the large model, steered"
+    delivered_as: ClassVar[str] = "the large model, steered"
 
     large: LargeSpec = field(default_factory=LargeSpec)
     """The model that is steered, at the server only: `builtin:large`, a directory, a hub id or an API's address; its
@@ -91,7 +92,7 @@ class FedPT(FedAvg):
             )
         self._check_ranges()
         if self.distil != "none" or self.target_loss:
-            self._public(server)
+            self.public_rows(server)
 
     def setup(self, server: Server) -> None:
         self.check(server)
@@ -102,7 +103,7 @@ class FedPT(FedAvg):
         if self.distil != "none" and server.round % self.every == 0:
             metrics |= self._distil(server)
         if self.target_loss:
-            loss = self._loss(self.deliver(server), self._public(server)[1])
+            loss = self._loss(self.deliver(server), self.public_rows(server)[1])
             server.state[PROXY_LOSS] = torch.tensor(loss, dtype=torch.float64)
             metrics["public_proxy_loss"] = loss
         return metrics | self._asked(server)
@@ -117,58 +118,18 @@ class FedPT(FedAvg):
         """The small model with what the clients taught it."""
         return super().deliver(server)
 
-    def beside(self, server: Server) -> Mapping[str, nn.Module]:
-        """The two parts on their own."""
-        parts = self._parts(server)
-        return {"small tuned": parts.tuned, "large base": parts.large}
+    def costs(self) -> "FedPTCosts":
+        return FedPTCosts(self)
 
-    def charts(self, server: Server, rows: Sequence[Example]) -> list[Chart]:
-        """The loss against the strength of steering; and what each server phase did to the small model."""
-        drawn = [self._sweep(server, rows)] if rows else []
-        if (phases := server.state.get(PHASES)) is not None:
-            before, after = ([(row[0], row[at]) for row in phases.tolist()] for at in (1, 2))
-            kept = f"{int(phases[:, 3].sum())} of {len(phases)} were kept"
-            words = f"Loss of the small model on held-out public rows, around each distillation; {kept}."
-            lines = {"before": before, "after": after}
-            drawn.append(Chart("Server phases", words, "round", "loss, nats per token", lines))
-        return drawn
-
-    def look(self, server: Server, rows: Sequence[Example], held_out: Sequence[Example]) -> list[tuple[bool, str]]:
-        found = self.trial(server, rows, held_out)
-        return [(found.pays, found.sentence)]
+    def presentation(self) -> "SteeringReport":
+        return SteeringReport(self)
 
     def trial(self, server: Server, rows: Sequence[Example], held_out: Sequence[Example]) -> Trial:
         """What a short trial of the small model says of steering; `server.model` ends as it began."""
-        parts = self._parts(server)
+        parts = self.parts(server)
         return run_trial(
             parts, rows, held_out, server.train, alpha=self.alpha, order=lambda name: _order(server, f"trial {name}")
         )
-
-    def server_work(self, scene: Scene) -> Work:
-        """The server phase; an API computes elsewhere."""
-        distils = self.distil != "none" and scene.round % self.every == 0
-        if not (distils or self.target_loss):
-            return Work()
-        rows, held_out = self._public(scene.server)
-        judged = shapes(held_out, 2 * self.batch_size, ordered=True)
-        if not distils:
-            return Work(self._steered(judged))
-        spec = TrainSpec(steps=self.steps, batch_size=self.batch_size)
-        first = (scene.round // self.every - 1) * self.steps
-        order = partial(_order, scene.server)
-        lessons = list(training.batches(rows, spec, first=first, count=self.steps, order=order))
-        taught = list({tuple(row.input_ids): row for batch in lessons for row in batch}.values())
-        asked = self._steered([*judged, *shapes(taught, teacher_cache.ASKED, ordered=True)])
-        before_and_after = [replace(one, times=2.0) for one in judged]
-        again = self._steered(judged) if self.target_loss else []
-        return Work(
-            [*before_and_after, *asked, *(shape(batch, learns=True, taught=self.top_k) for batch in lessons), *again]
-        )
-
-    def _steered(self, looks: list[Pass]) -> list[Pass]:
-        """What the steered model makes of `looks`: its large part, if that is here, and the small one, tuned and not."""
-        large = [] if self.large.is_remote else [replace(one, model=self.large.local, plain=True) for one in looks]
-        return [*large, *looks, *(replace(one, plain=True) for one in looks)]
 
     def _asked(self, server: Server) -> dict[str, Scalar]:
         """What an API was asked for in the whole run; nothing for a local model."""
@@ -179,7 +140,7 @@ class FedPT(FedAvg):
 
     def _distil(self, server: Server) -> dict[str, Scalar]:
         """One server phase; the state changes if the small model does no worse."""
-        rows, held_out = self._public(server)
+        rows, held_out = self.public_rows(server)
         spec = TrainSpec(steps=self.steps, batch_size=self.batch_size, lr=self.lr)
         phase = server.round // self.every
         first = (phase - 1) * self.steps
@@ -209,7 +170,7 @@ class FedPT(FedAvg):
         metrics: dict[str, Scalar] = {f"public_{name}": one for name, one in losses.items() if math.isfinite(one)}
         return metrics | {"distilled": kept}
 
-    def _public(self, server: Server) -> tuple[list[Example], list[Example]]:
+    def public_rows(self, server: Server) -> tuple[list[Example], list[Example]]:
         """Public rows that are taught and public rows that judge. Raises RecipeError: too few."""
         order = torch.randperm(len(server.public), generator=_order(server, "held out")).tolist()
         number = max(round(self.held_out * len(order)), 1)
@@ -241,17 +202,7 @@ class FedPT(FedAvg):
     def _loss(self, model: nn.Module, rows: Sequence[Example]) -> float:
         return evaluation.score(model, rows, 2 * self.batch_size).loss
 
-    def _sweep(self, server: Server, rows: Sequence[Example]) -> Chart:
-        losses = sweep(self._parts(server), rows, ALPHAS)
-        best = min(losses, key=lambda alpha: losses[alpha])
-        lines = {"steered large model": list(losses.items()), "small model alone": [(a, losses.tuned) for a in ALPHAS]}
-        words = (
-            f"On {len(rows)} held-out rows; alpha 0 is the large model alone. "
-            f"Least at {best:g}; the run has {self.alpha:g}."
-        )
-        return Chart("Strength of the steering", words, "alpha", "loss, nats per token", lines)
-
-    def _parts(self, server: Server) -> ProxyParts:
+    def parts(self, server: Server) -> ProxyParts:
         large, tuned, base = self._large(server), self.trained(server), self._base(server)
         return ProxyParts(large.unsteered(tuned, base), tuned, base, large.vocabulary)
 
@@ -272,6 +223,76 @@ class FedPT(FedAvg):
                 raise RecipeError(
                     f"method.{name} is {getattr(self, name)}, out of its range: see `kilofed show fedpt`"
                 )
+
+
+@dataclass(frozen=True)
+class FedPTCosts(LocalTraining):
+    """Clients train the small model; the server steers and distils. An API computes elsewhere."""
+
+    method: FedPT
+
+    def server(self, preview: RunPreview) -> Work:
+        method = self.method
+        distils = method.distil != "none" and preview.round % method.every == 0
+        if not (distils or method.target_loss):
+            return Work()
+        rows, held_out = method.public_rows(preview.server)
+        judged = shapes(held_out, 2 * method.batch_size, ordered=True)
+        if not distils:
+            return Work(self._steered(judged))
+        spec = TrainSpec(steps=method.steps, batch_size=method.batch_size)
+        first = (preview.round // method.every - 1) * method.steps
+        order = partial(_order, preview.server)
+        lessons = list(training.batches(rows, spec, first=first, count=method.steps, order=order))
+        taught = list({tuple(row.input_ids): row for batch in lessons for row in batch}.values())
+        asked = self._steered([*judged, *shapes(taught, teacher_cache.ASKED, ordered=True)])
+        before_and_after = [replace(one, times=2.0) for one in judged]
+        learnt = [replace(shape(batch), learns=True, kind=Distilled(method.top_k)) for batch in lessons]
+        again = self._steered(judged) if method.target_loss else []
+        return Work([*before_and_after, *asked, *learnt, *again])
+
+    def _steered(self, looks: list[Pass]) -> list[Pass]:
+        """What the steered model makes of `looks`: its large part, if that is here, and the small one, tuned and not."""
+        large = self.method.large
+        own = [] if large.is_remote else [replace(one, model=large.local, plain=True) for one in looks]
+        return [*own, *looks, *(replace(one, plain=True) for one in looks)]
+
+
+@dataclass(frozen=True)
+class SteeringReport(Presentation):
+    """Whether steering is likely to pay; the parts on their own; the loss against the strength of steering."""
+
+    method: FedPT
+
+    def diagnose(self, server: Server, rows: Sequence[Example], held_out: Sequence[Example]) -> list[Diagnosis]:
+        found = self.method.trial(server, rows, held_out)
+        return [Diagnosis(found.pays, found.sentence)]
+
+    def extra_models(self, server: Server) -> Mapping[str, nn.Module]:
+        """The two parts on their own."""
+        parts = self.method.parts(server)
+        return {"small tuned": parts.tuned, "large base": parts.large}
+
+    def charts(self, server: Server, rows: Sequence[Example]) -> list[Chart]:
+        """The loss against the strength of steering; and what each server phase did to the small model."""
+        drawn = [self._sweep(server, rows)] if rows else []
+        if (phases := server.state.get(PHASES)) is not None:
+            before, after = ([(row[0], row[at]) for row in phases.tolist()] for at in (1, 2))
+            kept = f"{int(phases[:, 3].sum())} of {len(phases)} were kept"
+            words = f"Loss of the small model on held-out public rows, around each distillation; {kept}."
+            lines = {"before": before, "after": after}
+            drawn.append(Chart("Server phases", words, "round", "loss, nats per token", lines))
+        return drawn
+
+    def _sweep(self, server: Server, rows: Sequence[Example]) -> Chart:
+        losses = sweep(self.method.parts(server), rows, ALPHAS)
+        best = min(losses, key=lambda alpha: losses[alpha])
+        lines = {"steered large model": list(losses.items()), "small model alone": [(a, losses.tuned) for a in ALPHAS]}
+        words = (
+            f"On {len(rows)} held-out rows; alpha 0 is the large model alone. "
+            f"Least at {best:g}; the run has {self.method.alpha:g}."
+        )
+        return Chart("Strength of the steering", words, "alpha", "loss, nats per token", lines)
 
 
 def _order(server: Server, name: str) -> torch.Generator:

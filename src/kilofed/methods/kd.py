@@ -1,4 +1,5 @@
-"""KD-FedLLM: clients send what they say of public rows, and the server learns from that (Yan et al. 2025, arXiv:2501.04436).
+"""KD-FedLLM: clients send logits on public rows, and the server distils their mean into the global model
+(Yan et al. 2025, arXiv:2501.04436).
 
 A round: the server sends its own log-probabilities on public rows; each client learns from them, tunes its own model on
 its own rows, and answers with its log-probabilities on the public rows; the server teaches their weighted mean to the
@@ -23,12 +24,13 @@ from kilofed.config.recipe import ModelSpec, Recipe, TrainSpec
 from kilofed.data.examples import Example
 from kilofed.distillation import ensemble
 from kilofed.distillation.ensemble import Scores
+from kilofed.distillation.passes import Distilled
 from kilofed.errors import ClientError, RecipeError
 from kilofed.federation import wire
 from kilofed.federation.cohort import Cohort
-from kilofed.federation.method import Message, Method, on_client
+from kilofed.federation.method import Method, on_client
 from kilofed.federation.parties import Client, Server, generator
-from kilofed.federation.workload import Pass, Scene, Work, shape, shapes
+from kilofed.federation.workload import Costs, Message, Pass, RunPreview, Work, shape, shapes
 from kilofed.models import loading, training
 from kilofed.payload import Payload, Scalar
 
@@ -139,15 +141,7 @@ class KD(Method):
             guide = _as_scores(ask, guide_NB.log_softmax(1))
             spec, draws = client.train, client.rng("distil")
             guided = self._learn(client.model, rows, guide, spec, self.guide_steps, draws).loss
-        done = training.fit_round(
-            client.model,
-            client.data,
-            client.train,
-            round=client.round,
-            num_rounds=client.num_rounds,
-            order=client.order,
-            dropout=client.rng("dropout"),
-        )
+        done = client.fit_round()
         client.state.update(loading.read_trained(client.model))
         own = self._own_scores(client, rows, ask)
         tensors = {SAID: ensemble.encode(ensemble.share(guide_NB, own), self.wire)}
@@ -155,26 +149,6 @@ class KD(Method):
             tensors[COUNTS] = own.weights_N.to(_float(self.wire))
         weight = done.num_examples if self.weights == "examples" else 1
         return Payload(tensors, {"weight": weight, "train_loss": done.loss, "guide_loss": guided})
-
-    def client_work(self, scene: Scene, client: int) -> Work:
-        spec = self.client_model(scene.recipe, client)
-        seed, public = scene.recipe.seed, self.rows(scene.public_of(spec), scene.recipe.seed, scene.round)
-        guided = self._lessons(public, self.guide_steps, generator(seed, scene.round, client, "distil"))
-        drawn = _drawn(len(public), self.score_share, generator(seed, scene.round, client, "scored rows"))
-        scored = shapes([public[i] for i in drawn.nonzero()[:, 0].tolist()], self.batch_size, taught=self.top_k)
-        return Work([*(guided if scene.round > 1 else ()), *scene.learnt(client, scene.recipe.train), *scored])
-
-    def server_work(self, scene: Scene) -> Work:
-        public = self.rows(scene.server.public, scene.recipe.seed, scene.round)
-        chosen = self._k(public, ensemble.width(scene.server.model, public)) > 0
-        draws = generator(scene.recipe.seed, scene.round, -1, "distil")
-        looks = shapes(public, self.batch_size, times=2.0 if chosen else 1.0)  # Words are chosen, then scored.
-        return Work([*looks, *self._lessons(public, self.steps, draws)])
-
-    def _lessons(self, public: Sequence[Example], steps: int, draws: torch.Generator) -> list[Pass]:
-        """The batches that are distilled."""
-        numbers = ensemble.walk(len(public), TrainSpec(steps=steps, batch_size=self.batch_size), draws)
-        return [shape([public[i] for i in batch], learns=True, taught=self.top_k) for batch in numbers]
 
     @property
     def counts(self) -> bool:
@@ -185,10 +159,14 @@ class KD(Method):
         loading.write_trained(server.model, wire.shared(server.state))
         return server.model
 
-    def rehearse(self, server: Server) -> list[Message]:
-        rows = self.rows(server.public, server.seed, server.round + 1)
-        num, num_words = sum(ensemble.num_positions(rows)), ensemble.width(server.model, rows)
-        k = self._k(rows, num_words)
+    def costs(self) -> "KDCosts":
+        return KDCosts(self)
+
+    def messages(self, preview: RunPreview) -> Mapping[int, Sequence[Message]]:
+        model = preview.server.model
+        rows = self.rows(preview.server.public, preview.recipe.seed, preview.round)
+        num, num_words = sum(ensemble.num_positions(rows)), ensemble.width(model, rows)
+        k = self.num_kept(rows, num_words)
         words = torch.zeros(num, k, dtype=torch.long) if k else None
         said = torch.zeros(num, k + 1 if k else num_words)
         ask = self._packed(Scores(said, words, num_words, torch.ones(num)), "0" * 16)
@@ -196,16 +174,16 @@ class KD(Method):
         if self.counts:
             tensors[COUNTS] = torch.zeros(num, dtype=_float(self.wire))
         reply = Payload(tensors, {"weight": 1, "train_loss": 0.0, "guide_loss": 0.0})
-        return [Message("tune", "mean", ask, reply)]
+        return preview.alike(Message("tune", "mean", ask, reply))
 
     def _ask(self, model: nn.Module, rows: list[Example]) -> Payload:
         """What the global model says, and at which words clients are asked to score."""
-        k = self._k(rows, ensemble.width(model, rows))
+        k = self.num_kept(rows, ensemble.width(model, rows))
         words = ensemble.choose(model, rows, k, self.batch_size) if k else None
         own = ensemble.score(model, rows, words, temperature=self.temperature, batch_size=self.batch_size)
         return self._packed(own, fingerprint(model, rows))
 
-    def _k(self, rows: Sequence[Example], num_words: int) -> int:
+    def num_kept(self, rows: Sequence[Example], num_words: int) -> int:
         """K of the words sent; 0 where all are."""
         return self.top_k if rows[0].label is None and self.top_k < num_words else 0
 
@@ -269,6 +247,39 @@ class KD(Method):
         return ensemble.fit(
             model, rows, teacher, spec, temperature=self.temperature, direction=self.direction, generator=draws
         )
+
+
+@dataclass(frozen=True)
+class KDCosts(Costs):
+    """Clients learn from the guide, train and score public rows; the server scores them and learns from the mean."""
+
+    method: KD
+
+    def client(self, preview: RunPreview, client: int) -> Work:
+        method, seed, round = self.method, preview.recipe.seed, preview.round
+        public = method.rows(preview.public_of(method.client_model(preview.recipe, client)), seed, round)
+        guided = self._steps(public, method.guide_steps, generator(seed, round, client, "distil"))
+        drawn = _drawn(len(public), method.score_share, generator(seed, round, client, "scored rows"))
+        scored = self._scored([public[i] for i in drawn.nonzero()[:, 0].tolist()], method.top_k)
+        return Work([*(guided if round > 1 else ()), *preview.local_training(client), *scored])
+
+    def server(self, preview: RunPreview) -> Work:
+        method, seed = self.method, preview.recipe.seed
+        public = method.rows(preview.server.public, seed, preview.round)
+        chosen = method.num_kept(public, ensemble.width(preview.server.model, public)) > 0
+        scored = self._scored(public, 0)
+        learnt = self._steps(public, method.steps, generator(seed, preview.round, -1, "distil"))
+        # Where tokens are chosen, rows are scored once more for the choice.
+        return Work([*(replace(one, times=2.0 if chosen else 1.0) for one in scored), *learnt])
+
+    def _scored(self, rows: Sequence[Example], num_tokens: int) -> list[Pass]:
+        return [replace(one, kind=Distilled(num_tokens)) for one in shapes(rows, self.method.batch_size)]
+
+    def _steps(self, public: Sequence[Example], steps: int, draws: torch.Generator) -> list[Pass]:
+        """The batches that are learnt from a teacher."""
+        spec = TrainSpec(steps=steps, batch_size=self.method.batch_size)
+        batches = [shape([public[i] for i in batch]) for batch in ensemble.walk(len(public), spec, draws)]
+        return [replace(one, learns=True, kind=Distilled(self.method.top_k)) for one in batches]
 
 
 def fingerprint(model: nn.Module, rows: Sequence[Example]) -> str:

@@ -21,15 +21,16 @@ from kilofed.config.recipe import ModelSpec, Recipe
 from kilofed.data.examples import Example
 from kilofed.errors import ClientError, NonFiniteLoss, PayloadError, RecipeError
 from kilofed.federation.cohort import Cohort
-from kilofed.federation.method import Message, Method, on_client
+from kilofed.federation.method import Method, on_client
 from kilofed.federation.parties import Client, Server
-from kilofed.federation.presentation import Chart
-from kilofed.federation.workload import Scene, Work, shape
+from kilofed.federation.presentation import Chart, Presentation
+from kilofed.federation.workload import Costs, Message, RunPreview, Work, shape
 from kilofed.models import halves, loading, training
 from kilofed.models.halves import Halves, Part
 from kilofed.models.learner import Learner, restored
 from kilofed.payload import Payload, Scalar
 from kilofed.split import activation_codec, reconstruction, server_half
+from kilofed.split.passes import PartName, PartOfModel
 from kilofed.split.server_half import Sent, Sharing, Tail
 
 TURN, STEP, STEPS, LAST = "turn", "step", "steps", "last"
@@ -43,7 +44,7 @@ PROBED = 32
 class Split(Method):
     """The model is cut between two blocks; no client holds the blocks above the cut."""
 
-    sends: ClassVar[str] = "activations at the cut, labels unless they stay private, lower blocks"
+    sends: ClassVar[str] = "activations at the cut, labels unless they stay with the client, lower blocks"
 
     cut: int = 1
     """Blocks that a client holds; more cost it memory and work, and hide its tokens better."""
@@ -110,49 +111,36 @@ class Split(Method):
         loading.write_trained(server.model, server.state)
         return server.model
 
-    def messages(self, scene: Scene, client: int) -> list[Message]:
-        mine, _ = self.shares(scene.server)
-        width = halves.width(scene.server.model)
-        found, due = [], dict(mine)
+    def costs(self) -> "SplitCosts":
+        return SplitCosts(self)
+
+    def messages(self, preview: RunPreview) -> Mapping[int, Sequence[Message]]:
+        own, _ = self.shares(preview.server)
+        return {client: self._messages(preview, client, own) for client in preview.ids}
+
+    def _messages(self, preview: RunPreview, client: int, own: dict[str, Tensor]) -> list[Message]:
+        """Those of one client, whose part of the trained tensors is `own`."""
+        width = halves.width(preview.server.model)
+        messages, due = [], dict(own)
         every = self.average_every
-        batches = [training.collate(batch) for batch in scene.batches(client, scene.recipe.train)]
+        batches = [training.collate(batch) for batch in preview.batches(client, preview.recipe.train)]
         for number, batch in enumerate(batches):
             num = int(batch.attention_mask.sum())
             up, back = (_made_up(num, width, kind) for kind in (self.activations, self.gradients))
             batch_tensors = server_half.lengths(batch) | ({} if self.holds_head else server_half.labels(batch))
             ask = Payload(due, {STEP: 0, TURN: 0})
-            found.append(Message("forward", "call", ask, Payload(up | batch_tensors, {STEPS: 0})))
+            messages.append(Message("forward", "call", ask, Payload(up | batch_tensors, {STEPS: 0})))
             if self.holds_head:
-                found.append(Message("head", "call", Payload(up, {TURN: 0}), Payload(back)))
+                messages.append(Message("head", "call", Payload(up, {TURN: 0}), Payload(back)))
             due = back
             if (every and (number + 1) % every == 0) or number + 1 == len(batches):
-                reply = Payload(mine, {"weight": 1.0, "train_loss": 0.0})
-                found.append(Message("part", "mean", Payload(due, {LAST: False, TURN: 0}), reply))
-                due = dict(mine)
-        return found
+                reply = Payload(own, {"weight": 1.0, "train_loss": 0.0})
+                messages.append(Message("part", "mean", Payload(due, {LAST: False, TURN: 0}), reply))
+                due = dict(own)
+        return messages
 
-    def client_work(self, scene: Scene, client: int) -> Work:
-        parts = ["below", "head"] if self.holds_head else ["below"]
-        passes = [one for part in parts for one in scene.learnt(client, scene.recipe.train, part=part, cut=self.cut)]
-        return Work(passes, waits=True)
-
-    def server_work(self, scene: Scene) -> Work:
-        part = "between" if self.holds_head else "above"
-        if self.server_part != "joint" or self.holds_head:
-            every = [scene.learnt(client, scene.recipe.train, part=part, cut=self.cut) for client in scene.ids]
-            return Work([one for passes in every for one in passes])
-        steps = zip_longest(*(scene.batches(client, scene.recipe.train) for client in scene.ids), fillvalue=[])
-        return Work(
-            [shape([row for b in batches for row in b], learns=True, part=part, cut=self.cut) for batches in steps]
-        )
-
-    def charts(self, server: Server, rows: Sequence[Example]) -> list[Chart]:
-        """How many tokens the server reads off what it is sent, at each cut."""
-        known = list(server.public[:PROBED]) or list(rows[::2])[:PROBED]
-        secret = [row for row in rows if row not in known][:PROBED]
-        if not known or not secret:
-            return []
-        return [reconstruction.chart(self.deliver(server), self.cut, known, secret, self.activations)]
+    def presentation(self) -> "Probe":
+        return Probe(self)
 
     @on_client
     def forward(self, client: Client, ask: Payload) -> Payload:
@@ -191,6 +179,42 @@ class Split(Method):
         return Payload(
             end, {"weight": examples if self.weights == "examples" else 1.0, "train_loss": loss / max(steps, 1)}
         )
+
+
+@dataclass(frozen=True)
+class SplitCosts(Costs):
+    """Clients run the blocks below the cut, the server those above."""
+
+    method: Split
+
+    def client(self, preview: RunPreview, client: int) -> Work:
+        parts: list[PartName] = ["below", "head"] if self.method.holds_head else ["below"]
+        kinds = [PartOfModel(self.method.cut, part) for part in parts]
+        return Work([one for kind in kinds for one in preview.local_training(client, kind=kind)], waits=True)
+
+    def server(self, preview: RunPreview) -> Work:
+        method = self.method
+        kind = PartOfModel(method.cut, "between" if method.holds_head else "above")
+        if method.server_part != "joint" or method.holds_head:
+            return Work([one for client in preview.ids for one in preview.local_training(client, kind=kind)])
+        steps = zip_longest(*(preview.batches(client, preview.recipe.train) for client in preview.ids), fillvalue=[])
+        joint = [shape([row for batch in batches for row in batch]) for batches in steps]
+        return Work([replace(one, learns=True, kind=kind) for one in joint])
+
+
+@dataclass(frozen=True)
+class Probe(Presentation):
+    """How many tokens the server reads off what it is sent, at each cut."""
+
+    method: Split
+
+    def charts(self, server: Server, rows: Sequence[Example]) -> list[Chart]:
+        known = list(server.public[:PROBED]) or list(rows[::2])[:PROBED]
+        secret = [row for row in rows if row not in known][:PROBED]
+        if not known or not secret:
+            return []
+        model = self.method.deliver(server)
+        return [reconstruction.chart(model, self.method.cut, known, secret, self.method.activations)]
 
 
 def _made_up(num_rows: int, width: int, kind: activation_codec.Width) -> dict[str, Tensor]:

@@ -96,17 +96,17 @@ def measure(rows: Iterable[Row]) -> Traffic:
     traffic = Traffic()
     for at, group in groupby(rows, key=attrgetter("round")):
         sums: Counter[tuple[str, str, Direction, int]] = Counter()
-        exchanges: dict[str, set[int]] = {}
+        exchanges: dict[tuple[str, int], set[int]] = {}
         for row in group:
             sums[row.action, row.verb, row.direction, row.client] += row.bytes
             traffic.num_messages[row.action, row.verb, row.direction] += 1
-            exchanges.setdefault(row.action, set()).add(row.exchange)
+            exchanges.setdefault((row.action, row.client), set()).add(row.exchange)
         for (action, verb, way, client), count in sums.items():
             traffic.by_round[at, way] += count
             traffic.by_client[client, way] += count
             traffic.by_action[action, verb, way] += count
             _widen(traffic.spans, (action, way), count, count)
-        for action, turns in exchanges.items():
+        for (action, _), turns in exchanges.items():
             _widen(traffic.spans, (action, "exchanges"), len(turns), len(turns))
         traffic.num_exchanges[at] += len(set().union(*exchanges.values()))
     return traffic

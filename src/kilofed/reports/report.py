@@ -302,9 +302,10 @@ def _forecast(reading: Reading) -> list[dict[str, object]]:
         action = str(dig(entry, "action"))
         for what in ("down", "up", "exchanges"):
             span = reading.traffic.spans.get((action, what))
-            if (expected := number(dig(entry, what))) is not None and span:
-                row = {"action": action, "what": what, "expected": expected, "low": span[0], "high": span[1]}
-                found.append({**row, "equal": span == (expected, expected)})
+            expected = [int(number(end) or 0) for end in items(dig(entry, what))]
+            if len(expected) == 2 and span:
+                row = {"action": action, "what": what, "expected": expected, "measured": list(span)}
+                found.append({**row, "equal": expected == list(span)})
     return found
 
 
@@ -338,10 +339,16 @@ def _leaves(message: object) -> dict[str, object]:
     """What one reply holds: names and shapes of its tensors, how many numbers, of which dtypes."""
     tensors = cast(dict[str, list[str | int]], dig(message, "tensors"))
     shapes = {name: [int(size) for size in rest] for name, (_, *rest) in tensors.items()}
+    varies = any(size < 0 for shape in shapes.values() for size in shape)
     return {
         "action": dig(message, "action"),
-        "tensors": [(name, " x ".join(map(str, shape)) or "scalar") for name, shape in shapes.items()],
-        "numbers": sum(math.prod(shape) for shape in shapes.values()),
+        "tensors": [(name, _shape(shape)) for name, shape in shapes.items()],
+        "numbers": None if varies else sum(math.prod(shape) for shape in shapes.values()),
         "dtypes": sorted({str(dtype) for dtype, *_ in tensors.values()}),
         "scalars": dig(message, "scalars"),
     }
+
+
+def _shape(sizes: list[int]) -> str:
+    """Sizes of a tensor; n is one that differs from reply to reply."""
+    return " x ".join("n" if size < 0 else str(size) for size in sizes) or "scalar"

@@ -16,15 +16,19 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from kilofed.config.recipe import MethodSpec, PrivacySpec, Recipe
-from kilofed.costs import needs
+from kilofed.costs import environment
+from kilofed.costs.counter import Bench
 from kilofed.data.examples import IGNORED, Example, Renderer
 from kilofed.data.readers import Row, layout
-from kilofed.errors import KilofedError
-from kilofed.federation.method import forecast, load_method
+from kilofed.errors import KilofedError, ModelError
+from kilofed.federation.method import load_method
 from kilofed.federation.parties import Server
+from kilofed.federation.presentation import Presentation
+from kilofed.federation.workload import RunPreview
 from kilofed.models import loading
 from kilofed.models.training import num_steps
 from kilofed.privacy.mechanisms import load_mechanism
+from kilofed.runs.preview import MOST, bench_of, num_looked_at, preview_of, run_memory, traffic, turn_to
 from kilofed.runs.sites import Sites
 from kilofed.units import count, percent, size
 
@@ -109,16 +113,34 @@ class _Look:
         return loading.outline(self.recipe.model, self.recipe.adapter, self.sites.classes)
 
     @cached_property
-    def needed(self) -> int:
-        """Bytes of memory that the run needs."""
-        longest = max((len(e.input_ids) for e in self.whole), default=1)
-        length = min(longest, self.recipe.data.max_length)
-        return needs.memory(self.recipe, self.outline, length)
+    def bench(self) -> Bench:
+        """What counts the run's passes."""
+        return bench_of(self.sites)
+
+    @cached_property
+    def preview(self) -> RunPreview:
+        """The run's first round, on a model without numbers."""
+        preview = preview_of(self.sites, self.bench)
+        self.sites.method.check(preview.server)
+        return preview
+
+    @cached_property
+    def needed(self) -> int | None:
+        """Bytes of memory that the run needs beside the libraries; None where nobody can tell."""
+        try:
+            return run_memory(self.sites, self.preview, self.bench)
+        except ModelError:  # Its own code looks at numbers, which are not there.
+            return None
+
+    @property
+    def fits(self) -> bool:
+        """Whether the model may be loaded."""
+        return self.needed is None or self.needed <= self.free
 
     @cached_property
     def free(self) -> int:
         """Bytes of memory that it can have."""
-        return needs.free_memory(loading.find_device(self.recipe.model.device))
+        return environment.free_memory(loading.find_device(self.recipe.model.device))
 
 
 def _device(look: _Look) -> Iterator[Finding]:
@@ -303,8 +325,12 @@ def _adapter(look: _Look) -> Iterator[Finding]:
 
 
 def _memory(look: _Look) -> Iterator[Finding]:
+    if look.needed is None:
+        text = f"what {look.recipe.method.name} takes with this model cannot be foreseen; {size(look.free)} are free"
+        yield Finding("warn", "memory", text)
+        return
     text = f"about {size(look.needed)} of memory needed beside the libraries, {size(look.free)} free"
-    if look.needed > look.free:
+    if not look.fits:
         yield Finding("bad", "memory", f"{text}: raise train.accumulation, lower data.max_length or evaluate.batch_size, "
                       "or take a smaller model, dtype or adapter")  # fmt: skip
     elif look.needed > 0.7 * look.free:
@@ -314,12 +340,20 @@ def _memory(look: _Look) -> Iterator[Finding]:
 
 
 def _disk(look: _Look) -> Iterator[Finding]:
-    needed, free = needs.disk(look.recipe, look.outline, len(look.sites.shares)), shutil.disk_usage(Path.cwd()).free
+    needed, free = _run_folder(look), shutil.disk_usage(Path.cwd()).free
     text = f"about {size(needed)} of disk needed for the run folder, {size(free)} free here"
     if needed > free:
         yield Finding("bad", "disk", f"{text}: make room or choose another --out")
     else:
         yield Finding("good", "disk", text)
+
+
+def _run_folder(look: _Look) -> int:
+    """Bytes: the state, its temporary copy, the adapter, two ledger lines per exchange, a report."""
+    recipe = look.recipe
+    trained = sum(p.numel() for p in loading.trained(look.outline).values())
+    exchanges = recipe.rounds * (recipe.cohort or len(look.sites.shares))
+    return recipe.seeds * (3 * 4 * trained + 300 * exchanges + 5_000_000)
 
 
 def _models(look: _Look) -> Iterator[Finding]:
@@ -335,28 +369,31 @@ def _models(look: _Look) -> Iterator[Finding]:
 
 
 def _bytes(look: _Look) -> Iterator[Finding]:
-    recipe, sites = look.recipe, look.sites
-    if look.needed > look.free:
-        return  # Loading the weights would not go well.
-    spec = sites.method.server_model(recipe)
-    model = sites.model(spec) if spec else nn.Identity()
-    server = Server(recipe.seed, recipe.rounds, recipe.train, model, public=sites.public, spec=spec)
-    sites.method.setup(server)
-    sent = forecast(sites.method, server, sites.policy)
-    if not sent:
-        yield Finding(
-            "good", "bytes", f"{recipe.method.name} sends as much as the data asks for: there is no forecast"
-        )
+    recipe, ids = look.recipe, look.sites.client_ids()
+    looked = num_looked_at(recipe, len(ids), MOST)
+    rounds = []
+    for number in range(1, looked + 1):
+        turn_to(look.preview, look.sites, number)
+        rounds.append(traffic(look.sites, look.preview))
+    if not all(rounds):
+        text = f"{recipe.method.name} does not say what it sends, so its bytes cannot be foreseen"
+        yield Finding("warn", "bytes", text)
         return
-    down, up = sum(one.down for one in sent), sum(one.up for one in sent)
-    yield Finding("good", "bytes", f"{size(down)} down and {size(up)} up per client and round, "
-                  f"{size((down + up) * recipe.rounds * (recipe.cohort or len(sites.shares)))} in the whole run")  # fmt: skip
+    first = rounds[0].values()
+    down, up = (statistics.fmean(sum(vars(one)[way] for one in mine) for mine in first) for way in ("down", "up"))
+    total = (
+        sum(one.down + one.up for sent in rounds for mine in sent.values() for one in mine) * recipe.rounds / looked
+    )
+    about = "" if type(look.sites.method).exact_bytes and looked == recipe.rounds else "about "
+    text = f"{about}{size(down)} down and {size(up)} up per client in the first round, {size(total)} in the whole run"
+    yield Finding("good", "bytes", text)
 
 
 def _method(look: _Look) -> Iterator[Finding]:
     """What the method itself finds on some rows of the clients."""
-    if look.needed > look.free:
-        return
+    shown = look.sites.method.presentation()
+    if type(shown).diagnose is Presentation.diagnose or not look.fits:
+        return  # Nothing to say, or loading the weights would not go well.
     sites, recipe = look.sites, look.recipe
     spec = sites.method.server_model(recipe)
     model = sites.model(spec) if spec else nn.Identity()
@@ -364,8 +401,8 @@ def _method(look: _Look) -> Iterator[Finding]:
     sites.method.setup(server)
     rows = Renderer(sites.tokenizer, recipe.data, sites.renderer.kind, sites.classes)(look.sample)
     held_out = [e for client in sites.client_ids()[:HELD_OUT] for e in sites.test_examples(client)]
-    for good, text in sites.method.look(server, rows, held_out[:: max(len(held_out) // HELD_OUT, 1)]):
-        yield Finding("good" if good else "warn", "method", text)
+    for found in shown.diagnose(server, rows, held_out[:: max(len(held_out) // HELD_OUT, 1)]):
+        yield Finding("good" if found.good else "warn", "method", found.text)
 
 
 PARTS: dict[str, Callable[[_Look], Iterator[Finding]]] = {

@@ -76,7 +76,7 @@ class Row:
     server_flops: float | None
     seconds: float | None
     """Of all rounds of one seed."""
-    brings: str
+    delivered_as: str
     """What is scored."""
     leaves: str
     """What clients send."""
@@ -222,7 +222,7 @@ def _page(rows: Sequence[Row], controls: Mapping[str, object], recipe: Recipe) -
         {
             "recipe": recipe,
             "titles": TITLES,
-            "rows": [(row.label, row.method, row.brings, _cells(vars(row))) for row in rows],
+            "rows": [(row.label, row.method, row.delivered_as, _cells(vars(row))) for row in rows],
             "controls": [(name, _scores(row)) for name, row in controls.items()],
             "plots": drawn,
         },
@@ -293,7 +293,7 @@ def _row(folder: Path, entry: Entry) -> Row:
         number(dig(results, "costs", "client", "peak_memory_bytes")),
         number(dig(results, "costs", "server", "flops")),
         None if seconds is None else seconds / seeds,
-        method.brings,
+        method.delivered_as,
         method.sends,
         all(verb == "mean" for _, verb, _ in found.traffic.by_action),
     )

@@ -1,25 +1,23 @@
 """What a run is before its first round: clients, bytes to come, what leaves them, where it runs; part of run.json."""
 
 import logging
+from collections.abc import Sequence
 from dataclasses import replace
 
 from kilofed.costs import environment
 from kilofed.errors import ModelError
-from kilofed.federation.method import forecast, leaving
 from kilofed.federation.parties import Server
 from kilofed.models import loading
 from kilofed.payload import Payload
-from kilofed.privacy.mechanisms import Mechanism
 from kilofed.runs import plan
+from kilofed.runs.preview import MOST, bench_of, num_looked_at, preview_of, replies, spans
 from kilofed.runs.sites import Sites
 
 log = logging.getLogger("kilofed")
 
 
-def about(sites: Sites, server: Server, policy: Mechanism) -> dict[str, object]:
-    """Facts that are known once data and model are there; `server` is left as it is."""
-    fresh = replace(server, state={})
-    sites.method.setup(fresh)
+def about(sites: Sites, server: Server) -> dict[str, object]:
+    """Facts that are known once data and model are there; `server` is only read."""
     spec = sites.recipe.data
     column = spec.columns.label if sites.classes else spec.partition.column
     where = environment.describe(sites.recipe.model.device)
@@ -38,15 +36,26 @@ def about(sites: Sites, server: Server, policy: Mechanism) -> dict[str, object]:
             }
             for number, share in enumerate(sites.shares)
         ],
-        "forecast": [vars(sent) for sent in forecast(sites.method, fresh, policy)],
-        "leaves": [
-            {"action": message.action, **_shapes(leaving(sites.method, message, policy))}
-            for message in sites.method.rehearse(fresh)
-        ],
+        **_messages(sites),
         **_plan(sites),
         "classes": list(sites.classes),
         "num_trained": sum(p.numel() for p in loading.trained(server.model).values()),
         "num_parameters": sum(p.numel() for p in server.model.parameters()),
+    }
+
+
+def _messages(sites: Sites) -> dict[str, object]:
+    """Bytes to come and what is in the replies, by action."""
+    preview = preview_of(sites, bench_of(sites))
+    contents = [{"action": action, **_shapes(some)} for action, some in replies(sites, preview).items()]
+    looked = num_looked_at(sites.recipe, len(sites.client_ids()), MOST)
+    found = spans(sites, preview, looked)
+    return {
+        "forecast": [
+            {"action": action, **{what: [span.low, span.high] for what, span in by.items()}}
+            for action, by in found.items()
+        ],
+        "leaves": contents,
     }
 
 
@@ -68,10 +77,15 @@ def _here(sites: Sites) -> plan.Device:
     return replace(plan.device(sites), together=together)
 
 
-def _shapes(payload: Payload) -> dict[str, object]:
-    """What is in a message, without its values."""
-    tensors = {name: [str(t.dtype).removeprefix("torch."), *t.shape] for name, t in sorted(payload.tensors.items())}
-    return {"tensors": tensors, "scalars": sorted(payload.scalars)}
+def _shapes(payloads: Sequence[Payload]) -> dict[str, object]:
+    """What is in messages of one kind, without its values; a size that differs between them is -1."""
+    tensors: dict[str, list[str | int]] = {}
+    for payload in payloads:
+        for name, tensor in sorted(payload.tensors.items()):
+            own: list[str | int] = [str(tensor.dtype).removeprefix("torch."), *tensor.shape]
+            before = tensors.setdefault(name, own)
+            tensors[name] = [here if here == there else -1 for here, there in zip(own, before, strict=True)]
+    return {"tensors": tensors, "scalars": sorted({name for payload in payloads for name in payload.scalars})}
 
 
 def _counts(labels: list[str]) -> dict[str, int]:

@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass, fields, is_dataclass
 from importlib import resources
 from pathlib import Path
-from typing import get_type_hints
+from typing import cast, get_type_hints
 
 from kilofed.config.fields import describe
 from kilofed.config.recipe import Recipe, shipped, text_of
@@ -42,6 +42,15 @@ class Shown:
 def methods() -> dict[str, str]:
     """Name and first sentence of each method."""
     return _files("methods")
+
+
+def methods_table() -> str:
+    """The shipped methods as a table in Markdown: name, what it is, what leaves a client."""
+    lines = ["| method | what it is | what leaves a client |", "|---|---|---|"]
+    for name, text in methods().items():
+        source = resources.files("kilofed") / "methods" / f"{name}.py"
+        lines.append(f"| `{name}` | {text.rstrip('.')} | {_sends(source.read_text('utf-8'))} |")
+    return "\n".join(lines)
 
 
 def data() -> dict[str, str]:
@@ -98,6 +107,14 @@ def _files(folder: str) -> dict[str, str]:
         for item in found
         if item.name.endswith(".py") and item.name != "__init__.py"
     }
+
+
+def _sends(source: str) -> str:
+    """The class variable `sends` of a method's source, or the default of all methods."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.target.id == "sends":
+            return str(ast.literal_eval(cast(ast.expr, node.value)))
+    return "trained tensors"
 
 
 def _docstring(path: Path) -> str:

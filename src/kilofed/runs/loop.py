@@ -222,7 +222,7 @@ def _measured(sites: Sites, server: Server, policy: Mechanism, folder: Path, wat
     path = folder / "run.json"
     known = json.loads(path.read_text("utf-8"))
     if "clients" not in known:
-        _write_json(path, known | about(sites, server, policy))
+        _write_json(path, known | about(sites, server))
     scored = [client for client in sites.client_ids() if sites.shares[client].test]
     rows = _Rows(folder / "controls.json")
     if "base" in recipe.evaluate.controls:
@@ -232,8 +232,9 @@ def _measured(sites: Sites, server: Server, policy: Mechanism, folder: Path, wat
     model = sites.method.deliver(server)
     watch.stage("federated model")
     federated = rows.once("federated", scored, lambda: baselines.score_clients(sites, model, scored))
-    shown = sites.method.charts(server, [e for client in scored for e in sites.test_examples(client)[:CHARTED]])
-    for name, other in sites.method.beside(server).items():
+    presentation = sites.method.presentation()
+    shown = presentation.charts(server, [e for client in scored for e in sites.test_examples(client)[:CHARTED]])
+    for name, other in presentation.extra_models(server).items():
         watch.stage(name)
         rows.once(name, scored, lambda model=other: baselines.score_clients(sites, model, scored))  # type: ignore[misc]
     loading.save_adapter(sites.method.trained(server), folder / "adapter")

@@ -10,26 +10,28 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from kilofed.config.fields import Value
-from kilofed.config.recipe import ModelSpec, Recipe
-from kilofed.costs import counter, needs
+from kilofed.config.recipe import Recipe
+from kilofed.costs import counter, environment
 from kilofed.costs.counter import Bench
-from kilofed.data.examples import Example
 from kilofed.errors import KilofedError
-from kilofed.federation.method import Message, Method, Sent, find_method, sent
-from kilofed.federation.parties import Server
-from kilofed.federation.workload import Scene, Work
-from kilofed.models import loading
+from kilofed.federation.method import Sent, find_method
+from kilofed.federation.workload import RunPreview
 from kilofed.runs import compare
-from kilofed.runs.sites import Sites, drawn
+from kilofed.runs.preview import (
+    MOST,
+    bench_of,
+    client_memory,
+    client_works,
+    num_looked_at,
+    preview_of,
+    traffic,
+    turn_to,
+)
+from kilofed.runs.sites import Sites
 from kilofed.units import count, duration, operations, size
 
-COPIES = 7
-"""Copies of a message that a client has at most: what came, from the pipe and decoded, and the reply, put together."""
-MOST = 2000
-"""Clients, counted anew in each round, that are looked at one by one; the rounds after them are taken to be like these."""
 FAMILIES = "fedavg,full=fedavg,kd,split,fedpt,fedkseed"
 """One method of each family."""
 OWN: dict[str, Value] = {"full:adapter.kind": "full"}
@@ -99,7 +101,7 @@ def plan(recipes: Mapping[str, Recipe], device: Device) -> list[Forecast]:
     for label, recipe in recipes.items():
         try:
             sites = Sites(recipe)
-            bench = benches.setdefault((recipe.adapter, recipe.train, sites.classes), _bench(sites))
+            bench = benches.setdefault((recipe.adapter, recipe.train, sites.classes), bench_of(sites))
             one = forecast(sites, device, bench=bench, label=label)
         except KilofedError as error:
             sentence = " ".join(str(error).split())
@@ -121,12 +123,12 @@ def forecast(sites: Sites, device: Device, *, bench: Bench | None = None, label:
     Raises:
         KilofedError: it could not run.
     """
-    recipe, bench = sites.recipe, bench or _bench(sites)
-    scene = scene_of(sites, bench)
-    sites.method.check(scene.server)
+    recipe, bench = sites.recipe, bench or bench_of(sites)
+    preview = preview_of(sites, bench)
+    sites.method.check(preview.server)
     ids = sites.client_ids()
-    looked = min(recipe.rounds, max(2, MOST // (recipe.cohort or len(ids))))
-    rounds = [_Round.of(sites, scene, bench, number, device.together) for number in range(1, looked + 1)]
+    looked = num_looked_at(recipe, len(ids), MOST)
+    rounds = [_Round.of(sites, preview, bench, number, device.together) for number in range(1, looked + 1)]
     first, times = rounds[0], recipe.rounds / looked
     memory = next((one.memory for one in rounds if one.memory), None)
     told = all(one.sent is not None for one in rounds)
@@ -161,33 +163,24 @@ class _Round:
     """Bytes beside the runtime, the hungriest client; told of the second round, the first in which all is done."""
 
     @classmethod
-    def of(cls, sites: Sites, scene: Scene, bench: Bench, number: int, together: int) -> "_Round":
-        method, recipe = sites.method, sites.recipe
-        scene.round, scene.server.round = number, number - 1
-        scene.ids = drawn(sites.client_ids(), recipe, number)
-        messages = _messages(method, scene)
-        traffic = {client: sent(method, messages[client], sites.policy) for client in scene.ids}
-        works: dict[ModelSpec, dict[int, Work]] = {}
-        for client in scene.ids:
-            if (own := method.client_work(scene, client)) is not None:
-                works.setdefault(method.client_model(recipe, client) or recipe.model, {})[client] = own
+    def of(cls, sites: Sites, preview: RunPreview, bench: Bench, number: int, together: int) -> "_Round":
+        turn_to(preview, sites, number)
+        sent, works = traffic(sites, preview), client_works(sites, preview)
         flops = {
-            client: bench.operations(own.passes, spec) for spec, of in works.items() for client, own in of.items()
+            client: bench.operations(work.passes, spec)
+            for spec, mine in works.items()
+            for client, work in mine.items()
         }
-        known = len(flops) == len(scene.ids)
-        held = []
-        if number == min(2, recipe.rounds):
-            longest = max((max(m.up, m.down) // m.exchanges for mine in traffic.values() for m in mine), default=0)
-            held = [
-                bench.memory(list(of.values()), spec, messages=COPIES * longest, together=together)
-                for spec, of in works.items()
-            ]
-        served = method.server_work(scene)
+        known = len(flops) == len(preview.ids)
+        memory = None
+        if known and number == min(2, sites.recipe.rounds):
+            memory = client_memory(bench, works, sent, together=together)
+        served = sites.method.costs().server(preview)
         return cls(
-            traffic if all(traffic.values()) else None,
+            sent or None,
             flops if known else None,
-            None if served is None else bench.operations(served.passes, recipe.model),
-            max(held) if held and known else None,
+            None if served is None else bench.operations(served.passes, sites.recipe.model),
+            memory,
         )
 
     @property
@@ -208,31 +201,6 @@ class _Round:
         )
 
 
-def _bench(sites: Sites) -> Bench:
-    return Bench(sites.recipe.adapter, sites.recipe.train, sites.classes)
-
-
-def scene_of(sites: Sites, bench: Bench) -> Scene:
-    """The run of `sites` before its first round. Raises KilofedError."""
-    recipe, method = sites.recipe, sites.method
-    spec = method.server_model(recipe)
-    model = bench.outline(spec) if spec else nn.Identity()
-    server = Server(recipe.seed, recipe.rounds, recipe.train, model, public=sites.public, spec=spec)
-    server.state.update(loading.read_trained(model))
-
-    def rows_of(client: int) -> list[Example]:
-        return sites.train_examples(client, method.client_model(recipe, client))
-
-    return Scene(recipe, server, rows_of, sites.public_examples)
-
-
-def _messages(method: Method, scene: Scene) -> Mapping[int, list[Message]]:
-    """By client; worked out once where all have the same."""
-    if type(method).messages is Method.messages:
-        return dict.fromkeys(scene.ids, method.messages(scene, 0))
-    return {client: method.messages(scene, client) for client in scene.ids}
-
-
 def device(sites: Sites, **stated: float | None) -> Device:
     """A device as stated, by the fields of `Device`; of what is not stated or None, this machine's, as measured here.
 
@@ -241,7 +209,7 @@ def device(sites: Sites, **stated: float | None) -> Device:
     """
     sites.read()
     found = counter.measure()
-    here = Device(found.flops, needs.free_memory(torch.device("cpu")), runtime=found.runtime)
+    here = Device(found.flops, environment.free_memory(torch.device("cpu")), runtime=found.runtime)
     given = {name: value for name, value in stated.items() if value is not None}
     return replace(here, **given)  # type: ignore[arg-type]
 

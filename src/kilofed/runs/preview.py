@@ -1,0 +1,152 @@
+"""Rounds of a run that has not begun: who takes part, what is sent, what is computed, what is held in memory.
+
+Models have shapes and no numbers, so nothing large is loaded; `check`, `plan` and the report all read these forecasts.
+"""
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from kilofed.config.recipe import ModelSpec, Recipe
+from kilofed.costs.counter import Bench
+from kilofed.data.examples import Example
+from kilofed.federation.method import Sent, forecast, leaving
+from kilofed.federation.parties import Server
+from kilofed.federation.workload import Pass, RunPreview, Work
+from kilofed.models import loading
+from kilofed.payload import Payload
+from kilofed.runs.sites import Sites, drawn
+
+COPIES = 7
+"""Copies of a message that a client has at most: what came, from the pipe and decoded, and the reply, put together."""
+MOST = 2000
+"""Clients, counted anew in each round, that are looked at one by one; the rounds after them are taken to be like these."""
+
+
+def bench_of(sites: Sites) -> Bench:
+    """What counts the passes of the run of `sites`."""
+    return Bench(sites.recipe.adapter, sites.recipe.train, sites.classes)
+
+
+def preview_of(sites: Sites, bench: Bench) -> RunPreview:
+    """The first round of the run of `sites`. Raises KilofedError."""
+    recipe, method = sites.recipe, sites.method
+    spec = method.server_model(recipe)
+    model = bench.outline(spec) if spec else nn.Identity()
+    server = Server(recipe.seed, recipe.rounds, recipe.train, model, public=sites.public, spec=spec)
+    server.state.update(loading.read_trained(model))
+
+    def rows_of(client: int) -> list[Example]:
+        return sites.train_examples(client, method.client_model(recipe, client))
+
+    preview = RunPreview(recipe, server, rows_of, sites.public_examples)
+    turn_to(preview, sites, 1)
+    return preview
+
+
+def turn_to(preview: RunPreview, sites: Sites, number: int) -> None:
+    """Look at round `number`, and at who is drawn for it."""
+    preview.round, preview.ids = number, drawn(sites.client_ids(), sites.recipe, number)
+
+
+def num_looked_at(recipe: Recipe, num_clients: int, most: int) -> int:
+    """Rounds of which about `most` clients are looked at; at least two, if there are two."""
+    return min(recipe.rounds, max(2, most // (recipe.cohort or num_clients)))
+
+
+def traffic(sites: Sites, preview: RunPreview) -> dict[int, list[Sent]]:
+    """Bytes of the round in `preview`, by client; empty where nobody can tell."""
+    return forecast(sites.method, preview, sites.policy)
+
+
+def client_works(sites: Sites, preview: RunPreview) -> dict[ModelSpec, dict[int, Work]]:
+    """What each client of the round computes, by its model; clients of which nobody can tell are left out."""
+    method, recipe = sites.method, sites.recipe
+    costs = method.costs()
+    works: dict[ModelSpec, dict[int, Work]] = defaultdict(dict)
+    for client in preview.ids:
+        if (work := costs.client(preview, client)) is not None:
+            works[method.client_model(recipe, client) or recipe.model][client] = work
+    return works
+
+
+def client_memory(
+    bench: Bench,
+    works: Mapping[ModelSpec, Mapping[int, Work]],
+    sent: Mapping[int, Sequence[Sent]],
+    *,
+    together: int = 1,
+) -> int:
+    """Bytes of the largest process of clients, beside what it takes without a model.
+
+    Args:
+        works: of the second round, the first in which all is done.
+        sent: of the same round.
+        together: clients in the process.
+    """
+    longest = max((max(m.up, m.down) // m.exchanges for mine in sent.values() for m in mine), default=0)
+    return max(
+        bench.memory(list(mine.values()), spec, messages=COPIES * longest, together=together)
+        for spec, mine in works.items()
+    )
+
+
+def run_memory(sites: Sites, preview: RunPreview, bench: Bench) -> int | None:
+    """Bytes that the whole run takes on this machine, beside the libraries; None where nobody can tell.
+
+    Clients and server of one process share the model's weights; worker processes have their own; local-only and
+    centralized training start from a second copy. Scoring takes the activations of one batch of held-out rows.
+    """
+    recipe = sites.recipe
+    turn_to(preview, sites, min(2, recipe.rounds))
+    works = client_works(sites, preview)
+    if sum(map(len, works.values())) < len(preview.ids):
+        return None
+    alone = recipe.engine.name == "inprocess"
+    together = len(preview.ids) if alone else -(-len(preview.ids) // recipe.engine.workers)
+    clients = client_memory(bench, works, traffic(sites, preview), together=together)
+    weights = bench.weight_bytes(recipe.model)
+    server = weights + bench.activations([_scored(recipe, preview)], recipe.model)
+    copies = bench.weight_bytes(recipe.model) if {"local", "central"} & set(recipe.evaluate.controls) else 0
+    return (max(clients, server) if alone else recipe.engine.workers * clients + server) + copies
+
+
+def _scored(recipe: Recipe, preview: RunPreview) -> Pass:
+    """A batch of the longest rows, scored."""
+    longest = max((len(row.input_ids) for client in preview.ids for row in preview.rows_of(client)), default=1)
+    rows = recipe.evaluate.batch_size
+    return Pass(rows, longest, 0 if recipe.data.task == "classify" or recipe.data.labels else longest)
+
+
+@dataclass(frozen=True)
+class Span:
+    """Least and most of some figure, over clients and rounds."""
+
+    low: int
+    high: int
+
+
+def spans(sites: Sites, preview: RunPreview, num_rounds: int) -> dict[str, dict[str, Span]]:
+    """Bytes down and up and exchanges per client and round, by action, over the first rounds; empty if unknown."""
+    seen: dict[str, dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
+    for number in range(1, num_rounds + 1):
+        turn_to(preview, sites, number)
+        for messages in {id(mine): mine for mine in traffic(sites, preview).values()}.values():
+            for action in {one.action for one in messages}:
+                own = [one for one in messages if one.action == action]
+                for what in ("down", "up", "exchanges"):
+                    seen[action][what].append(sum(vars(one)[what] for one in own))
+    return {
+        action: {what: Span(min(figures), max(figures)) for what, figures in by.items()} for action, by in seen.items()
+    }
+
+
+def replies(sites: Sites, preview: RunPreview) -> dict[str, list[Payload]]:
+    """What leaves the clients of the round in `preview`, numbers made up, by action."""
+    found: dict[str, list[Payload]] = defaultdict(list)
+    for messages in {id(mine): mine for mine in sites.method.messages(preview).values()}.values():
+        for message in messages:
+            found[message.action].append(leaving(sites.method, message, sites.policy))
+    return found
