@@ -368,6 +368,13 @@ def _models(look: _Look) -> Iterator[Finding]:
             )
 
 
+def _weights(look: _Look) -> Iterator[Finding]:
+    """Whether the model's weights are there and whole."""
+    if look.fits and (spec := look.sites.method.server_model(look.recipe)):
+        num = sum(1 for _ in look.sites.model(spec).parameters())
+        yield Finding("good", "weights", f"{count(num)} tensors of {spec.path} are there")
+
+
 def _bytes(look: _Look) -> Iterator[Finding]:
     recipe, ids = look.recipe, look.sites.client_ids()
     looked = num_looked_at(recipe, len(ids), MOST)
@@ -420,6 +427,7 @@ PARTS: dict[str, Callable[[_Look], Iterator[Finding]]] = {
     "memory": _memory,
     "disk": _disk,
     "bytes": _bytes,
+    "weights": _weights,
     "method": _method,
 }
 
