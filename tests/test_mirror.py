@@ -8,6 +8,7 @@ ROOT = Path(__file__).parents[1]
 SOURCES = ROOT / "src" / "kilofed"
 
 OF_THE_WHOLE = {
+    "test_architecture.py",
     "test_assets.py",
     "test_bad_input.py",
     "test_docs.py",
@@ -15,6 +16,7 @@ OF_THE_WHOLE = {
     "test_killed.py",
     "test_layers.py",
     "test_mirror.py",
+    "test_mentions.py",
     "test_notebook.py",
     "test_over_http.py",
     "test_package.py",
@@ -88,4 +90,8 @@ def test_benchmarks_lie_in_folders_named_like_packages() -> None:
     packages = {path.parent.name for path in SOURCES.glob("*/__init__.py")}
     folders = {path.parent.relative_to(ROOT / "benchmarks").parts for path in (ROOT / "benchmarks").rglob("*.py")}
     assert {parts[0] for parts in folders if parts} <= packages | {"gpu"}
-    assert {path.name for path in (ROOT / "benchmarks").glob("*.py")} == {"method_bytes.py", "start_up.py"}
+    assert {path.name for path in (ROOT / "benchmarks").glob("*.py")} == {
+        "architecture.py",
+        "method_bytes.py",
+        "start_up.py",
+    }

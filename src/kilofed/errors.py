@@ -18,7 +18,7 @@ KilofedError                  every error that kilofed raises on purpose; a Valu
 The message says what was seen, what was expected and what to do:
 
     try:
-        run = kilofed.run("tiny", rounds=3)
+        run = kilofed.run("tiny", {"rounds": 3})
     except kilofed.KilofedError as error:
         print(error)
 """

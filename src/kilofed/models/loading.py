@@ -1,7 +1,4 @@
-"""Load a base model with its adapter, and take its trained tensors out and put them back.
-
-The only file that imports transformers and peft.
-"""
+"""Load a base model with its adapter, and take its trained tensors out and put them back."""
 
 import contextlib
 import importlib.util
