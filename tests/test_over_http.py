@@ -35,7 +35,7 @@ def test_a_proxy_over_kilofed_s_server_is_the_local_proxy(tiny_model: Path, monk
             far(ids).logits.log_softmax(-1), near(ids).logits.log_softmax(-1), rtol=0, atol=1e-3
         )
         sampling = Sampling(max_new_tokens=10)
-        spoken = [[token.id for token in proxy.speak([1, 70, 71], sampling)] for proxy in (far, near)]
+        spoken = [[token.id for token in proxy.generate_tokens([1, 70, 71], sampling)] for proxy in (far, near)]
         assert spoken[0] == spoken[1]
         large.close()
         for spec, said in (

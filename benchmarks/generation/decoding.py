@@ -26,7 +26,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from kilofed.config import recipe
 from kilofed.config.recipe import AdapterSpec, ModelSpec
 from kilofed.federation.parties import generator
-from kilofed.generation.decoding import Sampling, Solo
+from kilofed.generation.decoding import ModelGenerator, Sampling
 from kilofed.models import loading, training
 from kilofed.proxy.combination import Difference
 from kilofed.proxy.model import ProxyModel
@@ -155,7 +155,7 @@ class Ways:
         if way == "naive":
             return list(naive(self.large, self.tuned, self.base, self.rule, prompt, count))
         if way == "large alone":
-            return [token.id for token in Solo(self.large, ()).speak(prompt, sampling)]
+            return [token.id for token in ModelGenerator(self.large, ()).generate_tokens(prompt, sampling)]
         if way == "shared":
             return [token.id for token in plain_tokens(self.proxy, prompt, sampling)]
         self.last = Speculation(self.proxy, sampling, Drafting())

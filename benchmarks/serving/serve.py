@@ -27,8 +27,8 @@ if multiprocessing.parent_process() is None:
     import torch
     from transformers import GenerationConfig
 
-    from kilofed.generation.decoding import Sampling, Solo
-    from kilofed.generation.detokenizer import spell
+    from kilofed.generation.decoding import ModelGenerator, Sampling
+    from kilofed.generation.detokenizer import detokenize
     from kilofed.models.loading import quiet
     from kilofed.serving.model import Served, open_served
     from kilofed.serving.requests import Limits
@@ -89,12 +89,12 @@ def as_text(found: dict) -> str:
 
 def overhead(served: Served, url: str, pairs: int, tokens: int) -> dict:
     """Milliseconds per token of four ways to one answer, and the ratios of each round."""
-    ids = served.spelling.ids(PROMPTS[0])
+    ids = served.codec.encode(PROMPTS[0])
     # Without end tokens all four make exactly as many tokens.
-    endless = Solo(served.speaker.model, ())
-    wanted = list(endless.speak(ids, Sampling(tokens)))
+    endless = ModelGenerator(served.generator.model, ())
+    wanted = list(endless.generate_tokens(ids, Sampling(tokens)))
     config = GenerationConfig(max_new_tokens=tokens, do_sample=False, pad_token_id=0)
-    model = served.speaker.model
+    model = served.generator.model
     prompt = torch.tensor([ids])
 
     def generate() -> None:
@@ -103,9 +103,9 @@ def overhead(served: Served, url: str, pairs: int, tokens: int) -> dict:
         assert out[0, len(ids) :].tolist() == [token.id for token in wanted]
 
     def decoder() -> None:
-        assert [token.id for token in endless.speak(ids, Sampling(tokens))] == [token.id for token in wanted]
+        assert [token.id for token in endless.generate_tokens(ids, Sampling(tokens))] == [token.id for token in wanted]
 
-    served.speaker.end_ids, kept = frozenset(), served.speaker.end_ids
+    served.generator.end_ids, kept = frozenset(), served.generator.end_ids
     model.generation_config.eos_token_id = None
     with Client(url, served.name, ids, tokens) as client:
         ways: dict[str, Callable[[], object]] = {
@@ -123,7 +123,7 @@ def overhead(served: Served, url: str, pairs: int, tokens: int) -> dict:
                 if number:  # The first round warms up.
                     seconds[name].append(time.perf_counter() - began)
                     cpu[name].append(time.process_time() - cpu_began)
-    served.speaker.end_ids, model.generation_config.eos_token_id = kept, next(iter(kept), None)
+    served.generator.end_ids, model.generation_config.eos_token_id = kept, next(iter(kept), None)
     ratios = {}
     for name, other in (("whole", "decoder"), ("stream", "decoder"), ("whole", "generate"), ("stream", "generate")):
         each = [a / b for a, b in zip(seconds[name], seconds[other], strict=True)]
@@ -218,8 +218,8 @@ def split(count: int, parts: int) -> list[int]:
 
 def whole_text(served: Served, prompt: str, tokens: int) -> str:
     """The answer at temperature 0 without a server."""
-    stream = served.speaker.speak(served.spelling.ids(prompt), Sampling(tokens))
-    return "".join(piece.text for piece in spell(stream, served.spelling, end_ids=served.speaker.end_ids))
+    stream = served.generator.generate_tokens(served.codec.encode(prompt), Sampling(tokens))
+    return "".join(piece.text for piece in detokenize(stream, served.codec, end_ids=served.generator.end_ids))
 
 
 def drive(url, model, asks, alone, num_clients, seconds, ready, reports) -> None:  # type: ignore[no-untyped-def]

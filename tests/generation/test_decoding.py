@@ -1,4 +1,4 @@
-"""How a next token is chosen, and a model that speaks alone."""
+"""How a next token is chosen, and a single model that generates."""
 
 import math
 from collections import Counter
@@ -12,9 +12,9 @@ from transformers import GenerationConfig
 from kilofed.config.recipe import AdapterSpec, ModelSpec
 from kilofed.errors import ModelError
 from kilofed.generation.decoding import (
+    ModelGenerator,
     Sampling,
-    Solo,
-    Speaker,
+    TokenGenerator,
     as_token,
     choose,
     context_of,
@@ -29,8 +29,8 @@ def model(tiny_model: Path) -> nn.Module:
     return loading.load_base(ModelSpec(str(tiny_model)))
 
 
-def spoken(solo: Solo, prompt: list[int], sampling: Sampling) -> list[int]:
-    return [token.id for token in solo.speak(prompt, sampling)]
+def generated(generator: ModelGenerator, prompt: list[int], sampling: Sampling) -> list[int]:
+    return [token.id for token in generator.generate_tokens(prompt, sampling)]
 
 
 def test_choose_at_temperature_0_takes_the_likeliest_and_draws_nothing() -> None:
@@ -85,31 +85,34 @@ def test_solo_speaks_what_generate_generates(model: nn.Module) -> None:
     config = GenerationConfig(max_new_tokens=30, do_sample=False, pad_token_id=0, eos_token_id=2)  # type: ignore[no-untyped-call]
     with torch.inference_mode():
         out = model.generate(input_ids=torch.tensor([prompt]), generation_config=config)  # type: ignore[operator]
-    assert spoken(Solo(model, {2}), prompt, Sampling(30)) == out[0, len(prompt) :].tolist()
+    assert generated(ModelGenerator(model, {2}), prompt, Sampling(30)) == out[0, len(prompt) :].tolist()
 
 
 def test_solo_ends_after_an_end_token(model: nn.Module) -> None:
-    free = spoken(Solo(model, ()), [1, 40], Sampling(20, temperature=1.0, seed=5))
-    ended = spoken(Solo(model, {free[7]}), [1, 40], Sampling(20, temperature=1.0, seed=5))
+    free = generated(ModelGenerator(model, ()), [1, 40], Sampling(20, temperature=1.0, seed=5))
+    ended = generated(ModelGenerator(model, {free[7]}), [1, 40], Sampling(20, temperature=1.0, seed=5))
     assert ended == free[: free.index(free[7]) + 1]
 
 
 def test_equal_seeds_speak_equally_and_others_do_not(model: nn.Module) -> None:
-    said = {seed: spoken(Solo(model, ()), [1, 40], Sampling(20, temperature=1.0, seed=seed)) for seed in (1, 2)}
-    assert said[1] == spoken(Solo(model, ()), [1, 40], Sampling(20, temperature=1.0, seed=1))
+    said = {
+        seed: generated(ModelGenerator(model, ()), [1, 40], Sampling(20, temperature=1.0, seed=seed))
+        for seed in (1, 2)
+    }
+    assert said[1] == generated(ModelGenerator(model, ()), [1, 40], Sampling(20, temperature=1.0, seed=1))
     assert said[1] != said[2]
 
 
 def test_iterators_advanced_in_turns_do_not_see_each_other(model: nn.Module) -> None:
-    solo = Solo(model, ())
+    generator = ModelGenerator(model, ())
     samplings = [Sampling(15, temperature=float(n % 2), seed=n, num_logprobs=4) for n in range(6)]
-    alone = [list(solo.speak([1, 40 + n], s)) for n, s in enumerate(samplings)]
-    streams = [solo.speak([1, 40 + n], s) for n, s in enumerate(samplings)]
+    alone = [list(generator.generate_tokens([1, 40 + n], s)) for n, s in enumerate(samplings)]
+    streams = [generator.generate_tokens([1, 40 + n], s) for n, s in enumerate(samplings)]
     assert [list(tokens) for tokens in zip(*streams, strict=True)] == [list(t) for t in zip(*alone, strict=True)]
 
 
 def test_nothing_is_computed_before_it_is_asked_for(model: nn.Module) -> None:
-    stream = Solo(model, ()).speak([1, 40], Sampling(5))
+    stream = ModelGenerator(model, ()).generate_tokens([1, 40], Sampling(5))
     passes: list[int] = []
     handle = model.register_forward_hook(lambda *_: passes.append(1))
     try:
@@ -127,7 +130,7 @@ def test_score_is_the_log_softmax_of_one_forward(model: nn.Module, monkeypatch: 
         logprobs = torch.log_softmax(model(input_ids=torch.tensor([ids])).logits[0], -1)
     for rows in (256, 6, 1):
         monkeypatch.setattr("kilofed.generation.decoding.ROWS_AT_ONCE", rows)
-        first, *rest = Solo(model, ()).score(ids, num_logprobs=2)
+        first, *rest = ModelGenerator(model, ()).score(ids, num_logprobs=2)
         assert first is None
         for position, token in enumerate(rest):
             assert token is not None
@@ -137,41 +140,41 @@ def test_score_is_the_log_softmax_of_one_forward(model: nn.Module, monkeypatch: 
 
 
 def test_score_agrees_with_what_speak_said(model: nn.Module) -> None:
-    solo = Solo(model, ())
-    said = list(solo.speak([1, 40], Sampling(20, temperature=1.0, seed=3, num_logprobs=2)))
-    again = solo.score([1, 40, *[token.id for token in said]], 2)[2:]
+    generator = ModelGenerator(model, ())
+    said = list(generator.generate_tokens([1, 40], Sampling(20, temperature=1.0, seed=3, num_logprobs=2)))
+    again = generator.score([1, 40, *[token.id for token in said]], 2)[2:]
     for one, other in zip(said, again, strict=True):
         assert other is not None
         assert other.logprob == pytest.approx(one.logprob, abs=1e-5)
 
 
 def test_an_answer_ends_where_the_context_is_full(model: nn.Module) -> None:
-    solo = Solo(model, ())
-    assert solo.context == context_of(model) == 128
-    assert len(spoken(solo, [1] * 125, Sampling(50))) == 3
-    assert len(solo.score([1] * 128)) == 128
+    generator = ModelGenerator(model, ())
+    assert generator.context == context_of(model) == 128
+    assert len(generated(generator, [1] * 125, Sampling(50))) == 3
+    assert len(generator.score([1] * 128)) == 128
 
 
 @pytest.mark.parametrize(("length", "words"), [(0, "no tokens"), (128, "128 tokens")])
 def test_a_prompt_without_room_is_refused(model: nn.Module, length: int, words: str) -> None:
     with pytest.raises(ModelError, match=words):
-        next(Solo(model, ()).speak([1] * length, Sampling(5)))
+        next(ModelGenerator(model, ()).generate_tokens([1] * length, Sampling(5)))
 
 
 def test_score_refuses_more_than_the_context(model: nn.Module) -> None:
     with pytest.raises(ModelError, match="129 tokens"):
-        Solo(model, ()).score([1] * 129)
+        ModelGenerator(model, ()).score([1] * 129)
 
 
 def test_solo_is_a_speaker_with_and_without_an_adapter(tiny_model: Path) -> None:
     plain = loading.load_base(ModelSpec(str(tiny_model)))
-    said = spoken(Solo(plain, ()), [1, 40], Sampling(10))
+    said = generated(ModelGenerator(plain, ()), [1, 40], Sampling(10))
     adapted = loading.add_adapter(plain, AdapterSpec(rank=2), seed=0)
-    solo = Solo(adapted, ())
-    assert isinstance(solo, Speaker)
+    generator = ModelGenerator(adapted, ())
+    assert isinstance(generator, TokenGenerator)
     # A fresh LoRA product is zero.
-    assert spoken(solo, [1, 40], Sampling(10)) == said
-    assert solo.context == 128
+    assert generated(generator, [1, 40], Sampling(10)) == said
+    assert generator.context == 128
 
 
 def test_end_ids_are_the_tokenisers_and_the_generation_configs(model: nn.Module) -> None:

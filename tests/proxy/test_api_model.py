@@ -14,7 +14,7 @@ from torch import Tensor
 from kilofed.data.examples import Example
 from kilofed.errors import BudgetSpent, ModelError, RemoteError
 from kilofed.generation.decoding import Sampling
-from kilofed.generation.detokenizer import Spelling
+from kilofed.generation.detokenizer import TextCodec
 from kilofed.models.training import collate_tokens, token_losses
 from kilofed.proxy.api_model import RemoteModel
 from kilofed.proxy.combination import Difference, Mix
@@ -30,7 +30,7 @@ PROMPT = [1, 70, 71, 72]
 
 @pytest.fixture
 def server() -> Iterator[Loopback]:
-    with served(LARGE, Spelling(byte_tokenizer()).name) as running:
+    with served(LARGE, TextCodec(byte_tokenizer()).name) as running:
         yield running
 
 
@@ -74,9 +74,9 @@ def test_generate_with_left_padding_over_http_is_the_local_answer(server: Loopba
 def test_speech_over_http_is_the_local_answer(server: Loopback, scoring: str) -> None:
     large = remote(server, scoring=scoring)
     sampling = Sampling(max_new_tokens=12)
-    near = [token.id for token in ProxyModel(LARGE, SMALL, rule=Difference(0.5)).speak(PROMPT, sampling)]
+    near = [token.id for token in ProxyModel(LARGE, SMALL, rule=Difference(0.5)).generate_tokens(PROMPT, sampling)]
     far = ProxyModel(large, SMALL, rule=Difference(0.5))
-    assert [token.id for token in far.speak(PROMPT, sampling)] == near
+    assert [token.id for token in far.generate_tokens(PROMPT, sampling)] == near
     drafted = any(body["echo"] for body in server.bodies)
     assert drafted == (scoring == "echo")
     if scoring == "steps":
@@ -88,7 +88,7 @@ def test_drafts_save_requests(server: Loopback) -> None:
     base = model(1, vocabulary=V)
     server.model = base  # The large model is the small base, so every draft stands.
     large = remote(server)
-    assert len(list(ProxyModel(large, SMALL).speak(PROMPT, Sampling(max_new_tokens=20)))) == 20
+    assert len(list(ProxyModel(large, SMALL).generate_tokens(PROMPT, Sampling(max_new_tokens=20)))) == 20
     assert len(server.bodies) < 10
     large.close()
 
@@ -155,7 +155,7 @@ def test_the_key_is_not_in_the_folder(tmp_path: Path, monkeypatch: pytest.Monkey
     with served(LARGE, key="sk-secret") as server:
         server.faults = [status(500)]
         large = remote(server, tmp_path)
-        list(ProxyModel(large, SMALL).speak(PROMPT, Sampling(max_new_tokens=3)))
+        list(ProxyModel(large, SMALL).generate_tokens(PROMPT, Sampling(max_new_tokens=3)))
         written = [path.read_bytes() for path in tmp_path.iterdir()]
         large.close()
     written += [path.read_bytes() for path in tmp_path.iterdir()]

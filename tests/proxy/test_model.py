@@ -246,7 +246,7 @@ def test_threads_do_not_meet_in_the_small_model() -> None:
     asks = [Sampling(max_new_tokens=15, temperature=0.9, seed=seed) for seed in range(6)]
 
     def spoken(sampling: Sampling) -> list[int]:
-        return [token.id for token in proxy.speak([1, 5, 9], sampling)]
+        return [token.id for token in proxy.generate_tokens([1, 5, 9], sampling)]
 
     with ThreadPoolExecutor(6) as pool:
         together = list(pool.map(spoken, asks))

@@ -30,7 +30,7 @@ def test_greedy_speculation_is_the_plain_loop(longest: int, alpha: float, seed: 
     drafting = Drafting(longest=longest, shortest=longest)
     proxy = ProxyModel(model(seed, width=24), adapted(seed + 10), rule=Difference(alpha), drafting=drafting)
     sampling = Sampling(max_new_tokens=30, num_logprobs=3)
-    spoken = list(proxy.speak(PROMPT, sampling))
+    spoken = list(proxy.generate_tokens(PROMPT, sampling))
     expected = list(plain_tokens(proxy, PROMPT, sampling))
     assert [t.id for t in spoken] == [t.id for t in expected]
     for one, other in zip(spoken, expected, strict=True):
@@ -41,7 +41,7 @@ def test_greedy_speculation_is_the_plain_loop(longest: int, alpha: float, seed: 
 def test_greedy_speculation_is_generate() -> None:
     proxy = ProxyModel(model(0, width=24), adapted(3), rule=Difference(0.5))
     out = proxy.generate(input_ids=torch.tensor([PROMPT]), max_new_tokens=30, do_sample=False)[0, len(PROMPT) :]
-    assert [token.id for token in proxy.speak(PROMPT, Sampling(max_new_tokens=30))] == out.tolist()
+    assert [token.id for token in proxy.generate_tokens(PROMPT, Sampling(max_new_tokens=30))] == out.tolist()
 
 
 def test_two_small_modules_and_a_rule_without_a_base_speculate_too() -> None:
@@ -50,7 +50,7 @@ def test_two_small_modules_and_a_rule_without_a_base_speculate_too() -> None:
         ProxyModel(model(0, width=24), adapted(3), model(3), Difference(0.5)),
         ProxyModel(model(0, width=24), model(3), rule=Mix(0.6)),
     ):
-        assert [t.id for t in proxy.speak(PROMPT, sampling)] == plain(proxy, sampling)
+        assert [t.id for t in proxy.generate_tokens(PROMPT, sampling)] == plain(proxy, sampling)
 
 
 def test_drafts_of_the_target_itself_all_stand() -> None:
@@ -74,25 +74,27 @@ def test_the_answer_ends_at_an_end_token_and_at_the_context() -> None:
     free = plain(proxy, Sampling(max_new_tokens=100))
     assert len(free) == 20 - len(PROMPT)
     proxy.end_ids = frozenset({free[6]})
-    ended = [token.id for token in proxy.speak(PROMPT, Sampling(max_new_tokens=100))]
+    ended = [token.id for token in proxy.generate_tokens(PROMPT, Sampling(max_new_tokens=100))]
     assert ended == free[: free.index(free[6]) + 1]
     with pytest.raises(ModelError, match="shorten it"):
-        next(proxy.speak([1] * 20, Sampling()))
+        next(proxy.generate_tokens([1] * 20, Sampling()))
 
 
 def test_answers_advanced_in_turns_do_not_meet() -> None:
     proxy = ProxyModel(model(0, width=24), adapted(3), rule=Difference(0.5))
     prompts = [PROMPT, [1, 8], [1, 22, 3, 4]]
     sampling = Sampling(max_new_tokens=12, temperature=0.8, seed=4)
-    alone = [[t.id for t in proxy.speak(p, sampling)] for p in prompts]
-    turns = itertools.zip_longest(*(proxy.speak(p, sampling) for p in prompts))
+    alone = [[t.id for t in proxy.generate_tokens(p, sampling)] for p in prompts]
+    turns = itertools.zip_longest(*(proxy.generate_tokens(p, sampling) for p in prompts))
     together = [[t.id for t in stream if t is not None] for stream in zip(*turns, strict=True)]
     assert together == alone
 
 
 def test_equal_seeds_draw_equal_tokens() -> None:
     proxy = ProxyModel(model(0, width=24), adapted(3), rule=Difference(0.5))
-    drawn = [[t.id for t in proxy.speak(PROMPT, Sampling(15, temperature=1.0, seed=seed))] for seed in (1, 1, 2)]
+    drawn = [
+        [t.id for t in proxy.generate_tokens(PROMPT, Sampling(15, temperature=1.0, seed=seed))] for seed in (1, 1, 2)
+    ]
     assert drawn[0] == drawn[1] != drawn[2]
 
 
@@ -106,7 +108,7 @@ def test_a_model_that_cannot_forget_speaks_plainly() -> None:
         large = MistralForCausalLM(config).eval()
     proxy = ProxyModel(large, adapted(3), rule=Difference(0.5))
     sampling = Sampling(max_new_tokens=20)
-    assert [token.id for token in proxy.speak(PROMPT, sampling)] == plain(proxy, sampling)
+    assert [token.id for token in proxy.generate_tokens(PROMPT, sampling)] == plain(proxy, sampling)
 
 
 P = torch.tensor([0.5, 0.2, 0.2, 0.1, 0.0])
@@ -146,7 +148,9 @@ def test_drawn_answers_have_the_plain_loop_s_distribution() -> None:
     exact = answers(proxy, Sampling(temperature=1.3, top_p=top_p))
     count = 500
     found = Counter(
-        tuple(token.id for token in proxy.speak([1, 3], Sampling(3, temperature=1.3, top_p=top_p, seed=seed)))
+        tuple(
+            token.id for token in proxy.generate_tokens([1, 3], Sampling(3, temperature=1.3, top_p=top_p, seed=seed))
+        )
         for seed in range(count)
     )
     assert set(found) <= set(exact)

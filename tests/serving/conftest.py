@@ -88,7 +88,7 @@ def start(served: Served) -> Iterator[Start]:
 
 @dataclass
 class Gated:
-    """Speaks as the speaker within, each token when the gate is open."""
+    """Speaks as the generator within, each token when the gate is open."""
 
     inner: Served
     gate: threading.Event = field(default_factory=threading.Event)
@@ -96,13 +96,13 @@ class Gated:
     """Waited before each token."""
 
     def __post_init__(self) -> None:
-        self.context, self.end_ids = self.inner.speaker.context, frozenset[int]()
+        self.context, self.end_ids = self.inner.generator.context, frozenset[int]()
         self.num_begun = self.num_closed = self.num_tokens = 0
 
-    def speak(self, prompt_ids: Sequence[int], sampling: Sampling) -> Iterator[Token]:
+    def generate_tokens(self, prompt_ids: Sequence[int], sampling: Sampling) -> Iterator[Token]:
         self.num_begun += 1
         try:
-            for token in self.inner.speaker.speak(prompt_ids, sampling):
+            for token in self.inner.generator.generate_tokens(prompt_ids, sampling):
                 assert self.gate.wait(20)
                 time.sleep(self.seconds)
                 self.num_tokens += 1
@@ -111,12 +111,12 @@ class Gated:
             self.num_closed += 1
 
     def score(self, ids: Sequence[int], num_logprobs: int = 0) -> list[Token | None]:
-        return self.inner.speaker.score(ids, num_logprobs)
+        return self.inner.generator.score(ids, num_logprobs)
 
 
 @pytest.fixture
 def gated(served: Served) -> Iterator[tuple[Gated, Served]]:
     """A gate and the tiny model behind it; the gate is open once the test is over."""
-    speaker = Gated(served)
-    yield speaker, replace(served, speaker=speaker)
-    speaker.gate.set()
+    generator = Gated(served)
+    yield generator, replace(served, generator=generator)
+    generator.gate.set()

@@ -13,7 +13,7 @@ import openai
 import pytest
 
 from kilofed.generation.decoding import Sampling
-from kilofed.generation.detokenizer import spell
+from kilofed.generation.detokenizer import detokenize
 from kilofed.serving.server import running
 
 TALK = [{"role": "user", "content": "add 1 and 2"}]
@@ -21,8 +21,8 @@ TALK = [{"role": "user", "content": "add 1 and 2"}]
 
 def said(server, prompt, sampling, stops=()) -> str:
     """The text that the decoder writes without a server."""
-    speaker, spelling = server.served.speaker, server.served.spelling
-    pieces = spell(speaker.speak(prompt, sampling), spelling, stops=stops, end_ids=speaker.end_ids)
+    generator, codec = server.served.generator, server.served.codec
+    pieces = detokenize(generator.generate_tokens(prompt, sampling), codec, stops=stops, end_ids=generator.end_ids)
     return "".join(piece.text for piece in pieces)
 
 
@@ -33,7 +33,7 @@ def streamed(chunks) -> tuple[str, list[str]]:
 
 
 def test_a_completion_is_what_the_decoder_says(server) -> None:
-    ids = server.served.spelling.ids("add 1")
+    ids = server.served.codec.encode("add 1")
     reply = server.api.completions.create(model="tiny", prompt="add 1", max_tokens=20, temperature=0)
     assert reply.choices[0].text == said(server, ids, Sampling(20))
     assert reply.usage is not None
@@ -81,18 +81,20 @@ def test_without_max_tokens_a_chat_may_fill_the_context(server) -> None:
 
 
 def test_logprobs_are_the_decoders_in_both_forms(server) -> None:
-    speaker, spelling = server.served.speaker, server.served.spelling
-    ids = spelling.ids("ab")
-    told = list(speaker.speak(ids, Sampling(12, temperature=1.0, seed=3, num_logprobs=4)))
+    generator, codec = server.served.generator, server.served.codec
+    ids = codec.encode("ab")
+    told = list(generator.generate_tokens(ids, Sampling(12, temperature=1.0, seed=3, num_logprobs=4)))
     asked = {"model": "tiny", "max_tokens": 12, "temperature": 1, "seed": 3}
     text = server.api.completions.create(**asked, prompt=ids, logprobs=4).choices[0].logprobs
     assert text.token_logprobs == [token.logprob for token in told]
-    assert text.tokens == [spelling.name(token.id) for token in told]
+    assert text.tokens == [codec.name(token.id) for token in told]
     assert [list(top.values()) for top in text.top_logprobs] == [[lp for _, lp in token.top] for token in told]
     chat = server.api.chat.completions.create(**asked, messages=TALK, logprobs=True, top_logprobs=4).choices[0]
-    told = list(speaker.speak(server.served.talk_ids(TALK), Sampling(12, temperature=1.0, seed=3, num_logprobs=4)))
+    told = list(
+        generator.generate_tokens(server.served.talk_ids(TALK), Sampling(12, temperature=1.0, seed=3, num_logprobs=4))
+    )
     assert [token.logprob for token in chat.logprobs.content] == [token.logprob for token in told]
-    assert [bytes(token.bytes) for token in chat.logprobs.content] == [spelling.bytes(token.id) for token in told]
+    assert [bytes(token.bytes) for token in chat.logprobs.content] == [codec.bytes(token.id) for token in told]
     assert [[top.logprob for top in token.top_logprobs] for token in chat.logprobs.content] == [
         [lp for _, lp in token.top] for token in told
     ]
@@ -119,8 +121,8 @@ def test_streamed_logprobs_are_those_of_the_whole(server) -> None:
 
 
 def test_echo_without_new_tokens_scores_the_prompt(server) -> None:
-    ids = server.served.spelling.ids("add 1 and 2")
-    scored = server.served.speaker.score(ids, 5)
+    ids = server.served.codec.encode("add 1 and 2")
+    scored = server.served.generator.score(ids, 5)
     reply = server.api.completions.create(model="tiny", prompt="add 1 and 2", max_tokens=0, echo=True, logprobs=5)
     choice = reply.choices[0]
     assert choice.text == "add 1 and 2"
@@ -138,7 +140,7 @@ def test_a_prompt_of_the_whole_context_can_be_scored(server) -> None:
 
 
 def test_echo_puts_the_prompt_in_front_of_the_answer(server) -> None:
-    ids = server.served.spelling.ids("ab")
+    ids = server.served.codec.encode("ab")
     reply = server.api.completions.create(
         model="tiny", prompt="ab", max_tokens=5, temperature=0, echo=True, logprobs=1
     )
@@ -155,7 +157,7 @@ def test_all_logprobs_can_be_told_by_id(server) -> None:
         | {"return_tokens_as_token_ids": True},
     ).json()
     top = reply["choices"][0]["logprobs"]["top_logprobs"][0]
-    (token,) = server.served.speaker.speak([5, 6], Sampling(1, num_logprobs=259))
+    (token,) = server.served.generator.generate_tokens([5, 6], Sampling(1, num_logprobs=259))
     assert top == {f"token_id:{known}": logprob for known, logprob in token.top}
 
 
@@ -165,7 +167,7 @@ def test_a_prompt_may_be_text_or_ids_or_a_list_of_either(server) -> None:
         assert [choice.index for choice in reply.choices] == list(range(len(reply.choices)))
         return [choice.text for choice in reply.choices]
 
-    ids = server.served.spelling.ids
+    ids = server.served.codec.encode
     one, two = texts("a")[0], texts("b")[0]
     assert texts(ids("a")) == texts(["a"]) == texts([ids("a")]) == [one]
     assert texts(["a", "b"]) == texts([ids("a"), ids("b")]) == [one, two]

@@ -19,7 +19,7 @@ def talked(path: Path, *lines: str) -> list[str]:
 def test_the_answer_is_what_the_decoder_says_without_outer_space(tiny_model: Path) -> None:
     served = open_served(str(tiny_model))
     ids = served.talk_ids([{"role": "user", "content": "add 1"}])
-    said = served.spelling.text([token.id for token in served.speaker.speak(ids, Sampling(12))])
+    said = served.codec.decode([token.id for token in served.generator.generate_tokens(ids, Sampling(12))])
     assert "\n".join(talked(tiny_model, "add 1")) == said.strip() + "\n"
 
 
@@ -32,7 +32,7 @@ def test_each_line_is_answered_until_an_empty_one(tiny_model: Path) -> None:
 def test_a_long_talk_loses_its_oldest_turns_and_says_so(tiny_model: Path, capsys) -> None:  # type: ignore[no-untyped-def]
     plain = open_served(str(tiny_model))
     spec = replace(plain.renderer.spec, template="")
-    served = replace(plain, renderer=Renderer(plain.spelling.tokenizer, spec, "messages"))
+    served = replace(plain, renderer=Renderer(plain.codec.tokenizer, spec, "messages"))
     talk_so_far = [{"role": role, "content": "a" * 40} for role in ("user", "assistant", "user", "assistant", "user")]
     kept, ids = fitted(served, talk_so_far)
     assert kept == talk_so_far[4:]

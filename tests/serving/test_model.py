@@ -11,7 +11,7 @@ import kilofed
 from kilofed.config.recipe import AdapterSpec, ModelSpec, Recipe
 from kilofed.data.examples import TEMPLATES
 from kilofed.errors import DataError, ModelError, RunError
-from kilofed.generation.decoding import Sampling, Solo, Speaker
+from kilofed.generation.decoding import ModelGenerator, Sampling, TokenGenerator
 from kilofed.models import loading
 from kilofed.proxy.model import ProxyModel
 from kilofed.runs import export
@@ -58,14 +58,16 @@ def test_a_run_speaks_as_its_delivered_model_with_its_training_template(folder: 
     wanted = TEMPLATES["alpaca"][1].format(instruction="two?")
     ids = [1, *tokenizer.encode(wanted, add_special_tokens=False)]
     assert served.talk_ids(TALK[-1:]) == ids
-    said = [token.id for token in served.speaker.speak(ids[-40:], Sampling(10))]
-    assert said == [token.id for token in Solo(model, served.speaker.end_ids).speak(ids[-40:], Sampling(10))]
+    said = [token.id for token in served.generator.generate_tokens(ids[-40:], Sampling(10))]
+    assert said == [
+        token.id for token in ModelGenerator(model, served.generator.end_ids).generate_tokens(ids[-40:], Sampling(10))
+    ]
 
 
 def test_a_system_text_is_the_templates_context_and_earlier_turns_are_not_seen(folder: Path) -> None:
     served = open_served(str(folder))
     wanted = TEMPLATES["alpaca"][0].format(instruction="two?", context="be brief")
-    assert served.talk_ids(TALK) == [1, *served.spelling.tokenizer.encode(wanted, add_special_tokens=False)]
+    assert served.talk_ids(TALK) == [1, *served.codec.tokenizer.encode(wanted, add_special_tokens=False)]
     assert not served.takes_talks
 
 
@@ -74,7 +76,7 @@ def test_a_merged_model_is_the_run_it_came_from(folder: Path, tmp_path: Path) ->
     tuned = open_served(str(folder))
     ids = merged.talk_ids(TALK[-1:])[-60:]
     assert merged.talk_ids(TALK) == tuned.talk_ids(TALK)
-    for one, other in zip(merged.speaker.score(ids)[1:], tuned.speaker.score(ids)[1:], strict=True):
+    for one, other in zip(merged.generator.score(ids)[1:], tuned.generator.score(ids)[1:], strict=True):
         assert one is not None
         assert other is not None
         assert one.logprob == pytest.approx(other.logprob, abs=1e-4)
@@ -84,7 +86,7 @@ def test_a_chat_template_sees_the_whole_talk(chatty: Path) -> None:
     served = open_served(str(chatty))
     assert served.takes_talks
     text = "<|system|>be brief\n<|user|>one?\n<|assistant|>1\n<|user|>two?\n<|assistant|>"
-    assert served.spelling.tokenizer.decode(served.talk_ids(TALK)) == f"<bos>{text}"
+    assert served.codec.tokenizer.decode(served.talk_ids(TALK)) == f"<bos>{text}"
     assert not open_served(str(chatty), template="question").takes_talks
 
 
@@ -95,8 +97,8 @@ def test_a_long_talk_is_not_cut(folder: Path) -> None:
 def test_a_model_trained_on_running_text_goes_on_with_the_message(folder: Path) -> None:
     served = open_served(str(folder))
     spec = replace(served.renderer.spec, template="")
-    text = replace(served, renderer=type(served.renderer)(served.spelling.tokenizer, spec, "text"))
-    assert text.talk_ids(TALK[-1:]) == text.spelling.ids("two?")
+    text = replace(served, renderer=type(served.renderer)(served.codec.tokenizer, spec, "text"))
+    assert text.talk_ids(TALK[-1:]) == text.codec.encode("two?")
     with pytest.raises(DataError, match="no place for a system text"):
         text.talk_ids(TALK)
 
@@ -131,10 +133,12 @@ def test_a_proxy_pair_speaks_for_itself(start, served, tiny_model: Path, tiny_la
         for parameter in loading.trained(tuned).values():
             parameter.normal_(generator=torch.Generator().manual_seed(1))
     pair = ProxyModel(loading.load_base(ModelSpec(str(tiny_large))), tuned)
-    assert isinstance(pair, Speaker)
-    server = start(replace(served, speaker=pair))
+    assert isinstance(pair, TokenGenerator)
+    server = start(replace(served, generator=pair))
     asked = {"model": "tiny", "prompt": "ab", "max_tokens": 12, "temperature": 0, "logprobs": 2, "echo": True}
     reply = server.api.completions.create(**asked).choices[0]
-    plain = list(Solo(pair, pair.end_ids).speak(served.spelling.ids("ab"), Sampling(12, num_logprobs=2)))
-    assert reply.text == "ab" + served.spelling.text([token.id for token in plain])
+    plain = list(
+        ModelGenerator(pair, pair.end_ids).generate_tokens(served.codec.encode("ab"), Sampling(12, num_logprobs=2))
+    )
+    assert reply.text == "ab" + served.codec.decode([token.id for token in plain])
     assert reply.logprobs.token_logprobs[3:] == pytest.approx([token.logprob for token in plain], abs=1e-4)

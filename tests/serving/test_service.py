@@ -143,18 +143,18 @@ def test_an_answer_that_takes_too_long_ends_with_an_error(start, gated) -> None:
 
 def test_a_model_that_fails_ends_its_own_request_only(start, served) -> None:
     class Failing:
-        context, end_ids = served.speaker.context, served.speaker.end_ids
+        context, end_ids = served.generator.context, served.generator.end_ids
         errors = (ModelError("the large model did not answer: try again"), RuntimeError("/secret/path"))
 
-        def speak(self, ids, sampling):
-            yield from served.speaker.speak(ids, replace(sampling, max_new_tokens=1))
+        def generate_tokens(self, ids, sampling):
+            yield from served.generator.generate_tokens(ids, replace(sampling, max_new_tokens=1))
             if sampling.seed < 2:
                 raise self.errors[sampling.seed]
 
         def score(self, ids, num_logprobs=0):
-            return served.speaker.score(ids, num_logprobs)
+            return served.generator.score(ids, num_logprobs)
 
-    server = start(replace(served, speaker=Failing()))
+    server = start(replace(served, generator=Failing()))
     told = server.post("/v1/completions", {**ASK, "seed": 0})
     assert (told.status_code, told.json()["error"]["message"]) == (500, "the large model did not answer: try again")
     hidden = server.post("/v1/completions", {**ASK, "seed": 1})

@@ -1,6 +1,6 @@
-"""One token after the other: how a next token is chosen, and what every model that speaks must be able to do.
+"""How the next token is chosen, and what every model that generates text must be able to do.
 
-Every speaker (a model alone, a proxy of several) takes its tokens from `choose`, so that the same logits, the same
+Every generator (a model alone, a proxy of several) takes its tokens from `choose`, so that the same logits, the same
 sampling and the same seed give the same token everywhere.
 """
 
@@ -16,7 +16,7 @@ from kilofed.errors import ModelError
 UNBOUNDED = 1 << 20
 """Context of a model whose config names none, in tokens."""
 ROWS_AT_ONCE = 256
-"""Positions that `Solo.score` takes through the output head at once."""
+"""Positions that `ModelGenerator.score` takes through the output head at once."""
 
 
 @dataclass(frozen=True)
@@ -46,19 +46,19 @@ class Token(NamedTuple):
 
 
 @runtime_checkable
-class Speaker(Protocol):
-    """A model that goes on with a text and scores one."""
+class TokenGenerator(Protocol):
+    """A model that continues a text and scores one."""
 
     context: int
     """Most tokens of prompt and answer together."""
     end_ids: frozenset[int]
     """Tokens that end an answer."""
 
-    def speak(self, prompt_ids: Sequence[int], sampling: Sampling) -> Iterator[Token]:
+    def generate_tokens(self, prompt_ids: Sequence[int], sampling: Sampling) -> Iterator[Token]:
         """The answer's tokens, each computed when it is asked for.
 
         Ends after a token of `end_ids` (which is given out too), after `max_new_tokens`, or where the context is full.
-        Several iterators of one speaker may be advanced in turns by one thread; none sees the other.
+        Several iterators of one generator may be advanced in turns by one thread; none sees the other.
 
         Raises:
             ModelError: at the first token, for an empty prompt or one that fills the context.
@@ -72,16 +72,16 @@ class Speaker(Protocol):
         """
 
 
-class Solo:
-    """A transformers causal language model that speaks alone, one prompt at a time with its own cache."""
+class ModelGenerator:
+    """A single transformers causal language model, one prompt at a time with its own cache."""
 
     def __init__(self, model: nn.Module, end_ids: Collection[int]) -> None:
         self.model = model
         self.end_ids = frozenset(end_ids)
         self.context = context_of(model)
 
-    def speak(self, prompt_ids: Sequence[int], sampling: Sampling) -> Iterator[Token]:
-        """As `Speaker.speak`."""
+    def generate_tokens(self, prompt_ids: Sequence[int], sampling: Sampling) -> Iterator[Token]:
+        """As `TokenGenerator.generate_tokens`."""
         check_prompt(prompt_ids, self.context)
         generator = torch.Generator().manual_seed(sampling.seed)
         ids, cache = list(prompt_ids), None
@@ -95,7 +95,7 @@ class Solo:
 
     @torch.inference_mode()
     def score(self, ids: Sequence[int], num_logprobs: int = 0) -> list[Token | None]:
-        """As `Speaker.score`."""
+        """As `TokenGenerator.score`."""
         check_prompt(ids, self.context + 1)
         tokens: list[Token | None] = [None]
         cache: object = None
@@ -109,7 +109,7 @@ class Solo:
             ]
         return tokens
 
-    # Not around `speak`: between two tokens of a generator the mode would hold for the caller.
+    # Not around `generate_tokens`: between two tokens of a generator the mode would hold for the caller.
     @torch.inference_mode()
     def _step(self, ids: Sequence[int], cache: object) -> tuple[Tensor, object]:
         out = self.model(input_ids=self._row(ids), past_key_values=cache, use_cache=True, logits_to_keep=1)

@@ -16,10 +16,10 @@ LONGEST = 3
 WINDOW = 8
 """Tokens after which the part of an answer that is decoded again and again is made shorter."""
 
-End = Literal["", "stop", "length"]
+FinishReason = Literal["", "stop", "length"]
 
 
-class Spelling:
+class TextCodec:
     """The text of one tokeniser's tokens."""
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:
@@ -32,7 +32,7 @@ class Spelling:
         # A tokeniser over bytes has a token for each of them, under these letters.
         self._letters = letters if all(letter in known for letter in letters) else {}
 
-    def ids(self, text: str) -> list[int]:
+    def encode(self, text: str) -> list[int]:
         """Tokens of a text, behind the tokeniser's first token if it has one: how texts are tokenised in training."""
         ids = [int(i) for i in self.tokenizer.encode(text, add_special_tokens=False, verbose=False)]
         first = self.tokenizer.bos_token_id
@@ -41,7 +41,7 @@ class Spelling:
             return ids or [i for i in [self.tokenizer.eos_token_id] if i is not None]
         return ids if ids[:1] == [first] else [first, *ids]
 
-    def text(self, ids: Sequence[int]) -> str:
+    def decode(self, ids: Sequence[int]) -> str:
         """Text of tokens; special ones are left out."""
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
@@ -67,7 +67,7 @@ class Spelling:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in known)
 
 
-class Writer:
+class IncrementalDecoder:
     """Text out of tokens as they come; a character is given out when it is whole.
 
     For tokenisers over bytes the pieces joined are the text of all tokens. Those that fall back to bytes only for
@@ -103,7 +103,7 @@ class Writer:
         return new
 
 
-class Stops:
+class StopStrings:
     """Strings that end a text, found also where they lie across pieces."""
 
     def __init__(self, strings: Sequence[str]) -> None:
@@ -132,7 +132,7 @@ class Stops:
         return "" if self.found else held
 
 
-class Spelt(NamedTuple):
+class PlacedToken(NamedTuple):
     """A token and where it begins in the answer, in characters."""
 
     token: Token
@@ -144,26 +144,26 @@ class Piece:
     """What one more token brought; the pieces of an answer, joined, are the answer."""
 
     text: str
-    tokens: tuple[Spelt, ...]
+    tokens: tuple[PlacedToken, ...]
     """The tokens whose text is given out by now; an end token has no text and comes with the last piece."""
-    end: End = ""
+    finish_reason: FinishReason = ""
     """Set in the last piece: stop for an end token or a stop string, length for no more room."""
     num_new: int = 1
     """Tokens that the model gave for it: 1, or 0 in a last piece that only says that there is no more room."""
 
 
-def spell(
-    tokens: Iterable[Token], spelling: Spelling, *, stops: Sequence[str] = (), end_ids: Iterable[int] = ()
+def detokenize(
+    tokens: Iterable[Token], codec: TextCodec, *, stops: Sequence[str] = (), end_ids: Iterable[int] = ()
 ) -> Iterator[Piece]:
     """An answer in pieces, one per token and one at the end; closes `tokens` where a stop string is found.
 
     Tokens that begin at or behind a stop string are left out, as the string itself is.
     """
-    writer, stop, ends = Writer(spelling.text), Stops(stops), frozenset(end_ids)
-    waiting: list[Spelt] = []
+    writer, stop, ends = IncrementalDecoder(codec.decode), StopStrings(stops), frozenset(end_ids)
+    waiting: list[PlacedToken] = []
     seen = sent = 0  # Characters written, and given out.
     for token in tokens:
-        waiting.append(Spelt(token, seen))
+        waiting.append(PlacedToken(token, seen))
         if token.id in ends:
             ready = stop.add(writer.end()) + stop.end()
             last = _before(waiting, sent + len(ready)) if stop.found else waiting
@@ -183,9 +183,9 @@ def spell(
     yield Piece(ready, tuple(last), "stop" if stop.found else "length", 0)
 
 
-def _before(tokens: Sequence[Spelt], end: int) -> list[Spelt]:
+def _before(tokens: Sequence[PlacedToken], end: int) -> list[PlacedToken]:
     """The leading tokens that begin before character number `end`."""
-    return [spelt for spelt in tokens if spelt.start < end]
+    return [placed for placed in tokens if placed.start < end]
 
 
 def _overlap(text: str, string: str) -> int:

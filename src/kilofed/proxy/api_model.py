@@ -17,7 +17,7 @@ from transformers.cache_utils import DynamicLayer
 
 from kilofed.errors import ModelError, RemoteError
 from kilofed.generation.decoding import UNBOUNDED
-from kilofed.generation.detokenizer import Spelling
+from kilofed.generation.detokenizer import TextCodec
 from kilofed.proxy.api import Api, Json
 from kilofed.proxy.api_cache import LogprobCache, TopLogprobs, prefix_keys
 from kilofed.proxy.logit_sources import ForwardInputs
@@ -208,11 +208,11 @@ class RemoteModel:
 
 def _names(tokenizer: "PreTrainedTokenizerBase", width: int) -> dict[str, int]:
     """Token by its text; texts that several tokens share are left out, and those tokens count as unseen."""
-    spelling = Spelling(tokenizer)
+    codec = TextCodec(tokenizer)
     found: dict[str, int] = {}
     shared: set[str] = set()
     for number in range(width):
-        name = spelling.name(number)
+        name = codec.name(number)
         if name in found:
             shared.add(name)
         found[name] = number

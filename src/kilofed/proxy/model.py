@@ -40,7 +40,7 @@ class ProxyModel(PreTrainedModel, GenerationMixin):  # type: ignore[no-untyped-c
         base: the small model before tuning; None takes what lies under the adapter of `tuned`, and the two then share
             one batched forward. Not used by rules without a base.
         rule: how scores become one; see `kilofed.proxy.combination`.
-        drafting: how far the small tuned model runs ahead in `speak`; `Drafting(longest=0)` takes one token at a time.
+        drafting: how far the small tuned model runs ahead in `generate_tokens`; `Drafting(longest=0)` drafts none.
         vocabulary: number of real tokens (`vocabulary.common_vocabulary`); logits are cut to it. None takes the width
             that all models have.
 
@@ -140,8 +140,8 @@ class ProxyModel(PreTrainedModel, GenerationMixin):  # type: ignore[no-untyped-c
         small = self.small_source
         return (small.tuned, small.base) if isinstance(small, SharedForwardPair | TwoForwardPair) else (small, None)
 
-    def speak(self, prompt_ids: Sequence[int], sampling: Sampling) -> Iterator[Token]:
-        """As decode.Speaker.speak, several tokens per forward of the large model where drafts stand.
+    def generate_tokens(self, prompt_ids: Sequence[int], sampling: Sampling) -> Iterator[Token]:
+        """As TokenGenerator.generate_tokens, several tokens per forward of the large model where drafts stand.
 
         Greedy tokens are those of one at a time but for ties within rounding; draws have the same distribution, not
         the same values.
@@ -155,7 +155,7 @@ class ProxyModel(PreTrainedModel, GenerationMixin):  # type: ignore[no-untyped-c
 
     @torch.inference_mode()
     def score(self, ids: Sequence[int], num_logprobs: int = 0) -> list[Token | None]:
-        """As decode.Speaker.score."""
+        """As TokenGenerator.score."""
         check_prompt(ids, self.context + 1)
         tokens: list[Token | None] = [None]
         cache = self.new_cache()

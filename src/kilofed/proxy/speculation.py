@@ -56,7 +56,7 @@ class CachedSource:
 
 
 def plain_tokens(proxy: "ProxyModel", prompt_ids: Sequence[int], sampling: Sampling) -> Iterator[Token]:
-    """The answer of a proxy one token at a time, all parts in one call; see decode.Speaker.speak."""
+    """The answer of a proxy one token at a time, all parts in one call; see TokenGenerator.generate_tokens."""
     generator = torch.Generator().manual_seed(sampling.seed)
     ids, cache = list(prompt_ids), proxy.new_cache()
     for _ in range(min(sampling.max_new_tokens, proxy.context - len(ids))):
@@ -88,7 +88,7 @@ class Speculation:
         self.num_drafted = self.num_accepted = self.num_cycles = 0
 
     def tokens(self, prompt_ids: Sequence[int]) -> Iterator[Token]:
-        """See decode.Speaker.speak."""
+        """See TokenGenerator.generate_tokens."""
         ids = list(prompt_ids)
         room = min(self._sampling.max_new_tokens, self._proxy.context - len(ids))
         while room > 0:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TextIO
 
 from kilofed.generation.decoding import Sampling
-from kilofed.generation.detokenizer import Piece, spell
+from kilofed.generation.detokenizer import Piece, detokenize
 from kilofed.serving.model import Served, open_served
 
 
@@ -30,8 +30,8 @@ def talk(
     while line := _ask(source, keyboard):
         talked.append({"role": "user", "content": line})
         talked, ids = fitted(served, talked)
-        tokens = served.speaker.speak(ids, Sampling(max_new_tokens))
-        said = _say(spell(tokens, served.spelling, end_ids=served.speaker.end_ids), to)
+        tokens = served.generator.generate_tokens(ids, Sampling(max_new_tokens))
+        said = _say(detokenize(tokens, served.codec, end_ids=served.generator.end_ids), to)
         talked.append({"role": "assistant", "content": said})
 
 
@@ -45,7 +45,7 @@ def fitted(served: Served, talked: list[dict[str, str]]) -> tuple[list[dict[str,
     """The newest turns that leave room for an answer, and their tokens."""
     ids = served.talk_ids(talked)
     whole = len(talked)
-    while len(ids) >= served.speaker.context and len(talked) > 2:
+    while len(ids) >= served.generator.context and len(talked) > 2:
         talked = talked[2:]
         ids = served.talk_ids(talked)
     if len(talked) < whole:

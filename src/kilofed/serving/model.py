@@ -1,4 +1,4 @@
-"""What is served: a run's model or a model directory, as a speaker with its tokeniser and its prompt template."""
+"""What is served: a run's model or a model directory, as a generator with its tokeniser and its prompt template."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -11,8 +11,8 @@ from torch import nn
 from kilofed.config.recipe import DataSpec, ModelSpec
 from kilofed.data.examples import Renderer
 from kilofed.errors import DataError, RunError
-from kilofed.generation.decoding import Solo, Speaker, end_ids_of
-from kilofed.generation.detokenizer import Spelling
+from kilofed.generation.decoding import ModelGenerator, TokenGenerator, end_ids_of
+from kilofed.generation.detokenizer import TextCodec
 from kilofed.models import loading
 from kilofed.runs.loop import first_seed, recipe_of, restored
 
@@ -29,8 +29,8 @@ class Served:
 
     name: str
     """What clients call it."""
-    speaker: Speaker
-    spelling: Spelling
+    generator: TokenGenerator
+    codec: TextCodec
     renderer: Renderer
     """The template of the run's training, or the one that was named."""
 
@@ -72,7 +72,7 @@ class Served:
 
 
 def open_served(path: str, *, name: str = "", template: str = "", device: str = "") -> Served:
-    """The model at `path`, ready to speak.
+    """The model at `path`, ready to generate.
 
     Args:
         path: a run folder, `builtin:small` or `builtin:large`, a model directory, or a hub id.
@@ -81,7 +81,7 @@ def open_served(path: str, *, name: str = "", template: str = "", device: str = 
         device: where it runs; by default the recipe's device, or cpu.
 
     Raises:
-        RunError, ModelError, DataError: there is no such model, or it is not one that speaks.
+        RunError, ModelError, DataError: there is no such model, or it does not generate text.
     """
     if (Path(path) / "run.json").exists() or (Path(path) / "recipe.toml").exists():
         return _of_run(Path(path), name, template, device)
@@ -116,9 +116,9 @@ def _served(
 ) -> Served:
     data, kind = prompts
     ends = end_ids_of(model, tokenizer.eos_token_id)
-    speaker = model if isinstance(model, Speaker) else Solo(model, ends)
+    generator = model if isinstance(model, TokenGenerator) else ModelGenerator(model, ends)
     renderer = Renderer(tokenizer, replace(data, max_length=NEVER_CUT), kind)
-    return Served(name, speaker, Spelling(tokenizer), renderer)
+    return Served(name, generator, TextCodec(tokenizer), renderer)
 
 
 def _last(path: str) -> str:

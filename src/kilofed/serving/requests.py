@@ -168,7 +168,7 @@ def read_chat_ask(body: bytes, served: Served, limits: Limits, seed: int) -> Ask
         prompts=(tuple(ids),),
         n=_choices(asked.n, 1, limits),
         sampling=_sampling(
-            asked, wanted or served.speaker.context - len(ids), asked.top_logprobs or 0, limits, "top_logprobs", seed
+            asked, wanted or served.generator.context - len(ids), asked.top_logprobs or 0, limits, "top_logprobs", seed
         ),
         stops=read_stops(asked.stop),
         stream=bool(asked.stream),
@@ -242,7 +242,7 @@ def _sampling(asked: _Body, wanted: int, num: int, limits: Limits, field: str, s
 
 def _check_room(lengths: Sequence[int], wanted: int, served: Served, fields: tuple[str, str]) -> None:
     """Raise Refusal where a prompt or a prompt with the answer does not fit the context."""
-    context, longest = served.speaker.context, max(lengths)
+    context, longest = served.generator.context, max(lengths)
     if min(lengths) == 0:
         raise Refusal(f"{fields[0]} has no tokens", param=fields[0])
     room = context if wanted == 0 else context - 1

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from kilofed.generation.decoding import Token
-from kilofed.generation.detokenizer import Spelt
+from kilofed.generation.detokenizer import PlacedToken
 from kilofed.serving.model import Served
 from kilofed.serving.requests import Ask
 from kilofed.serving.steps import Step
@@ -51,7 +51,7 @@ class Answer:
         self._texts[step.index].append(step.piece.text)
         if self.ask.logprobs:
             self._tokens[step.index].append(step)
-        self._ends[step.index] = step.piece.end or self._ends[step.index]
+        self._ends[step.index] = step.piece.finish_reason or self._ends[step.index]
 
     def whole(self) -> Json:
         """The response to a request without `stream`, once all has come."""
@@ -74,11 +74,11 @@ class Answer:
             self._begun.add(index)
             found.append(self._chunk(index, {"delta": {"role": "assistant", "content": ""}}, None, None))
         logprobs = self._logprobs([step]) if self.ask.logprobs and piece.tokens else None
-        if piece.text or logprobs or (piece.end and not self.ask.is_chat):
+        if piece.text or logprobs or (piece.finish_reason and not self.ask.is_chat):
             said: Json = {"delta": {"content": piece.text}} if self.ask.is_chat else {"text": piece.text}
-            found.append(self._chunk(index, said, logprobs, None if self.ask.is_chat else piece.end or None))
-        if piece.end and self.ask.is_chat:
-            found.append(self._chunk(index, {"delta": {}}, None, piece.end))
+            found.append(self._chunk(index, said, logprobs, None if self.ask.is_chat else piece.finish_reason or None))
+        if piece.finish_reason and self.ask.is_chat:
+            found.append(self._chunk(index, {"delta": {}}, None, piece.finish_reason))
         return found
 
     def last_chunk(self) -> list[Json]:
@@ -100,19 +100,19 @@ class Answer:
         return {"id": self.id, "object": kind, "created": self.created, "model": self.served.name}
 
     def _logprobs(self, steps: Iterable[Step]) -> Json:
-        told = [(spelt, step.offset) for step in steps for spelt in step.piece.tokens]
+        told = [(placed, step.offset) for step in steps for placed in step.piece.tokens]
         if self.ask.is_chat:
-            return {"content": [self._of_chat(spelt.token) for spelt, _ in told], "refusal": None}
+            return {"content": [self._of_chat(placed.token) for placed, _ in told], "refusal": None}
         return self._of_text(told)
 
-    def _of_text(self, told: list[tuple[Spelt, int]]) -> Json:
-        tokens = [spelt.token for spelt, _ in told]
+    def _of_text(self, told: list[tuple[PlacedToken, int]]) -> Json:
+        tokens = [placed.token for placed, _ in told]
         tops: list[Mapping[str, float] | None] = [self._top(token) for token in tokens]
         return {
             "tokens": [self._name(token.id) for token in tokens],
             "token_logprobs": [_number(token.logprob) for token in tokens],
             "top_logprobs": tops if self.ask.sampling.num_logprobs else None,
-            "text_offset": [spelt.start + offset for spelt, offset in told],
+            "text_offset": [placed.start + offset for placed, offset in told],
         }
 
     def _top(self, token: Token) -> Mapping[str, float] | None:
@@ -129,11 +129,11 @@ class Answer:
         return {**self._named(token.id, token.logprob), "top_logprobs": tops}
 
     def _named(self, token: int, logprob: float) -> Json:
-        known = list(self.served.spelling.bytes(token))
+        known = list(self.served.codec.bytes(token))
         return {"token": self._name(token), "logprob": max(logprob, LEAST_LOGPROB), "bytes": known}
 
     def _name(self, token: int) -> str:
-        return f"token_id:{token}" if self.ask.names_as_ids else self.served.spelling.name(token)
+        return f"token_id:{token}" if self.ask.names_as_ids else self.served.codec.name(token)
 
 
 def event(value: Json) -> bytes:

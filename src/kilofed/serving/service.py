@@ -67,7 +67,7 @@ class Service:
             "object": "model",
             "created": self.created,
             "owned_by": "kilofed",
-            "max_model_len": self.served.speaker.context,
+            "max_model_len": self.served.generator.context,
             "talks": self.served.manner,
         }
 

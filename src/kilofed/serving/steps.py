@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from kilofed.generation.decoding import Token
-from kilofed.generation.detokenizer import Piece, spell
+from kilofed.generation.detokenizer import Piece, detokenize
 from kilofed.serving.model import Served
 from kilofed.serving.requests import SEEDS, Ask
 
@@ -36,24 +36,24 @@ def steps(served: Served, ask: Ask) -> Iterator[Step]:
             if not ask.sampling.max_new_tokens:
                 continue
             seed = (ask.sampling.seed + index + SEEDS) % (2 * SEEDS) - SEEDS
-            tokens = served.speaker.speak(prompt, replace(ask.sampling, seed=seed))
-            for piece in spell(tokens, served.spelling, stops=ask.stops, end_ids=served.speaker.end_ids):
+            tokens = served.generator.generate_tokens(prompt, replace(ask.sampling, seed=seed))
+            for piece in detokenize(tokens, served.codec, stops=ask.stops, end_ids=served.generator.end_ids):
                 yield Step(index, piece, offset)
 
 
 def _echo(served: Served, ask: Ask, prompt: Sequence[int]) -> Piece:
     """The prompt as if it had been generated; scored where log-probabilities are wanted."""
     if ask.logprobs:
-        scored = served.speaker.score(prompt, ask.sampling.num_logprobs)
+        scored = served.generator.score(prompt, ask.sampling.num_logprobs)
     else:
         scored = [None] * len(prompt)
     tokens = [
         UNTOLD._replace(id=known) if token is None else token for known, token in zip(prompt, scored, strict=True)
     ]
-    pieces = list(spell(tokens, served.spelling))
+    pieces = list(detokenize(tokens, served.codec))
     return Piece(
         "".join(piece.text for piece in pieces),
-        tuple(spelt for piece in pieces for spelt in piece.tokens),
+        tuple(placed for piece in pieces for placed in piece.tokens),
         "" if ask.sampling.max_new_tokens else "length",
         num_new=0,
     )

@@ -58,14 +58,14 @@ def read_stops(stop: JsonValue) -> tuple[str, ...]:
 def read_prompts(prompt: JsonValue, served: Served) -> list[list[int]]:
     """Token ids of each prompt, which may be a text, token ids, or a list of either."""
     if isinstance(prompt, str):
-        return [served.spelling.ids(prompt)]
+        return [served.codec.encode(prompt)]
     if not isinstance(prompt, list) or not prompt:
         raise Refusal("prompt must be a text, a list of token ids, or a list of either", param="prompt")
     if all(_is_id(one) for one in prompt):
         return [_ids(prompt, served)]
     texts = [one for one in prompt if isinstance(one, str)]
     if len(texts) == len(prompt):
-        return [served.spelling.ids(text) for text in texts]
+        return [served.codec.encode(text) for text in texts]
     lists = [one for one in prompt if isinstance(one, list)]
     if len(lists) == len(prompt):
         return [_ids(one, served) for one in lists]
@@ -80,9 +80,9 @@ def _ids(values: Sequence[JsonValue], served: Served) -> list[int]:
     ids = [value for value in values if isinstance(value, int) and _is_id(value)]
     if len(ids) < len(values):
         raise Refusal("prompt has a list of token ids with something else in it", param="prompt")
-    if outside := [i for i in ids if not 0 <= i < served.spelling.num_tokens]:
+    if outside := [i for i in ids if not 0 <= i < served.codec.num_tokens]:
         raise Refusal(
-            f"prompt has the token id {outside[0]}; this model knows 0 to {served.spelling.num_tokens - 1}",
+            f"prompt has the token id {outside[0]}; this model knows 0 to {served.codec.num_tokens - 1}",
             param="prompt",
         )
     return ids
