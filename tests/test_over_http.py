@@ -14,7 +14,7 @@ from kilofed.models.loading import load_base
 from kilofed.proxy.api_model import RemoteModel
 from kilofed.proxy.model import ProxyModel
 from kilofed.proxy.spec import LargeSpec
-from kilofed.serving.model import open_served
+from kilofed.serving.model import open_served_model
 from kilofed.serving.requests import Limits
 from kilofed.serving.server import running
 
@@ -26,7 +26,7 @@ def test_a_proxy_over_kilofed_s_server_is_the_local_proxy(tiny_model: Path, monk
     monkeypatch.setenv("KILOFED_API_KEY", TOKEN)
     small = adapted(1, model(1, vocabulary=259))
     near = ProxyModel(load_base(ModelSpec(str(tiny_model))), small)
-    served = open_served(str(tiny_model), name="tiny")
+    served = open_served_model(str(tiny_model), name="tiny")
     with running(served, token=TOKEN, limits=Limits(max_logprobs=259)) as url:
         large = RemoteModel(LargeSpec(f"{url}/v1", name="tiny", top_k=259), byte_tokenizer())
         far = ProxyModel(large, small)

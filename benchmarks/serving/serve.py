@@ -30,7 +30,7 @@ if multiprocessing.parent_process() is None:
     from kilofed.generation.decoding import ModelGenerator, Sampling
     from kilofed.generation.detokenizer import detokenize
     from kilofed.models.loading import quiet
-    from kilofed.serving.model import Served, open_served
+    from kilofed.serving.model import ServedModel, open_served_model
     from kilofed.serving.requests import Limits
     from kilofed.serving.server import running
 
@@ -52,7 +52,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     clients = options.clients or (8 if options.quick else 32)
-    served = open_served(options.model)
+    served = open_served_model(options.model)
     limits = Limits(max_active=8, max_waiting=clients)
     with running(served, token=TOKEN, limits=limits) as url:
         found = {
@@ -87,7 +87,7 @@ def as_text(found: dict) -> str:
     return "\n".join(lines)
 
 
-def overhead(served: Served, url: str, pairs: int, tokens: int) -> dict:
+def overhead(served: ServedModel, url: str, pairs: int, tokens: int) -> dict:
     """Milliseconds per token of four ways to one answer, and the ratios of each round."""
     ids = served.codec.encode(PROMPTS[0])
     # Without end tokens all four make exactly as many tokens.
@@ -177,7 +177,7 @@ def answer_for(pipe: Connection, url: str, model: str, ids: list[int], tokens: i
             pipe.send("done")
 
 
-def crowd(served: Served, url: str, num_clients: int, seconds: float) -> dict:
+def crowd(served: ServedModel, url: str, num_clients: int, seconds: float) -> dict:
     """Clients that stream answers at temperature 0 for `seconds`, each compared with what the decoder says alone."""
     asks = [(prompt, 16 + 8 * number) for number, prompt in enumerate(PROMPTS)]
     alone = [whole_text(served, prompt, tokens) for prompt, tokens in asks]
@@ -216,7 +216,7 @@ def split(count: int, parts: int) -> list[int]:
     return [count // parts + (number < count % parts) for number in range(parts)]
 
 
-def whole_text(served: Served, prompt: str, tokens: int) -> str:
+def whole_text(served: ServedModel, prompt: str, tokens: int) -> str:
     """The answer at temperature 0 without a server."""
     stream = served.generator.generate_tokens(served.codec.encode(prompt), Sampling(tokens))
     return "".join(piece.text for piece in detokenize(stream, served.codec, end_ids=served.generator.end_ids))

@@ -136,7 +136,7 @@ def _parser() -> argparse.ArgumentParser:
     replay.add_argument("--without", type=int, metavar="CLIENT", help="leave out what this client reported")
     replay.set_defaults(call=_replay)
 
-    chat = commands.add_parser("chat", help="talk to a run's model")
+    chat = commands.add_parser("chat", help="chat with a run's model")
     chat.add_argument("--max-new-tokens", type=int, default=128, help="longest answer (default 128)")
     chat.set_defaults(call=_chat)
 
@@ -305,9 +305,9 @@ def _replay(options: argparse.Namespace) -> None:
 
 
 def _chat(options: argparse.Namespace) -> None:
-    from kilofed.serving.chat import talk
+    from kilofed.serving.chat import converse
 
-    talk(options.path, max_new_tokens=options.max_new_tokens)
+    converse(options.path, max_new_tokens=options.max_new_tokens)
 
 
 def _serve(options: argparse.Namespace) -> None:
@@ -327,11 +327,11 @@ def _serve(options: argparse.Namespace) -> None:
         options.max_choices,
         options.max_logprobs,
     )
-    place = server.Place(options.host, options.port, options.token_file, not options.no_token)
+    config = server.ServerConfig(options.host, options.port, options.token_file, not options.no_token)
     opened = server.open_model(
         options.path, name=options.name, template=options.template, device=options.device, threads=options.threads
     )
-    server.serve(opened, place, limits)
+    server.serve(opened, config, limits)
 
 
 def _split(words: Sequence[str]) -> tuple[str, "dict[str, Value]"]:

@@ -72,4 +72,4 @@ def test_a_run_over_classes_is_reported_and_exported_and_does_not_chat(
     with torch.inference_mode():
         torch.testing.assert_close(again(ids, mask).logits, model(ids, mask).logits, rtol=1e-4, atol=1e-4)
     with pytest.raises(RunError, match="classifies rows and writes no answers"):
-        chat.talk(done.folder, source=io.StringIO("hello\n"), to=io.StringIO())
+        chat.converse(done.folder, source=io.StringIO("hello\n"), to=io.StringIO())

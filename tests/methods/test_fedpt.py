@@ -206,7 +206,7 @@ def test_a_run_shows_the_parts_beside_the_whole_and_every_command_reads_it(
     with answers.open("w") as to, (tmp_path / "lines.txt").open("w+") as source:
         source.write("add 1 and 1\n")
         source.seek(0)
-        chat.talk(tmp_path / "run", max_new_tokens=3, source=source, to=to)
+        chat.converse(tmp_path / "run", max_new_tokens=3, source=source, to=to)
     assert answers.read_text().endswith("\n")
 
 

@@ -13,7 +13,7 @@ import openai
 import pytest
 
 from kilofed.generation.decoding import Sampling, Token
-from kilofed.serving.model import Served, open_served
+from kilofed.serving.model import ServedModel, open_served_model
 from kilofed.serving.requests import Limits
 from kilofed.serving.server import running
 
@@ -26,7 +26,7 @@ class Reached:
 
     url: str
     token: str | None
-    served: Served
+    served: ServedModel
     http: httpx.Client
     api: openai.OpenAI
 
@@ -51,8 +51,8 @@ Start = Callable[..., Reached]
 
 
 @pytest.fixture(scope="session")
-def served(tiny_model: Path) -> Served:
-    return open_served(str(tiny_model), name="tiny")
+def served(tiny_model: Path) -> ServedModel:
+    return open_served_model(str(tiny_model), name="tiny")
 
 
 @pytest.fixture(scope="session")
@@ -61,7 +61,7 @@ def _stack() -> Iterator[ExitStack]:
         yield stack
 
 
-def reach(stack: ExitStack, served: Served, limits: Limits, token: str | None) -> Reached:
+def reach(stack: ExitStack, served: ServedModel, limits: Limits, token: str | None) -> Reached:
     url = stack.enter_context(running(served, token=token, limits=limits))
     headers = {"authorization": f"Bearer {token}"} if token else {}
     http = stack.enter_context(httpx.Client(base_url=url, headers=headers, timeout=60))
@@ -70,17 +70,17 @@ def reach(stack: ExitStack, served: Served, limits: Limits, token: str | None) -
 
 
 @pytest.fixture(scope="session")
-def server(_stack: ExitStack, served: Served) -> Reached:
+def server(_stack: ExitStack, served: ServedModel) -> Reached:
     """The tiny model behind a token, with the limits of `Limits` but for all log-probabilities."""
     return reach(_stack, served, Limits(max_logprobs=259), TOKEN)
 
 
 @pytest.fixture
-def start(served: Served) -> Iterator[Start]:
+def start(served: ServedModel) -> Iterator[Start]:
     """Start a server of one's own: `start(served=, token=, **limits)`."""
     with ExitStack() as stack:
 
-        def begin(served: Served = served, token: str | None = TOKEN, **limits: int | float) -> Reached:
+        def begin(served: ServedModel = served, token: str | None = TOKEN, **limits: int | float) -> Reached:
             return reach(stack, served, Limits(**limits), token)  # type: ignore[arg-type]
 
         yield begin
@@ -90,7 +90,7 @@ def start(served: Served) -> Iterator[Start]:
 class Gated:
     """Speaks as the generator within, each token when the gate is open."""
 
-    inner: Served
+    inner: ServedModel
     gate: threading.Event = field(default_factory=threading.Event)
     seconds: float = 0.0
     """Waited before each token."""
@@ -115,7 +115,7 @@ class Gated:
 
 
 @pytest.fixture
-def gated(served: Served) -> Iterator[tuple[Gated, Served]]:
+def gated(served: ServedModel) -> Iterator[tuple[Gated, ServedModel]]:
     """A gate and the tiny model behind it; the gate is open once the test is over."""
     generator = Gated(served)
     yield generator, replace(served, generator=generator)

@@ -54,7 +54,7 @@ def test_a_stream_joined_is_the_whole_completion(server) -> None:
 
 
 def test_a_chat_completion_is_what_the_decoder_says_to_the_talks_tokens(server) -> None:
-    ids = server.served.talk_ids(TALK)
+    ids = server.served.conversation_ids(TALK)
     reply = server.api.chat.completions.create(model="tiny", messages=TALK, max_tokens=20, temperature=0)
     assert reply.choices[0].message.content == said(server, ids, Sampling(20))
     assert reply.choices[0].message.role == "assistant"
@@ -91,7 +91,9 @@ def test_logprobs_are_the_decoders_in_both_forms(server) -> None:
     assert [list(top.values()) for top in text.top_logprobs] == [[lp for _, lp in token.top] for token in told]
     chat = server.api.chat.completions.create(**asked, messages=TALK, logprobs=True, top_logprobs=4).choices[0]
     told = list(
-        generator.generate_tokens(server.served.talk_ids(TALK), Sampling(12, temperature=1.0, seed=3, num_logprobs=4))
+        generator.generate_tokens(
+            server.served.conversation_ids(TALK), Sampling(12, temperature=1.0, seed=3, num_logprobs=4)
+        )
     )
     assert [token.logprob for token in chat.logprobs.content] == [token.logprob for token in told]
     assert [bytes(token.bytes) for token in chat.logprobs.content] == [codec.bytes(token.id) for token in told]

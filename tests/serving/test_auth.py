@@ -5,18 +5,18 @@ from pathlib import Path
 import pytest
 
 from kilofed.errors import ServeError
-from kilofed.serving.auth import Doors, find_token, is_loopback
+from kilofed.serving.auth import Auth, find_token, is_loopback
 from kilofed.serving.validation import Refusal
 
 TOKEN = "a-token-for-tests"
 
 
 def test_the_token_opens_every_path_and_others_open_the_open_ones() -> None:
-    doors = Doors(TOKEN)
-    doors.check("/v1/completions", {"authorization": f"Bearer {TOKEN}"})
-    doors.check("/v1/completions", {"authorization": f"bearer  {TOKEN} "})
+    auth = Auth(TOKEN)
+    auth.check("/v1/completions", {"authorization": f"Bearer {TOKEN}"})
+    auth.check("/v1/completions", {"authorization": f"bearer  {TOKEN} "})
     for path in ("/", "/health"):
-        doors.check(path, {})
+        auth.check(path, {})
     for path in ("/v1/models", "/metrics", "/v1/completions", "//", "/health/"):
         for header in (
             "",
@@ -28,7 +28,7 @@ def test_the_token_opens_every_path_and_others_open_the_open_ones() -> None:
             "Bearer " + "x" * 9999,
         ):
             with pytest.raises(Refusal) as caught:
-                doors.check(path, {"authorization": header})
+                auth.check(path, {"authorization": header})
             assert caught.value.status == 401
 
 

@@ -1,6 +1,6 @@
 """Counts in Prometheus' text format."""
 
-from kilofed.serving.metrics import BOUNDS, Meters, Times
+from kilofed.serving.metrics import BOUNDS, Metrics, Times
 
 
 def test_a_histogram_counts_up_to_each_bound() -> None:
@@ -16,9 +16,9 @@ def test_a_histogram_counts_up_to_each_bound() -> None:
 
 
 def test_every_series_has_its_help_and_type() -> None:
-    meters = Meters()
-    meters.responses["/v1/completions", 200] = 3
-    lines = meters.text(num_active=1, num_waiting=2).splitlines()
+    metrics = Metrics()
+    metrics.responses["/v1/completions", 200] = 3
+    lines = metrics.text(num_active=1, num_waiting=2).splitlines()
     assert 'kilofed_responses_total{path="/v1/completions",status="200"} 3' in lines
     assert "kilofed_active_requests 1" in lines
     assert "kilofed_waiting_requests 2" in lines

@@ -15,7 +15,7 @@ from kilofed.generation.decoding import ModelGenerator, Sampling, TokenGenerator
 from kilofed.models import loading
 from kilofed.proxy.model import ProxyModel
 from kilofed.runs import export
-from kilofed.serving.model import open_served
+from kilofed.serving.model import open_served_model
 
 CHAT = (
     "{{ bos_token }}{% for m in messages %}<|{{ m.role }}|>{{ m.content }}\n{% endfor %}"
@@ -51,13 +51,13 @@ def chatty(tmp_path: Path, tiny_model: Path) -> Path:
 
 
 def test_a_run_speaks_as_its_delivered_model_with_its_training_template(folder: Path) -> None:
-    served = open_served(str(folder))
+    served = open_served_model(str(folder))
     assert served.name == "tuned"
-    assert "'alpaca'" in served.manner
+    assert "'alpaca'" in served.prompt_note
     model, tokenizer = kilofed.resume(folder).model()
     wanted = TEMPLATES["alpaca"][1].format(instruction="two?")
     ids = [1, *tokenizer.encode(wanted, add_special_tokens=False)]
-    assert served.talk_ids(TALK[-1:]) == ids
+    assert served.conversation_ids(TALK[-1:]) == ids
     said = [token.id for token in served.generator.generate_tokens(ids[-40:], Sampling(10))]
     assert said == [
         token.id for token in ModelGenerator(model, served.generator.end_ids).generate_tokens(ids[-40:], Sampling(10))
@@ -65,17 +65,17 @@ def test_a_run_speaks_as_its_delivered_model_with_its_training_template(folder: 
 
 
 def test_a_system_text_is_the_templates_context_and_earlier_turns_are_not_seen(folder: Path) -> None:
-    served = open_served(str(folder))
+    served = open_served_model(str(folder))
     wanted = TEMPLATES["alpaca"][0].format(instruction="two?", context="be brief")
-    assert served.talk_ids(TALK) == [1, *served.codec.tokenizer.encode(wanted, add_special_tokens=False)]
-    assert not served.takes_talks
+    assert served.conversation_ids(TALK) == [1, *served.codec.tokenizer.encode(wanted, add_special_tokens=False)]
+    assert not served.takes_conversations
 
 
 def test_a_merged_model_is_the_run_it_came_from(folder: Path, tmp_path: Path) -> None:
-    merged = open_served(str(export.merged(folder, tmp_path / "merged")), template="alpaca")
-    tuned = open_served(str(folder))
-    ids = merged.talk_ids(TALK[-1:])[-60:]
-    assert merged.talk_ids(TALK) == tuned.talk_ids(TALK)
+    merged = open_served_model(str(export.merged(folder, tmp_path / "merged")), template="alpaca")
+    tuned = open_served_model(str(folder))
+    ids = merged.conversation_ids(TALK[-1:])[-60:]
+    assert merged.conversation_ids(TALK) == tuned.conversation_ids(TALK)
     for one, other in zip(merged.generator.score(ids)[1:], tuned.generator.score(ids)[1:], strict=True):
         assert one is not None
         assert other is not None
@@ -83,24 +83,24 @@ def test_a_merged_model_is_the_run_it_came_from(folder: Path, tmp_path: Path) ->
 
 
 def test_a_chat_template_sees_the_whole_talk(chatty: Path) -> None:
-    served = open_served(str(chatty))
-    assert served.takes_talks
+    served = open_served_model(str(chatty))
+    assert served.takes_conversations
     text = "<|system|>be brief\n<|user|>one?\n<|assistant|>1\n<|user|>two?\n<|assistant|>"
-    assert served.codec.tokenizer.decode(served.talk_ids(TALK)) == f"<bos>{text}"
-    assert not open_served(str(chatty), template="question").takes_talks
+    assert served.codec.tokenizer.decode(served.conversation_ids(TALK)) == f"<bos>{text}"
+    assert not open_served_model(str(chatty), template="question").takes_conversations
 
 
 def test_a_long_talk_is_not_cut(folder: Path) -> None:
-    assert len(open_served(str(folder)).talk_ids([{"role": "user", "content": "a" * 5000}])) > 5000
+    assert len(open_served_model(str(folder)).conversation_ids([{"role": "user", "content": "a" * 5000}])) > 5000
 
 
 def test_a_model_trained_on_running_text_goes_on_with_the_message(folder: Path) -> None:
-    served = open_served(str(folder))
+    served = open_served_model(str(folder))
     spec = replace(served.renderer.spec, template="")
     text = replace(served, renderer=type(served.renderer)(served.codec.tokenizer, spec, "text"))
-    assert text.talk_ids(TALK[-1:]) == text.codec.encode("two?")
+    assert text.conversation_ids(TALK[-1:]) == text.codec.encode("two?")
     with pytest.raises(DataError, match="no place for a system text"):
-        text.talk_ids(TALK)
+        text.conversation_ids(TALK)
 
 
 def test_the_layout_of_the_rows_is_kept_in_the_run_folder(folder: Path) -> None:
@@ -109,22 +109,22 @@ def test_the_layout_of_the_rows_is_kept_in_the_run_folder(folder: Path) -> None:
 
 def test_what_cannot_be_served_is_refused(tmp_path: Path, folder: Path, tiny_recipe: Recipe) -> None:
     with pytest.raises(RunError, match="neither a run folder"):
-        open_served(str(tmp_path))
+        open_served_model(str(tmp_path))
     with pytest.raises(RunError, match="neither a run folder"):
-        open_served(str(tmp_path / "none"))
+        open_served_model(str(tmp_path / "none"))
     with pytest.raises(RunError, match="adapter without its base model"):
-        open_served(str(folder / "adapter"))
+        open_served_model(str(folder / "adapter"))
     with pytest.raises(ModelError, match="builtin:huge is not shipped"):
-        open_served("builtin:huge")
+        open_served_model("builtin:huge")
     with pytest.raises(DataError, match="alpacca"):
-        open_served(str(folder), template="alpacca")
+        open_served_model(str(folder), template="alpacca")
     with pytest.raises(ModelError, match="device"):
-        open_served(str(folder), device="abacus")
+        open_served_model(str(folder), device="abacus")
     classify = {"data": {"task": "classify"}}
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "run.json").write_text(json.dumps({"recipe": classify}))
     with pytest.raises(RunError, match="classifies rows and writes no answers"):
-        open_served(str(tmp_path / "run"))
+        open_served_model(str(tmp_path / "run"))
 
 
 def test_a_proxy_pair_speaks_for_itself(start, served, tiny_model: Path, tiny_large: Path) -> None:  # type: ignore[no-untyped-def]

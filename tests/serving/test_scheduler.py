@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from kilofed.serving.scheduler import Desk, Done, Failed, Full
+from kilofed.serving.scheduler import Done, Failed, QueueFull, Scheduler
 
 
 def counted(name: str, count: int, order: list[str]) -> Iterator[str]:
@@ -31,10 +31,10 @@ def told(items: "queue.Queue[object]") -> list[object]:
 def test_requests_take_turns_and_each_hears_its_own() -> None:
     gate, order = threading.Event(), []  # type: ignore[var-annotated]
     first, one, two = queue.Queue(), queue.Queue(), queue.Queue()  # type: ignore[var-annotated]
-    with Desk(3, 0) as desk:
-        desk.submit(held(gate), first.put)  # The others come in while it holds the thread.
-        desk.submit(counted("a", 3, order), one.put)
-        desk.submit(counted("b", 2, order), two.put)
+    with Scheduler(3, 0) as scheduler:
+        scheduler.submit(held(gate), first.put)  # The others come in while it holds the thread.
+        scheduler.submit(counted("a", 3, order), one.put)
+        scheduler.submit(counted("b", 2, order), two.put)
         gate.set()
         assert told(first) == ["held", Done()]
         assert told(one) == ["a0", "a1", "a2", Done()]
@@ -45,16 +45,16 @@ def test_requests_take_turns_and_each_hears_its_own() -> None:
 def test_who_waits_comes_in_when_one_is_done() -> None:
     gate, order = threading.Event(), []  # type: ignore[var-annotated]
     items = [queue.Queue() for _ in range(4)]  # type: ignore[var-annotated]
-    with Desk(1, 3) as desk:
-        desk.submit(held(gate), items[0].put)
+    with Scheduler(1, 3) as scheduler:
+        scheduler.submit(held(gate), items[0].put)
         for number, name in enumerate("abc", 1):
-            desk.submit(counted(name, 2, order), items[number].put)
-        with pytest.raises(Full):
-            desk.submit(counted("d", 1, order), lambda _: None)
+            scheduler.submit(counted(name, 2, order), items[number].put)
+        with pytest.raises(QueueFull):
+            scheduler.submit(counted("d", 1, order), lambda _: None)
         gate.set()
         for one in items:
             assert isinstance(told(one)[-1], Done)
-        assert desk.num_active + desk.num_waiting <= 1
+        assert scheduler.num_active + scheduler.num_waiting <= 1
     assert order == ["a", "a", "b", "b", "c", "c"]
 
 
@@ -64,13 +64,13 @@ def test_a_failure_is_told_and_the_thread_goes_on() -> None:
         raise RuntimeError("broken")
 
     one, two = queue.Queue(), queue.Queue()  # type: ignore[var-annotated]
-    with Desk(2, 0) as desk:
-        desk.submit(failing(), one.put)
+    with Scheduler(2, 0) as scheduler:
+        scheduler.submit(failing(), one.put)
         first, failed = told(one)
         assert first == "one"
         assert isinstance(failed, Failed)
         assert str(failed.error) == "broken"
-        desk.submit(counted("a", 1, []), two.put)
+        scheduler.submit(counted("a", 1, []), two.put)
         assert told(two) == ["a0", Done()]
 
 
@@ -88,8 +88,8 @@ def test_a_cancelled_request_is_closed_and_hears_nothing_more() -> None:
         finally:
             closed.set()
 
-    with Desk(1, 0) as desk:
-        job = desk.submit(endless(), items.put)
+    with Scheduler(1, 0) as scheduler:
+        job = scheduler.submit(endless(), items.put)
         assert items.get(timeout=30) == 0
         job.cancel()
         gate.set()
@@ -100,14 +100,14 @@ def test_a_cancelled_request_is_closed_and_hears_nothing_more() -> None:
 def test_a_cancelled_request_in_the_line_makes_room() -> None:
     gate = threading.Event()
     first: queue.Queue[object] = queue.Queue()
-    with Desk(1, 1) as desk:
-        desk.submit(held(gate), first.put)
-        waiting = desk.submit(counted("a", 1, []), lambda _: None)
-        with pytest.raises(Full):
-            desk.submit(counted("b", 1, []), lambda _: None)
+    with Scheduler(1, 1) as scheduler:
+        scheduler.submit(held(gate), first.put)
+        waiting = scheduler.submit(counted("a", 1, []), lambda _: None)
+        with pytest.raises(QueueFull):
+            scheduler.submit(counted("b", 1, []), lambda _: None)
         waiting.cancel()
         second: queue.Queue[object] = queue.Queue()
-        desk.submit(counted("c", 1, []), second.put)
+        scheduler.submit(counted("c", 1, []), second.put)
         gate.set()
         assert told(second) == ["c0", Done()]
 
@@ -122,17 +122,17 @@ def test_closing_ends_all_requests_with_an_error() -> None:
             gate.wait(0.01)
             yield number
 
-    desk = Desk(2, 1)
+    scheduler = Scheduler(2, 1)
     for one in items:
-        desk.submit(slow(), one.put)
+        scheduler.submit(slow(), one.put)
     items[1].get(timeout=30)
-    desk.close()
+    scheduler.close()
     for one in items:
         last = told(one)[-1]
         assert isinstance(last, Failed)
         assert isinstance(last.error, ConnectionAbortedError)
-    with pytest.raises(Full):
-        desk.submit(slow(), lambda _: None)
+    with pytest.raises(QueueFull):
+        scheduler.submit(slow(), lambda _: None)
 
 
 def test_a_listener_that_is_gone_ends_its_request() -> None:
@@ -148,6 +148,6 @@ def test_a_listener_that_is_gone_ends_its_request() -> None:
     def deaf(_: object) -> None:
         raise RuntimeError("Event loop is closed")
 
-    with Desk(1, 0) as desk:
-        desk.submit(endless(), deaf)
+    with Scheduler(1, 0) as scheduler:
+        scheduler.submit(endless(), deaf)
         assert closed.wait(30)

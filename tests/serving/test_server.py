@@ -13,7 +13,7 @@ import pytest
 from kilofed.cli import main
 from kilofed.errors import ServeError
 from kilofed.serving import server
-from kilofed.serving.server import Place
+from kilofed.serving.server import ServerConfig
 
 
 def started(words: list[str], **environment: str) -> tuple[subprocess.Popen[str], str]:
@@ -82,7 +82,7 @@ def test_an_address_that_is_taken_is_refused(tiny_model: Path, capsys: pytest.Ca
 @pytest.mark.parametrize(("host", "port"), [("256.1.1.1", 0), ("127.0.0.1", 70_000), ("127.0.0.1", -1), ("", 1 << 40)])
 def test_an_address_that_is_none_is_refused(host: str, port: int) -> None:
     with pytest.raises(ServeError, match="cannot listen on"):
-        with server.listening(Place(host, port)):
+        with server.listening(ServerConfig(host, port)):
             pass
 
 
@@ -101,7 +101,7 @@ def test_limits_that_let_nobody_in_are_refused(
 
 def test_it_serves_on_the_second_loopback_too(tiny_model: Path) -> None:
     try:
-        with server.listening(Place("::1", 0)) as listener:
+        with server.listening(ServerConfig("::1", 0)) as listener:
             assert server.url_of(listener).startswith("http://[::1]:")
     except ServeError:
         pytest.skip("this machine has no IPv6")

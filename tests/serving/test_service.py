@@ -14,7 +14,7 @@ import pytest
 
 from kilofed.errors import ModelError
 from kilofed.serving.requests import Limits
-from kilofed.serving.scheduler import Desk
+from kilofed.serving.scheduler import Scheduler
 from kilofed.serving.server import running
 from kilofed.serving.service import Service
 from kilofed.serving.validation import Refusal
@@ -193,13 +193,13 @@ def test_a_body_that_comes_too_slowly_is_given_up(start, monkeypatch) -> None:
 
 
 def test_unread_answers_are_bounded(served) -> None:
-    with Desk(max_active=1, max_waiting=1) as desk:
-        service = Service(served, desk, Limits(max_active=1, max_waiting=1))
+    with Scheduler(max_active=1, max_waiting=1) as scheduler:
+        service = Service(served, scheduler, Limits(max_active=1, max_waiting=1))
         service.num_open = 7
-        service.refuse_crowd()
+        service.refuse_overload()
         service.num_open = 8
         with pytest.raises(Refusal, match="try again later"):
-            service.refuse_crowd()
+            service.refuse_overload()
 
 
 def test_a_server_that_stops_ends_its_answers_with_a_word_and_its_threads(gated, monkeypatch, caplog) -> None:

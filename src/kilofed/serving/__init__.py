@@ -1,5 +1,6 @@
 """A model behind an OpenAI-compatible API.
 
-model.py (what is served), asks.py (what a client wants, checked), work.py (its steps), desk.py (who is decoded when),
-answers.py (what a client gets), doors.py (who may come in), meters.py (counts), app.py (the routes), page.html (a chat).
+app.py (the routes), auth.py (the bearer token), requests.py and validation.py (bodies, checked), service.py (a request from
+its body to its last byte), scheduler.py (which request is decoded when), steps.py (its steps), streaming.py (from the
+decoding thread to the event loop), responses.py (OpenAI's forms), metrics.py, model.py (what is served), page.html (a chat).
 """

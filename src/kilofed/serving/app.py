@@ -10,9 +10,9 @@ from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Res
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from kilofed.serving.auth import Doors
-from kilofed.serving.metrics import Meters
-from kilofed.serving.requests import read_chat_ask, read_text_ask
+from kilofed.serving.auth import Auth
+from kilofed.serving.metrics import Metrics
+from kilofed.serving.requests import read_chat_request, read_completion_request
 from kilofed.serving.service import Service
 from kilofed.serving.validation import Refusal, check_name
 
@@ -20,7 +20,7 @@ PATHS = ("/", "/health", "/metrics", "/v1/models", "/v1/completions", "/v1/chat/
 HEADERS = {b"cache-control": b"no-store", b"x-content-type-options": b"nosniff", b"referrer-policy": b"no-referrer"}
 
 
-def make_app(service: Service, doors: Doors) -> ASGIApp:
+def make_app(service: Service, auth: Auth) -> ASGIApp:
     """The whole server as one ASGI application."""
     # FastAPI's own documentation pages load scripts from other sites.
     app = FastAPI(title="kilofed", docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
@@ -31,11 +31,11 @@ def make_app(service: Service, doors: Doors) -> ASGIApp:
 
     @app.post("/v1/completions")
     async def completions(request: Request) -> Response:
-        return await service.answer(request, read_text_ask)
+        return await service.answer(request, read_completion_request)
 
     @app.post("/v1/chat/completions")
     async def chat_completions(request: Request) -> Response:
-        return await service.answer(request, read_chat_ask)
+        return await service.answer(request, read_chat_request)
 
     @app.get("/v1/models")
     async def models() -> Response:
@@ -52,21 +52,21 @@ def make_app(service: Service, doors: Doors) -> ASGIApp:
 
     @app.get("/metrics")
     async def metrics() -> Response:
-        text = service.meters.text(service.desk.num_active, service.desk.num_waiting)
+        text = service.metrics.text(service.scheduler.num_active, service.scheduler.num_waiting)
         return PlainTextResponse(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
     @app.get("/")
     async def chat_page() -> Response:
         return HTMLResponse(page, headers={"Content-Security-Policy": policy})
 
-    return Gate(app, doors, service.meters)
+    return AccessMiddleware(app, auth, service.metrics)
 
 
-class Gate:
-    """Checks who comes before anything of a request is read, counts responses, and lays the common headers on them."""
+class AccessMiddleware:
+    """Authenticates before anything of a request is read, counts responses, and adds the common headers to them."""
 
-    def __init__(self, app: ASGIApp, doors: Doors, meters: Meters) -> None:
-        self._app, self._doors, self._meters = app, doors, meters
+    def __init__(self, app: ASGIApp, auth: Auth, metrics: Metrics) -> None:
+        self._app, self._auth, self._metrics = app, auth, metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """As ASGI asks."""
@@ -75,13 +75,13 @@ class Gate:
 
         async def counted(message: Message) -> None:
             if message["type"] == "http.response.start":
-                self._meters.responses[path if path in PATHS else "other", message["status"]] += 1
+                self._metrics.responses[path if path in PATHS else "other", message["status"]] += 1
                 message["headers"] = [*message.get("headers", []), *HEADERS.items()]
             await send(message)
 
         try:
             headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
-            self._doors.check(path, headers)
+            self._auth.check(path, headers)
         except Refusal as refusal:
             await _said(refusal)(scope, receive, counted)
             return

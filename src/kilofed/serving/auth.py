@@ -1,4 +1,4 @@
-"""Who may come in: the bearer token, and without one, requests of this machine's own programs only."""
+"""Authentication: the bearer token, and without one, requests of this machine's own programs only."""
 
 import hmac
 import os
@@ -20,11 +20,11 @@ OPEN_PATHS = frozenset({"/", "/health", "/favicon.ico"})
 
 
 @dataclass(frozen=True)
-class Doors:
-    """Lets requests in or refuses them, by their headers alone."""
+class Auth:
+    """Accepts or refuses requests by their headers alone."""
 
     token: str | None
-    """None lets in whoever comes from this machine and not from a web page of another origin."""
+    """None accepts requests from this machine that do not come from a web page of another origin."""
 
     def check(self, path: str, headers: Mapping[str, str]) -> None:
         """Raise Refusal unless a request with these headers (lower-case names) may go on."""

@@ -1,4 +1,4 @@
-"""Talk to a model in the terminal; a line in, an answer out, by the same decoding as `kilofed serve`."""
+"""Chat with a model in the terminal; a line in, an answer out, by the same decoding as `kilofed serve`."""
 
 import sys
 from collections.abc import Iterable
@@ -7,10 +7,10 @@ from typing import TextIO
 
 from kilofed.generation.decoding import Sampling
 from kilofed.generation.detokenizer import Piece, detokenize
-from kilofed.serving.model import Served, open_served
+from kilofed.serving.model import ServedModel, open_served_model
 
 
-def talk(
+def converse(
     path: str | Path, *, max_new_tokens: int = 128, source: TextIO | None = None, to: TextIO | None = None
 ) -> None:
     """Answer each line of `source` (by default the keyboard) greedily on `to`, until it ends or an empty line.
@@ -19,20 +19,20 @@ def talk(
         path: what `kilofed serve` takes: a run folder, a model directory, builtin:small, a hub id.
 
     Raises:
-        RunError, ModelError, DataError: as `open_served`; a line that alone fills the model's context.
+        RunError, ModelError, DataError: as `open_served_model`; a line that alone fills the model's context.
     """
     source, to = source or sys.stdin, to or sys.stdout
-    served = open_served(str(path))
+    served = open_served_model(str(path))
     keyboard = source.isatty()
     if keyboard:
-        print(f"{served.manner}. An empty line or Ctrl-D ends the talk.", file=sys.stderr)
-    talked: list[dict[str, str]] = []
+        print(f"{served.prompt_note}. An empty line or Ctrl-D ends the conversation.", file=sys.stderr)
+    messages: list[dict[str, str]] = []
     while line := _ask(source, keyboard):
-        talked.append({"role": "user", "content": line})
-        talked, ids = fitted(served, talked)
+        messages.append({"role": "user", "content": line})
+        messages, ids = fit_to_context(served, messages)
         tokens = served.generator.generate_tokens(ids, Sampling(max_new_tokens))
         said = _say(detokenize(tokens, served.codec, end_ids=served.generator.end_ids), to)
-        talked.append({"role": "assistant", "content": said})
+        messages.append({"role": "assistant", "content": said})
 
 
 def _ask(source: TextIO, keyboard: bool) -> str:
@@ -41,16 +41,18 @@ def _ask(source: TextIO, keyboard: bool) -> str:
     return source.readline().strip()
 
 
-def fitted(served: Served, talked: list[dict[str, str]]) -> tuple[list[dict[str, str]], list[int]]:
+def fit_to_context(served: ServedModel, messages: list[dict[str, str]]) -> tuple[list[dict[str, str]], list[int]]:
     """The newest turns that leave room for an answer, and their tokens."""
-    ids = served.talk_ids(talked)
-    whole = len(talked)
-    while len(ids) >= served.generator.context and len(talked) > 2:
-        talked = talked[2:]
-        ids = served.talk_ids(talked)
-    if len(talked) < whole:
-        print("the talk is longer than the model's context: its oldest turns are no longer seen", file=sys.stderr)
-    return talked, ids
+    ids = served.conversation_ids(messages)
+    whole = len(messages)
+    while len(ids) >= served.generator.context and len(messages) > 2:
+        messages = messages[2:]
+        ids = served.conversation_ids(messages)
+    if len(messages) < whole:
+        print(
+            "the conversation is longer than the model's context: its oldest turns are no longer seen", file=sys.stderr
+        )
+    return messages, ids
 
 
 def _say(pieces: Iterable[Piece], to: TextIO) -> str:

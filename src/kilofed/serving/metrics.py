@@ -1,4 +1,4 @@
-"""Counts of a server, in Prometheus' text format (version 0.0.4); no prompt and no answer is in them."""
+"""Metrics of a server, in Prometheus' text format (version 0.0.4); no prompt and no answer is in them."""
 
 import time
 from collections import Counter
@@ -35,7 +35,7 @@ class Times:
 
 
 @dataclass
-class Meters:
+class Metrics:
     """What a server has done since it began. Changed in the event loop's thread only."""
 
     responses: Counter[tuple[str, int]] = field(default_factory=Counter)
@@ -65,7 +65,7 @@ class Meters:
             _single("kilofed_cancelled_total", "counter", "Requests whose client left.", self.cancelled),
             _single("kilofed_failed_streams_total", "counter", "Streams that ended with an error.", self.failed),
             _single("kilofed_active_requests", "gauge", "Requests that are being decoded.", num_active),
-            _single("kilofed_waiting_requests", "gauge", "Requests in the line.", num_waiting),
+            _single("kilofed_waiting_requests", "gauge", "Requests in the queue.", num_waiting),
             _single("kilofed_start_time_seconds", "gauge", "When the server began, Unix time.", round(self.began)),
             _times(
                 "kilofed_first_piece_seconds", "From a request to the first piece of its answer.", self.first_piece

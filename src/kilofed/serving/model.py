@@ -24,8 +24,8 @@ NEVER_CUT = 1 << 40
 
 
 @dataclass(frozen=True)
-class Served:
-    """A model that answers, and how texts and talks become its tokens."""
+class ServedModel:
+    """A model that generates text, and how texts and conversations become its tokens."""
 
     name: str
     """What clients call it."""
@@ -35,17 +35,17 @@ class Served:
     """The template of the run's training, or the one that was named."""
 
     @property
-    def takes_talks(self) -> bool:
-        """Whether the template shows the model a whole talk, not its last question only."""
+    def takes_conversations(self) -> bool:
+        """Whether the template shows the model a whole conversation, not its last question only."""
         return self.renderer.template == "chat" or self.renderer.kind == "messages"
 
     @property
-    def manner(self) -> str:
-        """One sentence on what becomes of a talk's messages."""
+    def prompt_note(self) -> str:
+        """One sentence on what becomes of a conversation's messages."""
         if self.renderer.template == "chat":
-            return "talks go through the tokeniser's chat template"
+            return "conversations go through the tokeniser's chat template"
         if self.renderer.kind == "messages":
-            return "talks are written out as lines of System, User and Assistant, as in training"
+            return "conversations are written out as lines of System, User and Assistant, as in training"
         if self.renderer.kind == "text":
             return "the model goes on with the last user message; it was trained on running text and sees nothing else"
         return (
@@ -53,13 +53,13 @@ class Served:
             "context; earlier turns are not seen"
         )
 
-    def talk_ids(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
-        """Tokens that ask for the next answer of a talk of system, user and assistant turns; the last is the user's.
+    def conversation_ids(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """Tokens that ask for the next answer in a conversation of system, user and assistant turns; the last is the user's.
 
         Raises:
-            DataError: the chat template refuses the talk, or there is no place for a system text.
+            DataError: the chat template refuses the conversation, or there is no place for a system text.
         """
-        if self.takes_talks:
+        if self.takes_conversations:
             return self.renderer.prompt(messages)
         system = "\n".join(turn["content"] for turn in messages if turn["role"] == "system")
         columns = self.renderer.spec.columns
@@ -71,7 +71,7 @@ class Served:
         return self.renderer([row])[0].prompt_ids
 
 
-def open_served(path: str, *, name: str = "", template: str = "", device: str = "") -> Served:
+def open_served_model(path: str, *, name: str = "", template: str = "", device: str = "") -> ServedModel:
     """The model at `path`, ready to generate.
 
     Args:
@@ -93,7 +93,7 @@ def open_served(path: str, *, name: str = "", template: str = "", device: str = 
     return _served(name or _last(path), loading.load_base(spec), tokenizer, (data, kind))
 
 
-def _of_run(folder: Path, name: str, template: str, device: str) -> Served:
+def _of_run(folder: Path, name: str, template: str, device: str) -> ServedModel:
     first = first_seed(folder)
     recipe = recipe_of(first)
     if recipe.data.task == "classify":
@@ -103,9 +103,9 @@ def _of_run(folder: Path, name: str, template: str, device: str) -> Served:
     if device:
         model = model.to(loading.find_device(device))
     data = replace(recipe.data, template=template or recipe.data.template)
-    talks = bool(sites.tokenizer.chat_template) and data.template in ("", "chat")
+    takes_conversations = bool(sites.tokenizer.chat_template) and data.template in ("", "chat")
     known = json.loads((first / "run.json").read_text("utf-8")).get("layout")
-    kind = str(known or ("messages" if talks else "response"))
+    kind = str(known or ("messages" if takes_conversations else "response"))
     if template and kind == "text":
         kind = "response"
     return _served(name or folder.resolve().name, model, sites.tokenizer, (data, kind))
@@ -113,12 +113,12 @@ def _of_run(folder: Path, name: str, template: str, device: str) -> Served:
 
 def _served(
     name: str, model: nn.Module, tokenizer: "PreTrainedTokenizerBase", prompts: tuple[DataSpec, str]
-) -> Served:
+) -> ServedModel:
     data, kind = prompts
     ends = end_ids_of(model, tokenizer.eos_token_id)
     generator = model if isinstance(model, TokenGenerator) else ModelGenerator(model, ends)
     renderer = Renderer(tokenizer, replace(data, max_length=NEVER_CUT), kind)
-    return Served(name, generator, TextCodec(tokenizer), renderer)
+    return ServedModel(name, generator, TextCodec(tokenizer), renderer)
 
 
 def _last(path: str) -> str:

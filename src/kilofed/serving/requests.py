@@ -1,4 +1,4 @@
-"""What a client wants, checked: bodies of requests in OpenAI's form, refused in OpenAI's form with the field named."""
+"""Bodies of requests in OpenAI's form, validated; what is refused is refused in OpenAI's form with the field named."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
 from kilofed.errors import DataError
 from kilofed.generation.decoding import Sampling
-from kilofed.serving.model import Served
+from kilofed.serving.model import ServedModel
 from kilofed.serving.validation import Refusal, check_name, read_messages, read_prompts, read_stops
 
 SEEDS = 2**63
@@ -34,8 +34,8 @@ class Limits:
 
 
 @dataclass(frozen=True)
-class Ask:
-    """One request that can be answered."""
+class GenerationRequest:
+    """One valid request."""
 
     is_chat: bool
     prompts: tuple[tuple[int, ...], ...]
@@ -60,7 +60,7 @@ class _StreamOptions(BaseModel):
     include_obfuscation: bool = False
 
 
-Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+Probability = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 
 
 class _Body(BaseModel):
@@ -71,7 +71,7 @@ class _Body(BaseModel):
     model: str
     max_tokens: Annotated[int, Field(ge=0)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)] | None = None
-    top_p: Share | None = None
+    top_p: Probability | None = None
     n: Annotated[int, Field(ge=1)] | None = None
     seed: Annotated[int, Field(ge=-SEEDS, lt=SEEDS)] | None = None
     stop: JsonValue = None
@@ -112,7 +112,7 @@ class _ChatBody(_Body):
     store: Literal[False] | None = None
 
 
-def read_text_ask(body: bytes, served: Served, limits: Limits, seed: int) -> Ask:
+def read_completion_request(body: bytes, served: ServedModel, limits: Limits, seed: int) -> GenerationRequest:
     """The request of `/v1/completions`.
 
     Args:
@@ -131,7 +131,7 @@ def read_text_ask(body: bytes, served: Served, limits: Limits, seed: int) -> Ask
         raise Refusal("max_tokens is 0, which only says something with echo: true", param="max_tokens")
     _check_room([len(prompt) for prompt in prompts], wanted, served, ("prompt", "max_tokens"))
     n = _choices(asked.n, len(prompts), limits)
-    return Ask(
+    return GenerationRequest(
         is_chat=False,
         prompts=tuple(tuple(prompt) for prompt in prompts),
         n=n,
@@ -145,8 +145,8 @@ def read_text_ask(body: bytes, served: Served, limits: Limits, seed: int) -> Ask
     )
 
 
-def read_chat_ask(body: bytes, served: Served, limits: Limits, seed: int) -> Ask:
-    """The request of `/v1/chat/completions`; arguments and errors as in `read_text_ask`."""
+def read_chat_request(body: bytes, served: ServedModel, limits: Limits, seed: int) -> GenerationRequest:
+    """The request of `/v1/chat/completions`; arguments and errors as in `read_completion_request`."""
     asked = _read(_ChatBody, body)
     _check_common(asked, served, limits)
     _only(asked.response_format in (None, {"type": "text"}), "response_format", "other than text")
@@ -155,7 +155,7 @@ def read_chat_ask(body: bytes, served: Served, limits: Limits, seed: int) -> Ask
     if asked.top_logprobs and not asked.logprobs:
         raise Refusal("top_logprobs needs logprobs: true", param="top_logprobs")
     try:
-        ids = served.talk_ids(read_messages(asked.messages))
+        ids = served.conversation_ids(read_messages(asked.messages))
     except DataError as error:
         raise Refusal(str(error), param="messages") from error
     field = "max_tokens" if asked.max_completion_tokens is None else "max_completion_tokens"
@@ -163,7 +163,7 @@ def read_chat_ask(body: bytes, served: Served, limits: Limits, seed: int) -> Ask
     if wanted == 0:
         raise Refusal("max_tokens is 0; expected at least 1", param="max_tokens")
     _check_room([len(ids)], wanted or 1, served, ("messages", field))
-    return Ask(
+    return GenerationRequest(
         is_chat=True,
         prompts=(tuple(ids),),
         n=_choices(asked.n, 1, limits),
@@ -203,7 +203,7 @@ def _said(message: str) -> str:
     return message.removeprefix("Input ").replace("should be", "must be")
 
 
-def _check_common(asked: _Body, served: Served, limits: Limits) -> None:
+def _check_common(asked: _Body, served: ServedModel, limits: Limits) -> None:
     check_name(asked.model, served)
     _only(not asked.presence_penalty, "presence_penalty", "other than 0")
     _only(not asked.frequency_penalty, "frequency_penalty", "other than 0")
@@ -240,7 +240,7 @@ def _sampling(asked: _Body, wanted: int, num: int, limits: Limits, field: str, s
     )
 
 
-def _check_room(lengths: Sequence[int], wanted: int, served: Served, fields: tuple[str, str]) -> None:
+def _check_room(lengths: Sequence[int], wanted: int, served: ServedModel, fields: tuple[str, str]) -> None:
     """Raise Refusal where a prompt or a prompt with the answer does not fit the context."""
     context, longest = served.generator.context, max(lengths)
     if min(lengths) == 0:

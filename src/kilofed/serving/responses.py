@@ -1,4 +1,4 @@
-"""What a client gets: whole answers and streamed chunks in the forms of OpenAI's two APIs."""
+"""Responses: whole answers and streamed chunks in the forms of OpenAI's two APIs."""
 
 import json
 import math
@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 
 from kilofed.generation.decoding import Token
 from kilofed.generation.detokenizer import PlacedToken
-from kilofed.serving.model import Served
-from kilofed.serving.requests import Ask
+from kilofed.serving.model import ServedModel
+from kilofed.serving.requests import GenerationRequest
 from kilofed.serving.steps import Step
 
 LEAST_LOGPROB = -9999.0
@@ -20,19 +20,19 @@ Json = dict[str, object]
 
 
 @dataclass
-class Answer:
+class Completion:
     """The answers to one request, as far as they have come. Changed by `add`."""
 
-    served: Served
-    ask: Ask
+    served: ServedModel
+    request: GenerationRequest
     id: str = ""
     created: int = field(default_factory=lambda: int(time.time()))
     num_generated: int = 0
     """Tokens of all answers, end tokens counted."""
 
     def __post_init__(self) -> None:
-        count = self.ask.n * len(self.ask.prompts)
-        self.id = ("chatcmpl-" if self.ask.is_chat else "cmpl-") + uuid.uuid4().hex
+        count = self.request.n * len(self.request.prompts)
+        self.id = ("chatcmpl-" if self.request.is_chat else "cmpl-") + uuid.uuid4().hex
         self._texts: list[list[str]] = [[] for _ in range(count)]
         self._tokens: list[list[Step]] = [[] for _ in range(count)]
         self._ends: list[str | None] = [None] * count
@@ -41,7 +41,7 @@ class Answer:
     @property
     def usage(self) -> Json:
         """Tokens read and written; a prompt counts once, whatever n is."""
-        asked = sum(map(len, self.ask.prompts))
+        asked = sum(map(len, self.request.prompts))
         total = asked + self.num_generated
         return {"prompt_tokens": asked, "completion_tokens": self.num_generated, "total_tokens": total}
 
@@ -49,7 +49,7 @@ class Answer:
         """Take in what has come, for `whole`."""
         self.num_generated += step.piece.num_new
         self._texts[step.index].append(step.piece.text)
-        if self.ask.logprobs:
+        if self.request.logprobs:
             self._tokens[step.index].append(step)
         self._ends[step.index] = step.piece.finish_reason or self._ends[step.index]
 
@@ -57,12 +57,12 @@ class Answer:
         """The response to a request without `stream`, once all has come."""
         choices: list[Json] = []
         for index, parts in enumerate(self._texts):
-            logprobs = self._logprobs(self._tokens[index]) if self.ask.logprobs else None
+            logprobs = self._logprobs(self._tokens[index]) if self.request.logprobs else None
             said: Json = {"text": "".join(parts)}
-            if self.ask.is_chat:
+            if self.request.is_chat:
                 said = {"message": {"role": "assistant", "content": "".join(parts), "refusal": None}}
             choices.append({"index": index, **said, "logprobs": logprobs, "finish_reason": self._ends[index]})
-        kind = "chat.completion" if self.ask.is_chat else "text_completion"
+        kind = "chat.completion" if self.request.is_chat else "text_completion"
         return {**self._head(kind), "choices": choices, "usage": self.usage}
 
     def chunks(self, step: Step) -> list[Json]:
@@ -70,30 +70,32 @@ class Answer:
         self.num_generated += step.piece.num_new
         piece, index = step.piece, step.index
         found: list[Json] = []
-        if self.ask.is_chat and index not in self._begun:
+        if self.request.is_chat and index not in self._begun:
             self._begun.add(index)
             found.append(self._chunk(index, {"delta": {"role": "assistant", "content": ""}}, None, None))
-        logprobs = self._logprobs([step]) if self.ask.logprobs and piece.tokens else None
-        if piece.text or logprobs or (piece.finish_reason and not self.ask.is_chat):
-            said: Json = {"delta": {"content": piece.text}} if self.ask.is_chat else {"text": piece.text}
-            found.append(self._chunk(index, said, logprobs, None if self.ask.is_chat else piece.finish_reason or None))
-        if piece.finish_reason and self.ask.is_chat:
+        logprobs = self._logprobs([step]) if self.request.logprobs and piece.tokens else None
+        if piece.text or logprobs or (piece.finish_reason and not self.request.is_chat):
+            said: Json = {"delta": {"content": piece.text}} if self.request.is_chat else {"text": piece.text}
+            found.append(
+                self._chunk(index, said, logprobs, None if self.request.is_chat else piece.finish_reason or None)
+            )
+        if piece.finish_reason and self.request.is_chat:
             found.append(self._chunk(index, {"delta": {}}, None, piece.finish_reason))
         return found
 
     def last_chunk(self) -> list[Json]:
         """The chunk with the usage, where it was asked for."""
-        if not self.ask.include_usage:
+        if not self.request.include_usage:
             return []
         return [{**self._head(self._chunk_kind), "choices": [], "usage": self.usage}]
 
     @property
     def _chunk_kind(self) -> str:
-        return "chat.completion.chunk" if self.ask.is_chat else "text_completion"
+        return "chat.completion.chunk" if self.request.is_chat else "text_completion"
 
     def _chunk(self, index: int, said: Json, logprobs: Json | None, end: str | None) -> Json:
         choice = {"index": index, **said, "logprobs": logprobs, "finish_reason": end}
-        usage: Json = {"usage": None} if self.ask.include_usage else {}
+        usage: Json = {"usage": None} if self.request.include_usage else {}
         return {**self._head(self._chunk_kind), "choices": [choice], **usage}
 
     def _head(self, kind: str) -> Json:
@@ -101,7 +103,7 @@ class Answer:
 
     def _logprobs(self, steps: Iterable[Step]) -> Json:
         told = [(placed, step.offset) for step in steps for placed in step.piece.tokens]
-        if self.ask.is_chat:
+        if self.request.is_chat:
             return {"content": [self._of_chat(placed.token) for placed, _ in told], "refusal": None}
         return self._of_text(told)
 
@@ -111,7 +113,7 @@ class Answer:
         return {
             "tokens": [self._name(token.id) for token in tokens],
             "token_logprobs": [_number(token.logprob) for token in tokens],
-            "top_logprobs": tops if self.ask.sampling.num_logprobs else None,
+            "top_logprobs": tops if self.request.sampling.num_logprobs else None,
             "text_offset": [placed.start + offset for placed, offset in told],
         }
 
@@ -133,7 +135,7 @@ class Answer:
         return {"token": self._name(token), "logprob": max(logprob, LEAST_LOGPROB), "bytes": known}
 
     def _name(self, token: int) -> str:
-        return f"token_id:{token}" if self.ask.names_as_ids else self.served.codec.name(token)
+        return f"token_id:{token}" if self.request.names_as_ids else self.served.codec.name(token)
 
 
 def event(value: Json) -> bytes:

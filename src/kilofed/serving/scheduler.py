@@ -1,4 +1,4 @@
-"""Who is decoded when: one thread takes a step of each active request in turns, the others wait in a line of bounded length.
+"""Round-robin scheduling: one thread takes a step of each active request in turns; the others wait in a bounded queue.
 
 A request is an iterator. Nothing of it is computed together with another's, so an answer has the bits that it has when
 it is alone.
@@ -28,29 +28,29 @@ class Failed:
     error: Exception
 
 
-class Full(Exception):
-    """The line is as long as it may get."""
+class QueueFull(Exception):
+    """The queue is as long as it may get."""
 
 
 class Job(Generic[Item]):
-    """One request at the desk."""
+    """One request at the scheduler."""
 
     def __init__(self, work: Iterator[Item], tell: Callable[[Item | Done | Failed], None]) -> None:
         self._work, self._tell = work, tell
-        self._unwanted = threading.Event()
+        self._cancelled = threading.Event()
 
     def cancel(self) -> None:
         """Nobody waits for the answer: its place is free after the step that is being computed, and nothing more is told."""
-        self._unwanted.set()
+        self._cancelled.set()
 
     @property
-    def is_unwanted(self) -> bool:
+    def is_cancelled(self) -> bool:
         """Whether it was cancelled."""
-        return self._unwanted.is_set()
+        return self._cancelled.is_set()
 
     def step(self) -> bool:
-        """Compute and tell one item; False if there is nothing more to do. Called by the desk's thread only."""
-        if self._unwanted.is_set():
+        """Compute and tell one item; False if there is nothing more to do. Called by the scheduler's thread only."""
+        if self._cancelled.is_set():
             self._close()
             return False
         try:
@@ -65,18 +65,18 @@ class Job(Generic[Item]):
         return self._say(item) or self._close()
 
     def stop(self, error: Exception) -> None:
-        """End it with an error. Called by the desk's thread only."""
+        """End it with an error. Called by the scheduler's thread only."""
         self._say(Failed(error))
         self._close()
 
     def _say(self, item: Item | Done | Failed) -> bool:
         """Whether somebody could still be told."""
-        if not self._unwanted.is_set():
+        if not self._cancelled.is_set():
             try:
                 self._tell(item)
             except RuntimeError:  # The listener's event loop is closed.
-                self._unwanted.set()
-        return not self._unwanted.is_set()
+                self._cancelled.set()
+        return not self._cancelled.is_set()
 
     def _close(self) -> bool:
         close = getattr(self._work, "close", None)
@@ -88,8 +88,8 @@ class Job(Generic[Item]):
         return False
 
 
-class Desk:
-    """A decoding thread and its line; `close` it, or use it in a `with` block.
+class Scheduler:
+    """A decoding thread and its queue; `close` it, or use it in a `with` block.
 
     Args:
         max_active: requests that are advanced in turns.
@@ -102,23 +102,23 @@ class Desk:
         self._active: list[Job[object]] = []
         self._changed = threading.Condition()
         self._closed = False
-        self._thread = threading.Thread(target=self._turns, name="decode", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="decode", daemon=True)
         self._thread.start()
 
     def submit(self, work: Iterator[Item], tell: Callable[[Item | Done | Failed], None]) -> Job[Item]:
-        """Put `work` into the line.
+        """Put `work` into the queue.
 
         Args:
             tell: is called in the decoding thread with each item and at last with Done or Failed; must not block.
 
         Raises:
-            Full: there are `max_active` requests at work and `max_waiting` in front.
+            QueueFull: there are `max_active` requests at work and `max_waiting` in front.
         """
         job = Job(work, tell)
         with self._changed:
-            self._drop_unwanted()
+            self._drop_cancelled()
             if self._closed or len(self._active) + len(self._waiting) >= self._max_active + self._max_waiting:
-                raise Full
+                raise QueueFull
             self._waiting.append(job)  # type: ignore[arg-type]
             self._changed.notify()
         return job
@@ -130,7 +130,7 @@ class Desk:
 
     @property
     def num_waiting(self) -> int:
-        """Requests in the line."""
+        """Requests in the queue."""
         return len(self._waiting)
 
     def close(self) -> None:
@@ -140,13 +140,13 @@ class Desk:
             self._changed.notify()
         self._thread.join()
 
-    def __enter__(self) -> "Desk":
+    def __enter__(self) -> "Scheduler":
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _turns(self) -> None:
+    def _run(self) -> None:
         while self._admit():
             for job in list(self._active):
                 if self._closed:
@@ -158,10 +158,10 @@ class Desk:
             job.stop(ConnectionAbortedError("the server is shutting down"))
 
     def _admit(self) -> bool:
-        """Let the first of the line in where there is room; wait where there is nothing to do. False once closed."""
+        """Start the first of the queue where there is room; wait where there is nothing to do. False once closed."""
         with self._changed:
             while not self._closed:
-                self._drop_unwanted()
+                self._drop_cancelled()
                 while self._waiting and len(self._active) < self._max_active:
                     self._active.append(self._waiting.popleft())
                 if self._active:
@@ -169,7 +169,7 @@ class Desk:
                 self._changed.wait()
             return False
 
-    def _drop_unwanted(self) -> None:
-        """Those who left the line do not keep others out of it."""
-        for job in [job for job in self._waiting if job.is_unwanted]:
+    def _drop_cancelled(self) -> None:
+        """Cancelled requests take no place in the queue."""
+        for job in [job for job in self._waiting if job.is_cancelled]:
             self._waiting.remove(job)

@@ -15,10 +15,10 @@ import uvicorn
 
 from kilofed.errors import ServeError
 from kilofed.serving.app import make_app
-from kilofed.serving.auth import Doors, find_token, is_loopback
-from kilofed.serving.model import Served, open_served
+from kilofed.serving.auth import Auth, find_token, is_loopback
+from kilofed.serving.model import ServedModel, open_served_model
 from kilofed.serving.requests import Limits
-from kilofed.serving.scheduler import Desk
+from kilofed.serving.scheduler import Scheduler
 from kilofed.serving.service import Service
 
 GRACE = 10
@@ -27,8 +27,8 @@ MOST_CONNECTIONS = 1024
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a server listens and whom it lets in."""
+class ServerConfig:
+    """Where a server listens, and whether it asks for a token."""
 
     host: str = "127.0.0.1"
     """Address to bind; only this machine reaches the default."""
@@ -37,39 +37,39 @@ class Place:
     token_file: Path | None = None
     """File whose first line is the token; else KILOFED_TOKEN, else a new one that is printed once."""
     needs_token: bool = True
-    """False lets in every program of this machine; only on a loopback address."""
+    """False accepts every program of this machine; only on a loopback address."""
 
 
-def serve(served: Served, place: Place, limits: Limits, *, to: TextIO | None = None) -> None:
+def serve(served: ServedModel, config: ServerConfig, limits: Limits, *, to: TextIO | None = None) -> None:
     """Serve until SIGINT or SIGTERM; the address goes to `to` (by default stdout), all else to stderr.
 
     Raises:
         ServeError: the address is taken or not this machine's, the token is not usable, or there must be one.
     """
     _check(limits)
-    if not place.needs_token and not is_loopback(place.host):
-        raise ServeError(f"{place.host} is open to other machines, so that a token is needed: leave out --no-token")
-    token, is_new = find_token(place.token_file) if place.needs_token else (None, False)
-    with listening(place) as listener, Desk(limits.max_active, limits.max_waiting) as desk:
-        print(f"serving {served.name}: {served.manner}", file=sys.stderr)
+    if not config.needs_token and not is_loopback(config.host):
+        raise ServeError(f"{config.host} is open to other machines, so that a token is needed: leave out --no-token")
+    token, is_new = find_token(config.token_file) if config.needs_token else (None, False)
+    with listening(config) as listener, Scheduler(limits.max_active, limits.max_waiting) as scheduler:
+        print(f"serving {served.name}: {served.prompt_note}", file=sys.stderr)
         if is_new:
             print(f"token: {token}", file=sys.stderr)
-        if not place.needs_token:
+        if not config.needs_token:
             print("no token: every program of this machine can use this server", file=sys.stderr)
         print(f"{url_of(listener)}/v1", file=to or sys.stdout, flush=True)
-        Listening(served, desk, Doors(token), limits).run(sockets=[listener])
+        HttpServer(served, scheduler, Auth(token), limits).run(sockets=[listener])
 
 
 @contextlib.contextmanager
-def running(served: Served, *, token: str | None = None, limits: Limits | None = None) -> Iterator[str]:
+def running(served: ServedModel, *, token: str | None = None, limits: Limits | None = None) -> Iterator[str]:
     """Serve on a free port of this machine in a thread, for as long as the block runs; gives the URL without /v1.
 
     Args:
         token: None asks for none.
     """
     limits = limits or Limits()
-    with listening(Place(port=0)) as listener, Desk(limits.max_active, limits.max_waiting) as desk:
-        server = Listening(served, desk, Doors(token), limits)
+    with listening(ServerConfig(port=0)) as listener, Scheduler(limits.max_active, limits.max_waiting) as scheduler:
+        server = HttpServer(served, scheduler, Auth(token), limits)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, name="serve")
         thread.start()
         try:
@@ -79,26 +79,26 @@ def running(served: Served, *, token: str | None = None, limits: Limits | None =
             thread.join()
 
 
-def open_model(path: str, *, name: str = "", template: str = "", device: str = "", threads: int = 0) -> Served:
-    """As `serving.model.open_served`, with at most `threads` threads for torch (0 leaves torch's own choice)."""
+def open_model(path: str, *, name: str = "", template: str = "", device: str = "", threads: int = 0) -> ServedModel:
+    """As `serving.model.open_served_model`, with at most `threads` threads for torch (0 leaves torch's own choice)."""
     if threads:
         torch.set_num_threads(threads)
-    return open_served(path, name=name, template=template, device=device)
+    return open_served_model(path, name=name, template=template, device=device)
 
 
 @contextlib.contextmanager
-def listening(place: Place) -> Iterator[socket.socket]:
+def listening(config: ServerConfig) -> Iterator[socket.socket]:
     """A bound socket, for as long as the block runs. Raises ServeError."""
-    family = socket.AF_INET6 if ":" in place.host else socket.AF_INET
+    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            listener.bind((place.host, place.port))
+            listener.bind((config.host, config.port))
             listener.listen(128)
         except (OSError, OverflowError) as error:
             raise ServeError(
-                f"cannot listen on {place.host} port {place.port} ({error}): choose another --port or --host"
+                f"cannot listen on {config.host} port {config.port} ({error}): choose another --port or --host"
             ) from error
         yield listener
     finally:
@@ -111,12 +111,12 @@ def url_of(listener: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-class Listening(uvicorn.Server):
-    """A uvicorn server that keeps no log of requests and, when told to stop, ends what is under way with a word."""
+class HttpServer(uvicorn.Server):
+    """A uvicorn server that logs no request and, when stopped, ends what is under way with an error."""
 
-    def __init__(self, served: Served, desk: Desk, doors: Doors, limits: Limits) -> None:
-        config = uvicorn.Config(
-            make_app(Service(served, desk, limits), doors),
+    def __init__(self, served: ServedModel, scheduler: Scheduler, auth: Auth, limits: Limits) -> None:
+        settings = uvicorn.Config(
+            make_app(Service(served, scheduler, limits), auth),
             access_log=False,
             log_config=None,
             log_level="warning",
@@ -128,18 +128,18 @@ class Listening(uvicorn.Server):
             # Reached only where a client does not read what it is told at the end.
             timeout_graceful_shutdown=GRACE + 5,
         )
-        super().__init__(config)
-        self._desk = desk
+        super().__init__(settings)
+        self._scheduler = scheduler
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Let answers come to their end for GRACE seconds, then end them with an error."""
-        closing = asyncio.create_task(self._close_desk())
+        closing = asyncio.create_task(self._close_scheduler())
         await super().shutdown(sockets)
         closing.cancel()
 
-    async def _close_desk(self) -> None:
+    async def _close_scheduler(self) -> None:
         await asyncio.sleep(GRACE)
-        await asyncio.to_thread(self._desk.close)
+        await asyncio.to_thread(self._scheduler.close)
 
 
 def _check(limits: Limits) -> None:

@@ -13,13 +13,13 @@ from fastapi.responses import JSONResponse, Response
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
-from kilofed.serving.metrics import Meters
-from kilofed.serving.model import Served
-from kilofed.serving.requests import SEEDS, Ask, Limits
-from kilofed.serving.responses import LAST_EVENT, Answer, event
-from kilofed.serving.scheduler import Desk, Full
+from kilofed.serving.metrics import Metrics
+from kilofed.serving.model import ServedModel
+from kilofed.serving.requests import SEEDS, GenerationRequest, Limits
+from kilofed.serving.responses import LAST_EVENT, Completion, event
+from kilofed.serving.scheduler import QueueFull, Scheduler
 from kilofed.serving.steps import Step, steps
-from kilofed.serving.streaming import Ticket, unless_gone
+from kilofed.serving.streaming import StepStream, unless_gone
 from kilofed.serving.validation import Refusal
 
 log = logging.getLogger("kilofed")
@@ -29,59 +29,59 @@ BODY_TIMEOUT = 30.0
 SLACK = 30.0
 """Seconds beyond the time limit in which a slow reader may take what is ready."""
 
-Read = Callable[[bytes, Served, Limits, int], Ask]
+Read = Callable[[bytes, ServedModel, Limits, int], GenerationRequest]
 
 
 @dataclass
 class Service:
-    """Where requests meet the model: what is served, by whom, within which limits."""
+    """What is served, by which scheduler, within which limits."""
 
-    served: Served
-    desk: Desk
+    served: ServedModel
+    scheduler: Scheduler
     limits: Limits
-    meters: Meters = field(default_factory=Meters)
+    metrics: Metrics = field(default_factory=Metrics)
     created: int = field(default_factory=lambda: int(time.time()))
     num_open: int = 0
     """Answers that are being made or read."""
 
     async def answer(self, request: Request, read: Read) -> Response:
-        """Read, check, put into the line, and give out."""
+        """Read, validate, queue and answer."""
         arrived = asyncio.get_running_loop().time()
         body = await read_body(request, self.limits.max_body)
-        ask = await asyncio.to_thread(read, body, self.served, self.limits, secrets.randbelow(SEEDS))
-        self.refuse_crowd()
+        wanted = await asyncio.to_thread(read, body, self.served, self.limits, secrets.randbelow(SEEDS))
+        self.refuse_overload()
         try:
-            ticket = Ticket(self.desk, steps(self.served, ask), arrived + self.limits.timeout)
-        except Full as full:
+            stream = StepStream(self.scheduler, steps(self.served, wanted), arrived + self.limits.timeout)
+        except QueueFull as full:
             raise self._busy() from full
-        answer = Answer(self.served, ask)
-        self.meters.prompt_tokens += sum(map(len, ask.prompts))
+        answer = Completion(self.served, wanted)
+        self.metrics.prompt_tokens += sum(map(len, wanted.prompts))
         self.num_open += 1
-        flow = Flow(self, ticket, answer, arrived)
-        return flow if ask.stream else await flow.whole(request)
+        response = CompletionResponse(self, stream, answer, arrived)
+        return response if wanted.stream else await response.whole(request)
 
     def model(self) -> dict[str, object]:
-        """The one model, in OpenAI's form, with its context in tokens and what becomes of talks."""
+        """The one model, in OpenAI's form, with its context in tokens and what becomes of a conversation."""
         return {
             "id": self.served.name,
             "object": "model",
             "created": self.created,
             "owned_by": "kilofed",
             "max_model_len": self.served.generator.context,
-            "talks": self.served.manner,
+            "talks": self.served.prompt_note,
         }
 
-    def refuse_crowd(self) -> None:
+    def refuse_overload(self) -> None:
         """Raise Refusal where too many answers are being made or read."""
-        # Answers that are ready and read slowly hold no place at the desk, but memory.
+        # Answers that are ready and read slowly hold no place in the queue, but memory.
         if self.num_open >= 4 * (self.limits.max_active + self.limits.max_waiting):
             raise self._busy()
 
     def _busy(self) -> Refusal:
-        turns = (self.desk.num_waiting + 1) / self.limits.max_active
-        wait = min(max(math.ceil(self.meters.whole.mean * turns), 1), 60)
+        turns = (self.scheduler.num_waiting + 1) / self.limits.max_active
+        wait = min(max(math.ceil(self.metrics.whole.mean * turns), 1), 60)
         return Refusal(
-            f"{self.desk.num_active} requests are being answered and {self.desk.num_waiting} wait: try again later",
+            f"{self.scheduler.num_active} requests are being answered and {self.scheduler.num_waiting} wait: try again later",
             code="queue_full",
             status=429,
             kind="rate_limit_error",
@@ -89,13 +89,13 @@ class Service:
         )
 
 
-class Flow(Response):
+class CompletionResponse(Response):
     """One answer on its way to the client: server-sent events, or gathered by `whole`."""
 
-    def __init__(self, service: Service, ticket: Ticket, answer: Answer, arrived: float) -> None:
+    def __init__(self, service: Service, stream: StepStream, answer: Completion, arrived: float) -> None:
         super().__init__(media_type="text/event-stream", headers={"X-Accel-Buffering": "no"})
         del self.headers["content-length"]
-        self._service, self._ticket, self._answer, self._arrived = service, ticket, answer, arrived
+        self._service, self._stream, self._answer, self._arrived = service, stream, answer, arrived
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Stream, until all is sent, the client leaves, or it has read too slowly for too long."""
@@ -133,25 +133,25 @@ class Flow(Response):
                     await send({"type": "http.response.body", "body": body, "more_body": True})
             tail = b"".join(event(chunk) for chunk in self._answer.last_chunk()) + LAST_EVENT
         except Refusal as refusal:
-            self._service.meters.failed += 1
+            self._service.metrics.failed += 1
             tail = event(refusal.body())
         await send({"type": "http.response.body", "body": tail, "more_body": False})
 
     async def _batches(self) -> AsyncIterator[list[Step]]:
         first = True
-        async for batch in self._ticket.batches():
+        async for batch in self._stream.batches():
             if first:
-                self._service.meters.first_piece.add(asyncio.get_running_loop().time() - self._arrived)
+                self._service.metrics.first_piece.add(asyncio.get_running_loop().time() - self._arrived)
                 first = False
             yield batch
 
     def _close(self, over: bool) -> None:
-        self._ticket.close()
-        meters = self._service.meters
+        self._stream.close()
+        metrics = self._service.metrics
         self._service.num_open -= 1
-        meters.generated_tokens += self._answer.num_generated
-        meters.cancelled += not over
-        meters.whole.add(asyncio.get_running_loop().time() - self._arrived)
+        metrics.generated_tokens += self._answer.num_generated
+        metrics.cancelled += not over
+        metrics.whole.add(asyncio.get_running_loop().time() - self._arrived)
 
 
 async def read_body(request: Request, most: int) -> bytes:

@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 
 from kilofed.generation.decoding import Token
 from kilofed.generation.detokenizer import Piece, detokenize
-from kilofed.serving.model import Served
-from kilofed.serving.requests import SEEDS, Ask
+from kilofed.serving.model import ServedModel
+from kilofed.serving.requests import SEEDS, GenerationRequest
 
 UNTOLD = Token(-1, math.nan)
 """Stands for what is not known of a token; its log-probability is told as null."""
@@ -24,27 +24,27 @@ class Step:
     """Where the piece's tokens count their characters from: 0, or the echoed prompt's length."""
 
 
-def steps(served: Served, ask: Ask) -> Iterator[Step]:
+def steps(served: ServedModel, request: GenerationRequest) -> Iterator[Step]:
     """All answers to `ask`, one after the other, piece by piece; close it to give the model's caches back."""
-    for number, prompt in enumerate(ask.prompts):
-        echoed = _echo(served, ask, prompt) if ask.echo else None
-        for choice in range(ask.n):
-            index, offset = number * ask.n + choice, 0
+    for number, prompt in enumerate(request.prompts):
+        echoed = _echo(served, request, prompt) if request.echo else None
+        for choice in range(request.n):
+            index, offset = number * request.n + choice, 0
             if echoed is not None:
                 offset = len(echoed.text)
                 yield Step(index, echoed, 0)
-            if not ask.sampling.max_new_tokens:
+            if not request.sampling.max_new_tokens:
                 continue
-            seed = (ask.sampling.seed + index + SEEDS) % (2 * SEEDS) - SEEDS
-            tokens = served.generator.generate_tokens(prompt, replace(ask.sampling, seed=seed))
-            for piece in detokenize(tokens, served.codec, stops=ask.stops, end_ids=served.generator.end_ids):
+            seed = (request.sampling.seed + index + SEEDS) % (2 * SEEDS) - SEEDS
+            tokens = served.generator.generate_tokens(prompt, replace(request.sampling, seed=seed))
+            for piece in detokenize(tokens, served.codec, stops=request.stops, end_ids=served.generator.end_ids):
                 yield Step(index, piece, offset)
 
 
-def _echo(served: Served, ask: Ask, prompt: Sequence[int]) -> Piece:
+def _echo(served: ServedModel, request: GenerationRequest, prompt: Sequence[int]) -> Piece:
     """The prompt as if it had been generated; scored where log-probabilities are wanted."""
-    if ask.logprobs:
-        scored = served.generator.score(prompt, ask.sampling.num_logprobs)
+    if request.logprobs:
+        scored = served.generator.score(prompt, request.sampling.num_logprobs)
     else:
         scored = [None] * len(prompt)
     tokens = [
@@ -54,6 +54,6 @@ def _echo(served: Served, ask: Ask, prompt: Sequence[int]) -> Piece:
     return Piece(
         "".join(piece.text for piece in pieces),
         tuple(placed for piece in pieces for placed in piece.tokens),
-        "" if ask.sampling.max_new_tokens else "length",
+        "" if request.sampling.max_new_tokens else "length",
         num_new=0,
     )

@@ -5,7 +5,7 @@ import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, MutableMapping
 
 from kilofed.errors import KilofedError
-from kilofed.serving.scheduler import Desk, Done, Failed
+from kilofed.serving.scheduler import Done, Failed, Scheduler
 from kilofed.serving.steps import Step
 from kilofed.serving.validation import Refusal
 
@@ -19,21 +19,21 @@ class OutOfTime(Exception):
     """The time of a request is up."""
 
 
-class Ticket:
-    """One request at the desk, seen from the event loop; `close` it in any case.
+class StepStream:
+    """One request at the scheduler, seen from the event loop; `close` it in any case.
 
     Args:
         deadline: in the event loop's time; the request then fails.
 
     Raises:
-        Full: as `Desk.submit`.
+        QueueFull: as `Scheduler.submit`.
     """
 
-    def __init__(self, desk: Desk, work: Iterator[Step], deadline: float) -> None:
+    def __init__(self, scheduler: Scheduler, work: Iterator[Step], deadline: float) -> None:
         loop = asyncio.get_running_loop()
         items: asyncio.Queue[Step | Done | Failed] = asyncio.Queue()
         self._items = items
-        self._job = desk.submit(work, lambda item: _hand_over(loop, items, item))
+        self._job = scheduler.submit(work, lambda item: _hand_over(loop, items, item))
         self._timer = loop.call_at(deadline, items.put_nowait, Failed(OutOfTime()))
 
     async def batches(self) -> AsyncIterator[list[Step]]:
@@ -48,7 +48,7 @@ class Ticket:
                 return
 
     def close(self) -> None:
-        """Leave the desk; nothing more comes."""
+        """Cancel the request; nothing more comes."""
         self._job.cancel()
         self._timer.cancel()
 

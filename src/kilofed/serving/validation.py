@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 from pydantic import JsonValue
 
-from kilofed.serving.model import Served
+from kilofed.serving.model import ServedModel
 
 MOST_STOPS = 16
 LONGEST_STOP = 200
@@ -33,7 +33,7 @@ class Refusal(Exception):
         return {"error": {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}}
 
 
-def check_name(name: str, served: Served) -> None:
+def check_name(name: str, served: ServedModel) -> None:
     """Raise Refusal unless `name` is what is served."""
     if name != served.name:
         raise Refusal(
@@ -55,7 +55,7 @@ def read_stops(stop: JsonValue) -> tuple[str, ...]:
     return found
 
 
-def read_prompts(prompt: JsonValue, served: Served) -> list[list[int]]:
+def read_prompts(prompt: JsonValue, served: ServedModel) -> list[list[int]]:
     """Token ids of each prompt, which may be a text, token ids, or a list of either."""
     if isinstance(prompt, str):
         return [served.codec.encode(prompt)]
@@ -76,7 +76,7 @@ def _is_id(value: JsonValue) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _ids(values: Sequence[JsonValue], served: Served) -> list[int]:
+def _ids(values: Sequence[JsonValue], served: ServedModel) -> list[int]:
     ids = [value for value in values if isinstance(value, int) and _is_id(value)]
     if len(ids) < len(values):
         raise Refusal("prompt has a list of token ids with something else in it", param="prompt")
