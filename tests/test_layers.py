@@ -46,6 +46,7 @@ OUTSIDERS = {
     "matplotlib": {"reports.plots"},
     "tqdm": {"cli"},
     "fastapi": {"serving.app", "serving.service"},
+    "prometheus_client": {"serving.metrics"},
     "pydantic": {"serving.requests", "serving.validation"},
     "uvicorn": {"serving.server"},
 }

@@ -37,7 +37,7 @@ class Reached:
     def count(self, name: str) -> int:
         """A number of /metrics."""
         lines = self.http.get("/metrics").text.splitlines()
-        return int(next(line for line in lines if line.startswith(f"{name} ")).split()[-1])
+        return int(float(next(line for line in lines if line.startswith(f"{name} ")).split()[-1]))
 
     def waits_for(self, name: str, value: int) -> bool:
         """Whether a number of /metrics becomes `value` within ten seconds."""

@@ -11,6 +11,7 @@ from pathlib import Path
 import httpx
 import openai
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from kilofed.generation.decoding import Sampling
 from kilofed.generation.detokenizer import detokenize
@@ -270,8 +271,9 @@ def test_health_needs_no_key_and_metrics_do(server) -> None:
     server.api.completions.create(model="tiny", prompt="ab", max_tokens=4, temperature=0, seed=0)
     assert 1 <= server.count("kilofed_generated_tokens_total") - before <= 4
     assert server.count("kilofed_active_requests") == 0
-    for line in server.http.get("/metrics").text.splitlines():
-        assert re.fullmatch(r'# (HELP|TYPE) .+|\w+(\{\w+="[^"]*"(,\w+="[^"]*")*\})? [\d.]+', line)
+    assert server.http.get("/metrics").headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
+    families = list(text_string_to_metric_families(server.http.get("/metrics").text))
+    assert all(family.documentation and family.type != "unknown" for family in families)
 
 
 def test_the_page_runs_only_what_stands_in_it(server) -> None:

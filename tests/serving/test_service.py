@@ -135,7 +135,7 @@ def test_an_answer_that_takes_too_long_ends_with_an_error(start, gated) -> None:
         server.api.with_options(max_retries=2).completions.create(**ASK)
     assert (caught.value.status_code, caught.value.code) == (504, "timeout")
     # It would only be tried again in vain.
-    assert server.http.get("/metrics").text.count('status="504"} 1\n') == 1
+    assert server.http.get("/metrics").text.count('status="504"} 1.0\n') == 1
     with pytest.raises(openai.APIError, match="took longer"):
         list(server.api.completions.create(**ASK, stream=True))
     assert server.count("kilofed_failed_streams_total") == 1

@@ -6,7 +6,7 @@ from hashlib import sha256
 from importlib import resources
 
 from fastapi import FastAPI, Request
-from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
+from fastapi.responses import HTMLResponse, JSONResponse, Response
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -51,9 +51,9 @@ def make_app(service: Service, auth: Auth) -> ASGIApp:
         return JSONResponse({"status": "ok"})
 
     @app.get("/metrics")
-    async def metrics() -> Response:
-        text = service.metrics.text(service.scheduler.num_active, service.scheduler.num_waiting)
-        return PlainTextResponse(text, media_type="text/plain; version=0.0.4; charset=utf-8")
+    async def metrics(request: Request) -> Response:
+        content, content_type = service.metrics.exposition(request.headers.get("accept", ""))
+        return Response(content, headers={"Content-Type": content_type})
 
     @app.get("/")
     async def chat_page() -> Response:
@@ -75,7 +75,7 @@ class AccessMiddleware:
 
         async def counted(message: Message) -> None:
             if message["type"] == "http.response.start":
-                self._metrics.responses[path if path in PATHS else "other", message["status"]] += 1
+                self._metrics.responses.labels(path if path in PATHS else "other", message["status"]).inc()
                 message["headers"] = [*message.get("headers", []), *HEADERS.items()]
             await send(message)
 

@@ -1,91 +1,46 @@
-"""Metrics of a server, in Prometheus' text format (version 0.0.4); no prompt and no answer is in them."""
+"""Metrics of a server for Prometheus, in a registry of its own; no prompt and no answer is in them."""
 
-import time
-from collections import Counter
-from dataclasses import dataclass, field
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client.exposition import choose_encoder
 
 BOUNDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
 """Upper bounds of the time histograms, seconds."""
 
 
-class Times:
-    """A histogram of seconds."""
+class Metrics:
+    """What a server has done since it began."""
 
     def __init__(self) -> None:
-        self._counts = [0] * (len(BOUNDS) + 1)
-        self._sum = 0.0
-
-    def add(self, seconds: float) -> None:
-        """Count one."""
-        self._counts[sum(seconds > bound for bound in BOUNDS)] += 1
-        self._sum += seconds
+        self.registry = CollectorRegistry()
+        own = self.registry
+        self.responses = Counter(
+            "kilofed_responses", "Responses by path and status; other paths are one.", ["path", "status"], registry=own
+        )
+        self.prompt_tokens = Counter("kilofed_prompt_tokens", "Tokens of prompts.", registry=own)
+        self.generated_tokens = Counter("kilofed_generated_tokens", "Tokens of answers.", registry=own)
+        self.cancelled = Counter("kilofed_cancelled", "Requests whose client left.", registry=own)
+        self.failed = Counter("kilofed_failed_streams", "Streams that ended with an error.", registry=own)
+        self.active = Gauge("kilofed_active_requests", "Requests that are being decoded.", registry=own)
+        self.waiting = Gauge("kilofed_waiting_requests", "Requests in the queue.", registry=own)
+        began = Gauge("kilofed_start_time_seconds", "When the server began, Unix time.", registry=own)
+        began.set_to_current_time()
+        self.first_piece = Histogram(
+            "kilofed_first_piece_seconds",
+            "From a request to the first piece of its answer.",
+            buckets=BOUNDS,
+            registry=own,
+        )
+        self.whole = Histogram(
+            "kilofed_request_seconds", "From a request to the end of its answer.", buckets=BOUNDS, registry=own
+        )
 
     @property
-    def mean(self) -> float:
-        """Seconds; 0 where nothing was counted."""
-        return self._sum / max(sum(self._counts), 1)
+    def mean_seconds(self) -> float:
+        """Mean time of a request; 0 before the first has ended."""
+        total = self.registry.get_sample_value("kilofed_request_seconds_sum") or 0.0
+        return total / max(self.registry.get_sample_value("kilofed_request_seconds_count") or 0.0, 1.0)
 
-    def lines(self, name: str) -> list[str]:
-        """In Prometheus' text."""
-        total, lines = 0, []
-        for bound, count in zip([*map(str, BOUNDS), "+Inf"], self._counts, strict=True):
-            total += count
-            lines.append(f'{name}_bucket{{le="{bound}"}} {total}')
-        return [*lines, f"{name}_sum {self._sum:.6f}", f"{name}_count {total}"]
-
-
-@dataclass
-class Metrics:
-    """What a server has done since it began. Changed in the event loop's thread only."""
-
-    responses: Counter[tuple[str, int]] = field(default_factory=Counter)
-    """By path and status; paths that are not served count as one."""
-    prompt_tokens: int = 0
-    generated_tokens: int = 0
-    cancelled: int = 0
-    """Requests whose client left before the end."""
-    failed: int = 0
-    """Streams that had begun and ended with an error."""
-    first_piece: Times = field(default_factory=Times)
-    """From a request's arrival to the first piece of its answer."""
-    whole: Times = field(default_factory=Times)
-    """From a request's arrival to the end of its answer."""
-    began: float = field(default_factory=time.time)
-
-    def text(self, num_active: int, num_waiting: int) -> str:
-        """All of it, for GET /metrics."""
-        responses = [
-            f'kilofed_responses_total{{path="{path}",status="{status}"}} {count}'
-            for (path, status), count in sorted(self.responses.items())
-        ]
-        parts = [
-            ("kilofed_responses_total", "counter", "Responses by path and status.", responses),
-            _single("kilofed_prompt_tokens_total", "counter", "Tokens of prompts.", self.prompt_tokens),
-            _single("kilofed_generated_tokens_total", "counter", "Tokens of answers.", self.generated_tokens),
-            _single("kilofed_cancelled_total", "counter", "Requests whose client left.", self.cancelled),
-            _single("kilofed_failed_streams_total", "counter", "Streams that ended with an error.", self.failed),
-            _single("kilofed_active_requests", "gauge", "Requests that are being decoded.", num_active),
-            _single("kilofed_waiting_requests", "gauge", "Requests in the queue.", num_waiting),
-            _single("kilofed_start_time_seconds", "gauge", "When the server began, Unix time.", round(self.began)),
-            _times(
-                "kilofed_first_piece_seconds", "From a request to the first piece of its answer.", self.first_piece
-            ),
-            _times("kilofed_request_seconds", "From a request to the end of its answer.", self.whole),
-        ]
-        lines = [
-            line
-            for name, kind, what, values in parts
-            for line in (f"# HELP {name} {what}", f"# TYPE {name} {kind}", *values)
-        ]
-        return "\n".join(lines) + "\n"
-
-
-Part = tuple[str, str, str, list[str]]
-
-
-def _single(name: str, kind: str, what: str, value: int) -> Part:
-    return name, kind, what, [f"{name} {value}"]
-
-
-def _times(name: str, what: str, times: Times) -> Part:
-    return name, "histogram", what, times.lines(name)
+    def exposition(self, accept: str) -> tuple[bytes, str]:
+        """All of it and its content type, in the text format or OpenMetrics as the `Accept` header has it."""
+        encode, content_type = choose_encoder(accept)
+        return encode(self.registry), content_type

@@ -44,6 +44,10 @@ class Service:
     num_open: int = 0
     """Answers that are being made or read."""
 
+    def __post_init__(self) -> None:
+        self.metrics.active.set_function(lambda: self.scheduler.num_active)
+        self.metrics.waiting.set_function(lambda: self.scheduler.num_waiting)
+
     async def answer(self, request: Request, read: Read) -> Response:
         """Read, validate, queue and answer."""
         arrived = asyncio.get_running_loop().time()
@@ -55,7 +59,7 @@ class Service:
         except QueueFull as full:
             raise self._busy() from full
         answer = Completion(self.served, wanted)
-        self.metrics.prompt_tokens += sum(map(len, wanted.prompts))
+        self.metrics.prompt_tokens.inc(sum(map(len, wanted.prompts)))
         self.num_open += 1
         response = CompletionResponse(self, stream, answer, arrived)
         return response if wanted.stream else await response.whole(request)
@@ -79,7 +83,7 @@ class Service:
 
     def _busy(self) -> Refusal:
         turns = (self.scheduler.num_waiting + 1) / self.limits.max_active
-        wait = min(max(math.ceil(self.metrics.whole.mean * turns), 1), 60)
+        wait = min(max(math.ceil(self.metrics.mean_seconds * turns), 1), 60)
         return Refusal(
             f"{self.scheduler.num_active} requests are being answered and {self.scheduler.num_waiting} wait: try again later",
             code="queue_full",
@@ -133,7 +137,7 @@ class CompletionResponse(Response):
                     await send({"type": "http.response.body", "body": body, "more_body": True})
             tail = b"".join(event(chunk) for chunk in self._answer.last_chunk()) + LAST_EVENT
         except Refusal as refusal:
-            self._service.metrics.failed += 1
+            self._service.metrics.failed.inc()
             tail = event(refusal.body())
         await send({"type": "http.response.body", "body": tail, "more_body": False})
 
@@ -141,7 +145,7 @@ class CompletionResponse(Response):
         first = True
         async for batch in self._stream.batches():
             if first:
-                self._service.metrics.first_piece.add(asyncio.get_running_loop().time() - self._arrived)
+                self._service.metrics.first_piece.observe(asyncio.get_running_loop().time() - self._arrived)
                 first = False
             yield batch
 
@@ -149,9 +153,9 @@ class CompletionResponse(Response):
         self._stream.close()
         metrics = self._service.metrics
         self._service.num_open -= 1
-        metrics.generated_tokens += self._answer.num_generated
-        metrics.cancelled += not over
-        metrics.whole.add(asyncio.get_running_loop().time() - self._arrived)
+        metrics.generated_tokens.inc(self._answer.num_generated)
+        metrics.cancelled.inc(not over)
+        metrics.whole.observe(asyncio.get_running_loop().time() - self._arrived)
 
 
 async def read_body(request: Request, most: int) -> bytes:
