@@ -45,5 +45,5 @@ def test_a_proxy_over_kilofed_s_server_is_the_local_proxy(tiny_model: Path, monk
         ):
             wrong = RemoteModel(spec, byte_tokenizer())
             with pytest.raises(RemoteError, match=said):
-                wrong.tell([[1, 70]], [[2]])
+                wrong.top_logprobs([[1, 70]], [[2]])
             wrong.close()
