@@ -8,7 +8,7 @@ import tempfile
 from pathlib import Path
 
 import kilofed
-from kilofed.config.recipe import parse_words
+from kilofed.config.tables import parse_words
 
 
 def main(words: list[str]) -> None:

@@ -9,7 +9,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from kilofed.config.fields import Value
-from kilofed.config.recipe import Recipe, from_table
+from kilofed.config.recipe import Recipe
+from kilofed.config.tables import from_table
 
 torch.set_num_threads(1)
 

@@ -16,7 +16,7 @@ from transformers import AutoTokenizer
 
 from kilofed.cli import main
 from kilofed.config.fields import Value
-from kilofed.config.recipe import from_table
+from kilofed.config.tables import from_table
 from kilofed.models import training
 from kilofed.models.training import Batch
 from kilofed.payload import Payload

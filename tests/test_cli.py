@@ -12,7 +12,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kilofed.cli import main
-from kilofed.config.recipe import shipped
+from kilofed.config.tables import shipped
 from kilofed.federation.method import method_names
 from kilofed.models import loading
 from kilofed.reports import report

@@ -13,7 +13,8 @@ import pytest
 
 import kilofed
 from kilofed import cli
-from kilofed.config.recipe import Recipe, changed
+from kilofed.config.recipe import Recipe
+from kilofed.config.tables import changed
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 import kilofed
-from kilofed.config.recipe import from_table, load, shipped, to_table
+from kilofed.config.tables import from_table, load, shipped, to_table
 from kilofed.federation.method import load_method
 from kilofed.reports import report
 

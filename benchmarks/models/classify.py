@@ -19,7 +19,7 @@ import torch
 
 import kilofed
 from kilofed.config.fields import Value
-from kilofed.config.recipe import load
+from kilofed.config.tables import load
 from kilofed.federation.parties import generator
 from kilofed.models import evaluation, loading, training
 from kilofed.runs.sites import Sites

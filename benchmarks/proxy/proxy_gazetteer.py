@@ -23,7 +23,8 @@ import torch
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parent))
-from kilofed.config.recipe import Recipe, from_table
+from kilofed.config.recipe import Recipe
+from kilofed.config.tables import from_table
 from kilofed.data.examples import IGNORED, Example
 from kilofed.data.sources import gazetteer
 from kilofed.methods.fedpt import FedPT

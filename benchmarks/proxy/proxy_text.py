@@ -25,7 +25,8 @@ from typing import cast
 import torch
 from torch import nn
 
-from kilofed.config.recipe import Recipe, from_table
+from kilofed.config.recipe import Recipe
+from kilofed.config.tables import from_table
 from kilofed.data.examples import Example
 from kilofed.data.readers import Row
 from kilofed.engines.inprocess import InProcess

@@ -12,7 +12,8 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from kilofed.config.recipe import Recipe, load
+    from kilofed.config.recipe import Recipe
+    from kilofed.config.tables import load
     from kilofed.errors import KilofedError
     from kilofed.federation.cohort import Cohort, Engine
     from kilofed.federation.ledger import Ledger
@@ -41,7 +42,8 @@ __all__ = [
 ]
 
 _HOMES = {
-    "config.recipe": ("Recipe", "load"),
+    "config.recipe": ("Recipe",),
+    "config.tables": ("load",),
     "errors": ("KilofedError",),
     "federation.cohort": ("Cohort", "Engine"),
     "federation.ledger": ("Ledger",),

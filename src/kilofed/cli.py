@@ -198,7 +198,7 @@ def _print_results(results: "Results", as_json: bool) -> None:
 
 
 def _check(options: argparse.Namespace) -> None:
-    from kilofed.config.recipe import load
+    from kilofed.config.tables import load
     from kilofed.runs.check import check
 
     source, overrides = _split(options.words)
@@ -268,7 +268,7 @@ def _show(options: argparse.Namespace) -> None:
 
 
 def _eval(options: argparse.Namespace) -> None:
-    from kilofed.config.recipe import parse_words
+    from kilofed.config.tables import parse_words
     from kilofed.runs.loop import score
 
     row = score(options.folder, parse_words(options.words))
@@ -336,7 +336,7 @@ def _serve(options: argparse.Namespace) -> None:
 
 def _split(words: Sequence[str]) -> tuple[str, "dict[str, Value]"]:
     """The recipe's name or file, `tiny` if none is given, and the overrides."""
-    from kilofed.config.recipe import parse_words
+    from kilofed.config.tables import parse_words
     from kilofed.errors import RecipeError
 
     names = [word for word in words if "=" not in word]

@@ -1,9 +1,10 @@
 """Plain values into frozen dataclasses, refusals with the nearest name, and fields with their texts."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
 import pytest
+from annotated_types import Gt, Interval
 
 from kilofed.config.fields import Value, build, describe
 from kilofed.errors import RecipeError
@@ -18,7 +19,7 @@ class Inner:
 
 @dataclass(frozen=True)
 class Outer:
-    rate: float = 0.5
+    rate: Annotated[float, Gt(0)] = 0.5
     """Speed,
     in metres."""
     kind: Literal["slow", "fast"] = "slow"
@@ -96,7 +97,7 @@ def test_a_wrong_type_says_what_was_seen_and_expected(table: dict[str, Value], m
 
 
 def test_texts_stand_below_their_fields() -> None:
-    rows = {name: (kind, default, text) for name, kind, default, text in describe(Outer)}
+    rows = {one.name: (one.kind, one.default, one.text) for one in describe(Outer)}
     assert list(rows) == ["rate", "kind", "on", "names", "inner", "extra"]
     assert rows["rate"] == ("a number", 0.5, "Speed,\n    in metres.")
     assert rows["kind"] == ("slow | fast", "slow", "")
@@ -104,7 +105,24 @@ def test_texts_stand_below_their_fields() -> None:
     assert rows["on"][:2] == ("true or false", False)
 
 
+def test_lists_and_tables_are_named_as_such_and_bounds_are_told() -> None:
+    rows = {one.name: (one.kind, one.bounds) for one in describe(Outer)}
+    assert rows["names"] == ("a list of text", "")
+    assert rows["inner"] == rows["extra"] == ("a table", "")
+    assert rows["rate"] == ("a number", "above 0")
+
+
+def test_items_of_a_list_are_checked_one_by_one() -> None:
+    @dataclass(frozen=True)
+    class Shares:
+        shares: tuple[Annotated[float, Interval(ge=0, le=1)], ...] = ()
+
+    assert build(Shares, {"shares": [0, 1]}).shares == (0.0, 1.0)
+    with pytest.raises(RecipeError, match=r"^shares\[1\] is 1\.5; expected from 0 to 1$"):
+        build(Shares, {"shares": [0.5, 1.5]})
+
+
 def test_a_base_class_gives_texts_and_the_derived_one_wins() -> None:
-    rows = {name: (default, text) for name, _, default, text in describe(Derived)}
+    rows = {one.name: (one.default, one.text) for one in describe(Derived)}
     assert rows["rate"] == (2.0, "Another speed.")
     assert rows["inner"][1] == "The inner one."

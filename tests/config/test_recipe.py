@@ -9,23 +9,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kilofed.config.bounds import bounds_of
 from kilofed.config.fields import Value, describe
-from kilofed.config.recipe import (
-    Recipe,
-    changed,
-    from_table,
-    lay_over,
-    load,
-    parse_words,
-    shipped,
-    text_of,
-    to_table,
-    to_toml,
-)
+from kilofed.config.recipe import Recipe
+from kilofed.config.tables import changed, from_table, lay_over, load, parse_words, shipped, text_of, to_table, to_toml
 from kilofed.errors import RecipeError
 
 TEXT = st.text(st.characters(codec="utf-8", exclude_categories=["Cs"]), max_size=12)
-NUMBER = st.floats(0, 1e6) | st.just(math.inf)
 VALUE = st.recursive(
     TEXT | st.integers(-(2**63), 2**63 - 1) | st.booleans() | st.floats(allow_nan=False),
     lambda below: st.lists(below, max_size=3) | st.dictionaries(TEXT, below, max_size=3),
@@ -34,30 +24,29 @@ VALUE = st.recursive(
 
 
 def of_type(hint: object) -> st.SearchStrategy[object]:
-    """Values that a field of type `hint` takes and no range refuses."""
+    """Values that a field of type `hint` takes."""
     if is_dataclass(hint):
         assert isinstance(hint, type)
         return table_of(hint).map(lambda table: hint(**table))
-    args = typing.get_args(hint)
-    origin = typing.get_origin(hint)
+    bounds = bounds_of(hint)
+    bare = typing.get_args(hint)[0] if typing.get_origin(hint) is typing.Annotated else hint
+    args = typing.get_args(bare)
+    origin = typing.get_origin(bare)
     if origin is typing.Literal:
         return st.sampled_from(args)
     if origin is tuple:
-        return st.lists(TEXT, max_size=3).map(tuple)
+        return st.lists(of_type(args[0]), min_size=bounds.min_length, max_size=3).map(tuple)
     if origin is dict:
         return st.dictionaries(TEXT.filter(lambda key: key != "name"), VALUE, max_size=3)
-    plain = {str: TEXT, bool: st.booleans(), int: st.integers(8, 10**6), float: NUMBER}
-    return plain[typing.cast(type, hint)]
+    if bare in (int, float):
+        others = [st.just(value) for value in bounds.others]
+        return st.one_of(st.from_type(typing.cast(type, hint)).filter(bounds.allow), *others)
+    return {str: TEXT, bool: st.booleans()}[typing.cast(type, bare)]
 
 
 def table_of(cls: type) -> st.SearchStrategy[dict[str, object]]:
-    special = {
-        "controls": st.just(("base",)),
-        "holdout": st.floats(0, 0.99),
-        "public_share": st.floats(0, 0.99),
-        "quorum": st.integers(1, 8),
-    }
-    hints = typing.get_type_hints(cls)
+    special = {"cohort": st.just(0) | st.integers(8, 10**6), "quorum": st.integers(1, 8)}
+    hints = typing.get_type_hints(cls, include_extras=True)
     return st.fixed_dictionaries({f.name: special.get(f.name, of_type(hints[f.name])) for f in fields(cls)})
 
 
@@ -142,13 +131,13 @@ def test_changed_changes_nothing_else() -> None:
         ("data.columns.respnse", "a", r"data\.columns\.respnse .*\(did you mean response\?\)"),
         ("rounds", "many", r'rounds is "many"; expected a whole number'),
         ("rounds", 0, r"rounds is 0; expected at least 1"),
-        ("train.lr", math.nan, r"train\.lr is nan; expected at least 0"),
+        ("train.lr", math.nan, r"train\.lr is nan; expected a finite number, at least 0"),
         ("train.lr", -1.0, r"train\.lr is -1\.0; expected at least 0"),
-        ("data.holdout", 1.0, r"data\.holdout is 1\.0; expected a share"),
+        ("data.holdout", 1.0, r"data\.holdout is 1\.0; expected from 0 to below 1"),
         (
             "evaluate.controls",
             ["base", "locale"],
-            r"evaluate\.controls has \['locale'\]; expected base, local, central",
+            r"evaluate\.controls\[1\] is 'locale'; expected one of 'base', 'local', 'central'",
         ),
         ("adapter.kind", "dora", r"adapter\.kind is 'dora'; expected one of 'lora', 'full'"),
     ],
@@ -189,7 +178,7 @@ def test_shipped_recipes_say_what_they_are_for() -> None:
 def test_every_field_of_a_table_has_a_text(cls: type) -> None:
     if cls.__name__ == "ColumnsSpec":
         return
-    speechless = {name for name, _, default, text in describe(cls) if not text and not is_dataclass(default)}
+    speechless = {one.name for one in describe(cls) if not one.text and not is_dataclass(one.default)}
     assert speechless <= {"fields"}
 
 

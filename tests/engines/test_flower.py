@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from kilofed.config.recipe import EngineSpec, Recipe, to_table
+from kilofed.config.recipe import EngineSpec, Recipe
+from kilofed.config.tables import to_table
 from kilofed.engines import open_engine
 from kilofed.errors import ModelError, RunError
 from kilofed.federation.cohort import Cohort, address

@@ -18,7 +18,8 @@ import grpc
 
 import kilofed
 from kilofed.config.fields import Value
-from kilofed.config.recipe import EngineSpec, changed, from_table
+from kilofed.config.recipe import EngineSpec
+from kilofed.config.tables import changed, from_table
 from kilofed.engines import open_engine, stream
 from kilofed.engines.opener import Opener
 from kilofed.engines.stream import CHUNK, Stream

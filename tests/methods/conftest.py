@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from kilofed.config.fields import Value
-from kilofed.config.recipe import Recipe, changed, to_toml
+from kilofed.config.recipe import Recipe
+from kilofed.config.tables import changed, to_toml
 from kilofed.engines.inprocess import InProcess
 from kilofed.federation.cohort import Cohort
 from kilofed.federation.ledger import Ledger

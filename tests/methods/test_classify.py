@@ -12,7 +12,8 @@ from transformers import AutoModel
 
 import kilofed
 from kilofed.config.fields import Value
-from kilofed.config.recipe import Recipe, changed
+from kilofed.config.recipe import Recipe
+from kilofed.config.tables import changed
 from kilofed.errors import RunError
 from kilofed.models import evaluation, loading
 from kilofed.models.heads import MeanClassifier

@@ -10,7 +10,8 @@ from torch import nn
 
 import kilofed
 from kilofed.config.fields import Value
-from kilofed.config.recipe import ModelSpec, Recipe, changed
+from kilofed.config.recipe import ModelSpec, Recipe
+from kilofed.config.tables import changed
 from kilofed.distillation import losses
 from kilofed.errors import BudgetSpent, ModelError, RecipeError
 from kilofed.federation.cohort import address
@@ -171,8 +172,8 @@ def test_a_worker_process_works_without_the_large_model(tiny_table, tiny_large: 
     table = {**tiny_table, "engine": {"name": "pool", "workers": 1}}
     table["data"] = {**table["data"], "public_share": 0.2}
     table["method"] = {"name": "fedpt", "large": str(tiny_large), "steps": 2, "lr": 1e-2, "tolerance": 9.0}
-    pooled = kilofed.run(kilofed.config.recipe.from_table(table), out=tmp_path / "pool")
-    alone = kilofed.run(kilofed.config.recipe.from_table({**table, "engine": {}}), out=tmp_path / "alone")
+    pooled = kilofed.run(kilofed.config.tables.from_table(table), out=tmp_path / "pool")
+    alone = kilofed.run(kilofed.config.tables.from_table({**table, "engine": {}}), out=tmp_path / "alone")
     assert pooled.results["state_sha256"] == alone.results["state_sha256"]
 
 
@@ -180,7 +181,7 @@ def run(table: dict[str, Value], large: str, out: Path, **fields: Value) -> kilo
     method = {"name": "fedpt", "large": large, "steps": 2, "batch_size": 4, "lr": 1e-2, "tolerance": 9.0, **fields}
     data = {**table["data"], "public_share": 0.2}
     whole = {**table, "data": data, "method": method, "evaluate": {"generate": 1, "max_new_tokens": 4, "controls": []}}
-    return kilofed.run(kilofed.config.recipe.from_table(whole), out=out)
+    return kilofed.run(kilofed.config.tables.from_table(whole), out=out)
 
 
 @pytest.mark.slow
@@ -307,7 +308,7 @@ def test_the_trial_scores_as_evaluation_does(federate) -> None:
 
 def test_the_method_is_found_and_its_handler_opens_from_text(tiny_recipe: Recipe, tmp_path: Path) -> None:
     assert "fedpt" in method_names()
-    table = kilofed.config.recipe.to_table(changed(tiny_recipe, {"method": "fedpt"}))
+    table = kilofed.config.tables.to_table(changed(tiny_recipe, {"method": "fedpt"}))
     assert callable(open_handler(json.dumps(table), str(tmp_path)))
 
 

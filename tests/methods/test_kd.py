@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from kilofed.config.fields import Value
-from kilofed.config.recipe import Recipe, changed
+from kilofed.config.recipe import Recipe
+from kilofed.config.tables import changed
 from kilofed.distillation import ensemble
 from kilofed.engines.inprocess import InProcess
 from kilofed.errors import ClientError, ModelError, RecipeError

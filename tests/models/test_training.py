@@ -10,7 +10,8 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from kilofed.config.recipe import AdapterSpec, ModelSpec, Recipe, TrainSpec, changed
+from kilofed.config.recipe import AdapterSpec, ModelSpec, Recipe, TrainSpec
+from kilofed.config.tables import changed
 from kilofed.data.examples import IGNORED, Example
 from kilofed.engines.inprocess import InProcess
 from kilofed.errors import NonFiniteLoss

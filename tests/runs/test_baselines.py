@@ -3,7 +3,8 @@
 import torch
 from transformers import AutoModelForCausalLM
 
-from kilofed.config.recipe import Recipe, changed
+from kilofed.config.recipe import Recipe
+from kilofed.config.tables import changed
 from kilofed.models import evaluation, loading
 from kilofed.runs import baselines
 from kilofed.runs.sites import Sites

@@ -7,7 +7,7 @@ import pytest
 
 from kilofed.cli import main
 from kilofed.config.fields import Value
-from kilofed.config.recipe import to_toml
+from kilofed.config.tables import to_toml
 from kilofed.errors import RecipeError, RunError
 from kilofed.reports import plots
 from kilofed.runs import compare

@@ -13,7 +13,8 @@ import pytest
 import torch
 
 import kilofed
-from kilofed.config.recipe import Recipe, changed, from_table, load
+from kilofed.config.recipe import Recipe
+from kilofed.config.tables import changed, from_table, load
 from kilofed.errors import KilofedError, RecipeError, RunError
 from kilofed.federation.ledger import Ledger
 from kilofed.models import evaluation

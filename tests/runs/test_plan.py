@@ -13,7 +13,8 @@ from transformers import LlamaConfig
 import kilofed
 from kilofed.cli import main
 from kilofed.config.fields import Table
-from kilofed.config.recipe import AdapterSpec, ModelSpec, TrainSpec, from_table
+from kilofed.config.recipe import AdapterSpec, ModelSpec, TrainSpec
+from kilofed.config.tables import from_table
 from kilofed.costs import environment
 from kilofed.costs.counter import Bench
 from kilofed.errors import KilofedError
@@ -203,7 +204,7 @@ def test_activations_grow_with_the_batch_and_vanish_with_it(tiny_model: Path) ->
 
 def test_the_command_prints_a_line_per_method(tiny_table: Table, tmp_path: Path, capsys) -> None:
     source = tmp_path / "recipe.toml"
-    source.write_text(kilofed.config.recipe.to_toml(from_table(tiny_table)), "utf-8")
+    source.write_text(kilofed.config.tables.to_toml(from_table(tiny_table)), "utf-8")
     words = ["plan", str(source), "--methods", "fedavg,split", "--memory", "8GB", "--flops", "2e12", "--up", "5Mbit"]
     torch.manual_seed(0)
     assert main([*words, "--json"]) == 0

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from kilofed import cli
-from kilofed.config.recipe import Recipe, changed
+from kilofed.config.recipe import Recipe
+from kilofed.config.tables import changed
 from kilofed.errors import RunError
 from kilofed.models import loading
 from kilofed.payload import Payload

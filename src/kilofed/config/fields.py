@@ -4,11 +4,13 @@ import ast
 import dataclasses
 import inspect
 import json
+import math
 import types
 import typing
 from collections.abc import Mapping
-from typing import Literal, TypeVar, cast
+from typing import Annotated, Literal, NamedTuple, TypeVar, cast
 
+from kilofed.config.bounds import bounds_of, refuse_outside
 from kilofed.errors import RecipeError, nearest
 
 Value = str | int | float | bool | list["Value"] | dict[str, "Value"]
@@ -17,8 +19,21 @@ Table = Mapping[str, Value]
 T = TypeVar("T")
 
 
+class Described(NamedTuple):
+    """One field, as `kilofed show` explains it."""
+
+    name: str
+    kind: str
+    """Its type in words."""
+    bounds: str
+    """What its values must be, in words; empty where anything goes."""
+    default: object
+    text: str
+    """The string below the field in the source."""
+
+
 def build(cls: type[T], table: Table, where: str = "") -> T:
-    """A frozen dataclass from plain values; unknown keys and wrong types are refused.
+    """A frozen dataclass from plain values; unknown keys, wrong types and values out of bounds are refused.
 
     Args:
         cls: a dataclass whose fields are scalars, tuples, dicts, literals or dataclasses.
@@ -27,7 +42,7 @@ def build(cls: type[T], table: Table, where: str = "") -> T:
     Raises:
         RecipeError: what was seen, what was expected, the nearest name.
     """
-    hints = typing.get_type_hints(cls)
+    hints = typing.get_type_hints(cls, include_extras=True)
     known = {item.name for item in dataclasses.fields(cls) if item.init}  # type: ignore[arg-type]
     owner = cls.__name__
     for key in table:
@@ -36,8 +51,8 @@ def build(cls: type[T], table: Table, where: str = "") -> T:
     return cls(**{key: _convert(hints[key], value, where + key) for key, value in table.items()})
 
 
-def describe(cls: type) -> list[tuple[str, str, object, str]]:
-    """(name, type, default, text) of each field; the text is the string below the field in the source."""
+def describe(cls: type) -> list[Described]:
+    """Each field with its type, bounds, default and text."""
     texts: dict[str, str] = {}
     for base in reversed(cls.__mro__[:-1]):
         body = cast(ast.ClassDef, ast.parse(inspect.cleandoc("\n" + inspect.getsource(base))).body[0]).body
@@ -45,15 +60,24 @@ def describe(cls: type) -> list[tuple[str, str, object, str]]:
             if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name):
                 documented = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
                 texts[item.target.id] = str(after.value.value) if documented else ""  # type: ignore[union-attr]
-    rows: list[tuple[str, str, object, str]] = []
+    hints = typing.get_type_hints(cls, include_extras=True)
+    rows = []
     for one in dataclasses.fields(cls):
-        factory = one.default_factory
+        hint, factory = hints[one.name], one.default_factory
         default = one.default if isinstance(factory, dataclasses._MISSING_TYPE) else factory()
-        rows.append((one.name, type_name(one.type), default, texts.get(one.name, "")))
+        words = bounds_of(hint).words
+        rows.append(Described(one.name, type_name(hint), words, default, texts.get(one.name, "")))
     return rows
 
 
 def _convert(hint: object, value: Value, where: str) -> object:
+    """`value` as a field of type `hint` holds it, within the bounds that the type states."""
+    found = _typed(_bare(hint), value, where)
+    refuse_outside(bounds_of(hint), found, where)
+    return found
+
+
+def _typed(hint: object, value: Value, where: str) -> object:
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if dataclasses.is_dataclass(hint):
         cls = cast(type, hint)
@@ -72,7 +96,7 @@ def _convert(hint: object, value: Value, where: str) -> object:
             raise RecipeError(f"{where} is {value!r}; expected a table")
         return {key: _convert(args[1], item, f"{where}.{key}") for key, item in value.items()}
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        return _float(value)
     if isinstance(hint, type) and (type(value) is hint):
         return value
     if isinstance(hint, types.UnionType) or origin is typing.Union or hint is Value:
@@ -80,8 +104,26 @@ def _convert(hint: object, value: Value, where: str) -> object:
     raise RecipeError(f"{where} is {json.dumps(value)}; expected {type_name(hint)}")
 
 
+def _float(value: int) -> float:
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf
+
+
+def _bare(hint: object) -> object:
+    return typing.get_args(hint)[0] if typing.get_origin(hint) is Annotated else hint
+
+
 def type_name(hint: object) -> str:
-    if typing.get_origin(hint) is Literal:
-        return " | ".join(map(str, typing.get_args(hint)))
+    """A field's type in words."""
+    bare = _bare(hint)
+    origin, args = typing.get_origin(bare), typing.get_args(bare)
+    if origin is Literal:
+        return " | ".join(map(str, args))
+    if origin is tuple:
+        return f"a list of {type_name(args[0])}"
+    if origin is dict or dataclasses.is_dataclass(bare):
+        return "a table"
     words = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
-    return words.get(cast(type, hint), str(hint).replace("kilofed.config.recipe.", ""))
+    return words.get(cast(type, bare), str(bare))

@@ -75,8 +75,6 @@ def _grouped(rows: Sequence[Row], part: PartitionSpec, what: str) -> dict[str, l
 
 
 def _by_partitioner(rows: Rows, part: PartitionSpec, kind: str, seed: int) -> list[Share]:
-    if part.num_clients < 1:
-        raise DataError(f"data.partition.num_clients is {part.num_clients}; {kind} needs to know how many clients")
     if part.num_clients > len(rows.train):
         raise DataError(
             f"data.partition.num_clients is {part.num_clients}, but there are {len(rows.train)} training rows: "
@@ -94,11 +92,9 @@ def _by_partitioner(rows: Rows, part: PartitionSpec, kind: str, seed: int) -> li
 def _indices(rows: Sequence[Row], part: PartitionSpec, kind: str, seed: int) -> list[list[int]]:
     """Row numbers of each client, as the partitioner divides them."""
     labels = _labels(rows, part) if kind in ("dirichlet", "pathological") else []
-    if kind == "dirichlet" and not part.alpha > 0:
-        raise DataError(f"data.partition.alpha is {part.alpha}; dirichlet needs a number above 0")
-    if kind == "pathological" and not 1 <= part.classes <= len(set(labels)):
+    if kind == "pathological" and part.classes > len(set(labels)):
         raise DataError(
-            f"data.partition.classes is {part.classes}; expected 1 to {len(set(labels))}, as many labels as there are"
+            f"data.partition.classes is {part.classes}; expected at most {len(set(labels))}, as many labels as there are"
         )
     order = list(range(len(rows)))
     random.Random(seed).shuffle(order)  # Some partitioners cut in order.
@@ -107,7 +103,7 @@ def _indices(rows: Sequence[Row], part: PartitionSpec, kind: str, seed: int) -> 
     except ValueError as error:
         hint = f"alpha={part.alpha}, " if kind == "dirichlet" else ""
         raise DataError(
-            f"{kind} cannot give each of {part.num_clients} clients {max(part.min_rows, 1)} of {len(rows)} rows "
+            f"{kind} cannot give each of {part.num_clients} clients {part.min_rows} of {len(rows)} rows "
             f"({hint}min_rows={part.min_rows}): take fewer clients, or skew them less"
         ) from error
     if (num_left := len(rows) - sum(map(len, dealt))) > 0:
@@ -139,8 +135,7 @@ def _dealt(part: PartitionSpec, kind: str, labels: list[str], seed: int) -> list
         elif kind == "size":
             made = library.LinearPartitioner(num_partitions=count)
         elif kind == "dirichlet":
-            least = max(part.min_rows, 1)
-            made = library.DirichletPartitioner(count, by, part.alpha, min_partition_size=least, seed=seed)
+            made = library.DirichletPartitioner(count, by, part.alpha, min_partition_size=part.min_rows, seed=seed)
         else:
             # The first label goes round, so that every label has an owner where there are clients enough.
             mode = "first-deterministic"
@@ -178,9 +173,9 @@ def _hold_out(share: Share, holdout: float) -> Share:
 
 
 def _enough(share: Share, least: int) -> None:
-    if len(share.train) < max(least, 1):
+    if len(share.train) < least:
         raise DataError(
-            f"client {share.name} has {len(share.train)} training rows, at least {max(least, 1)} are needed: "
+            f"client {share.name} has {len(share.train)} training rows, at least {least} are needed: "
             "take fewer clients, another partition, or a smaller data.partition.min_rows or data.holdout"
         )
 

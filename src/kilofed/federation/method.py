@@ -24,6 +24,7 @@ from typing import ClassVar, TypeVar, cast, overload
 
 from torch import nn
 
+from kilofed.config.bounds import Settings
 from kilofed.config.fields import build
 from kilofed.config.recipe import MethodSpec, ModelSpec, Recipe
 from kilofed.errors import ClientError, PayloadError, PrivacyError, RecipeError, nearest
@@ -48,7 +49,7 @@ class Sent:
 
 
 @dataclass(frozen=True)
-class Method:
+class Method(Settings):
     """One federated method; its fields are its hyperparameters.
 
     `setup`, `round` and `deliver` must be written, and the functions that clients run (`@on_client`); all else has a

@@ -2,7 +2,9 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Annotated
 
+from annotated_types import Ge, Interval
 from torch import Tensor
 
 from kilofed.federation import server_optimizers
@@ -14,9 +16,9 @@ from kilofed.methods.fedavg import FedAvg
 class FedAvgM(FedAvg):
     """FedAvg whose mean update enters a momentum."""
 
-    server_lr: float = 1.0
+    server_lr: Annotated[float, Ge(0)] = 1.0
     """Step along the momentum."""
-    momentum: float = 0.9
+    momentum: Annotated[float, Interval(ge=0, lt=1)] = 0.9
     """Share of the past that is kept; 0 with server_lr 1 is FedAvg."""
 
     def server_step(self, server: Server, mean: dict[str, Tensor]) -> Mapping[str, Tensor]:

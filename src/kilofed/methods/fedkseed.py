@@ -11,13 +11,15 @@ import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal, cast
+from typing import Annotated, ClassVar, Literal, cast
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from annotated_types import Ge, Gt, Interval, Predicate
 from torch import Tensor, nn
 
+from kilofed.config.bounds import Or, power_of_two
 from kilofed.data.examples import Example
 from kilofed.errors import ClientError, KilofedError, PayloadError, RecipeError, TooFewReplies, WrongWeights
 from kilofed.federation.cohort import Cohort, log
@@ -29,7 +31,7 @@ from kilofed.models import loading, training
 from kilofed.payload import Payload, Scalar
 from kilofed.zeroth import codec, seed_log, two_point
 from kilofed.zeroth.directions.pool import SeedPool
-from kilofed.zeroth.directions.spec import check_num_seeds
+from kilofed.zeroth.directions.spec import MAX_NUM_SEEDS, MIN_NUM_SEEDS
 from kilofed.zeroth.seed_log import Floats, Order, Report
 
 BASE, SUMS, HELD, VERSIONS = "base", "sums", "held", "versions"
@@ -44,15 +46,15 @@ class FedKSeed(Method):
     sends: ClassVar[str] = "slopes: a number per step"
     exact_bytes: ClassVar[bool] = False
 
-    num_seeds: int = 4096
-    """K, a power of two from 64; more reach more of the space and cost more bytes down."""
-    steps: int = 200
+    num_seeds: Annotated[int, Predicate(power_of_two), Interval(ge=MIN_NUM_SEEDS, le=MAX_NUM_SEEDS)] = 4096
+    """K; more reach more of the space and cost more bytes down."""
+    steps: Annotated[int, Interval(ge=1, le=65535)] = 200
     """Two-forward steps per round and client (the paper's tau); more drift, fewer rounds, more bytes up."""
-    batch_size: int = 1
+    batch_size: Annotated[int, Ge(1)] = 1
     """Examples per step; more make slopes less noisy and steps slower."""
-    eps: float = 5e-4
+    eps: Annotated[float, Gt(0)] = 5e-4
     """Distance of the two forwards; smaller follows curvature better until rounding drowns it."""
-    lr: float = 3e-7
+    lr: Annotated[float, Ge(0)] = 3e-7
     """Learning rate, constant over the run; the paper's value for models of 1 to 13 billion parameters."""
     sampling: seed_log.Sampling = "uniform"
     """uniform: all seeds alike; pro: seeds with steep slopes more often, as in the paper; pro-unbiased: the same
@@ -61,36 +63,17 @@ class FedKSeed(Method):
     """examples: a client counts by the examples it holds; uniform: all count alike."""
     disclose: Literal["scalars", "sums"] = "scalars"
     """scalars: the server sees each client's slopes, fewest bytes; sums: it sees the mean of K sums only."""
-    bits_up: int = 6
-    """Bits of a slope, 2 to 16; 32 sends float32."""
-    bits_down: int = 5
-    """Bits of a coefficient's change, 2 to 16; 32 sends all K as float32."""
-    epoch: int = 0
+    bits_up: Annotated[int, Interval(ge=2, le=16), Or(32)] = 6
+    """Bits of a slope; 32 sends float32."""
+    bits_down: Annotated[int, Interval(ge=2, le=16), Or(32)] = 5
+    """Bits of a coefficient's change; 32 sends all K as float32."""
+    epoch: Annotated[int, Ge(0)] = 0
     """Rounds after which the coefficients are folded into the start and a fresh pool is drawn; 0 keeps one pool. Raise
     K or roll pools when a run outgrows K directions; every fold costs a memory pass per step."""
-    max_slope: float = 1e6
+    max_slope: Annotated[float, Gt(0)] = 1e6
     """Steeper slopes are skipped by clients and refused by the server."""
-    check_every: int = 1
+    check_every: Annotated[int, Ge(0)] = 1
     """Rounds between checks that all sites rebuilt the same weights, a memory pass and a hash each; 0 never checks."""
-
-    def __post_init__(self) -> None:
-        check_num_seeds(self.num_seeds)
-        for name, value, least, most in (
-            ("steps", self.steps, 1, 65535),
-            ("batch_size", self.batch_size, 1, math.inf),
-            ("epoch", self.epoch, 0, math.inf),
-            ("check_every", self.check_every, 0, math.inf),
-        ):
-            if not least <= value <= most:
-                raise RecipeError(f"method.{name} is {value}; expected {least} to {most}")
-        for name, number in (("eps", self.eps), ("max_slope", self.max_slope)):
-            if not 0 < number < math.inf:
-                raise RecipeError(f"method.{name} is {number}; expected a finite number above 0")
-        if not 0 <= self.lr < math.inf:
-            raise RecipeError(f"method.lr is {self.lr}; expected a finite number from 0")
-        for name, bits in (("bits_up", self.bits_up), ("bits_down", self.bits_down)):
-            if not (2 <= bits <= 16 or bits == 32):
-                raise RecipeError(f"method.{name} is {bits}; expected 2 to 16, or 32 for float32")
 
     def check(self, server: Server) -> None:
         spec = server.train

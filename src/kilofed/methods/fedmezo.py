@@ -9,10 +9,11 @@ import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
+from annotated_types import Ge, Gt
 from torch import Tensor
 
 from kilofed.errors import RecipeError
@@ -35,28 +36,24 @@ FIVE = 5
 class FedMeZO(FedAvg):
     """FedAvg whose local training needs no gradients."""
 
-    steps: int = 30
+    steps: Annotated[int, Ge(1)] = 30
     """Two-forward steps per round and client; more drift, fewer rounds. The paper found 50 unstable late in a run."""
-    batch_size: int = 1
+    batch_size: Annotated[int, Ge(1)] = 1
     """Examples per step."""
-    eps: float = 1e-3
+    eps: Annotated[float, Gt(0)] = 1e-3
     """Distance of the two forwards; smaller follows curvature better until rounding drowns it."""
-    lr: float = 1e-5
+    lr: Annotated[float, Ge(0)] = 1e-5
     """Learning rate of every client, or the middle of their rates."""
     rates: Literal["frozen", "random", "round-wise", "five-round", "model-diff"] = "frozen"
     """frozen: lr for all; random: drawn anew each round; round-wise, five-round: by the mean loss of the last one or
     five rounds; model-diff: by the distance of a client's update from the mean. Higher means faster."""
-    lr_range: float = 5e-6
+    lr_range: Annotated[float, Ge(0)] = 5e-6
     """Personal rates lie within lr plus or minus this."""
 
     def __post_init__(self) -> None:
-        for name, value in (("steps", self.steps), ("batch_size", self.batch_size)):
-            if value < 1:
-                raise RecipeError(f"method.{name} is {value}; expected at least 1")
-        if not (0 < self.eps < math.inf and 0 <= self.lr < math.inf):
-            raise RecipeError(f"method.eps is {self.eps} and method.lr {self.lr}; expected eps above 0 and lr from 0")
-        if self.rates != "frozen" and not 0 <= self.lr_range <= self.lr:
-            raise RecipeError(f"method.lr_range is {self.lr_range}; expected 0 to method.lr, {self.lr}")
+        super().__post_init__()
+        if self.rates != "frozen" and self.lr_range > self.lr:
+            raise RecipeError(f"method.lr_range is {self.lr_range}; expected at most method.lr, {self.lr}")
 
     def round(self, server: Server, clients: Cohort) -> Mapping[str, Scalar]:
         down = wire.down(server.state, self.wire)

@@ -1,7 +1,9 @@
 """FedProx: local training is pulled back to the round's start (Li et al. 2020, arXiv:1812.06127, equation 2)."""
 
 from dataclasses import dataclass
+from typing import Annotated
 
+from annotated_types import Ge
 from torch import Tensor, nn
 
 from kilofed.methods.fedavg import FedAvg
@@ -12,7 +14,7 @@ from kilofed.models import training
 class FedProx(FedAvg):
     """FedAvg with a proximal term in the local loss."""
 
-    mu: float = 0.01
+    mu: Annotated[float, Ge(0)] = 0.01
     """Strength of the pull towards the round's start; 0 is FedAvg."""
 
     def objective(self, model: nn.Module) -> training.Loss:

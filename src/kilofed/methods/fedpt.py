@@ -12,9 +12,10 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import ClassVar, Literal, cast
+from typing import Annotated, ClassVar, Literal, cast
 
 import torch
+from annotated_types import Ge, Gt, Interval
 from torch import nn
 
 from kilofed.config.recipe import ModelSpec, Recipe, TrainSpec
@@ -53,31 +54,31 @@ class FedPT(FedAvg):
     large: LargeSpec = field(default_factory=LargeSpec)
     """The model that is steered, at the server only: `builtin:large`, a directory, a hub id or an API's address; its
     own fields are those of kilofed.proxy.spec.LargeSpec, such as large.name and large.top_k for an API."""
-    alpha: float = 1.0
+    alpha: Annotated[float, Ge(0)] = 1.0
     """Strength of the steering; 0 is the large model alone, above 1 exaggerates what the small one learnt."""
     distil: Literal["none", "forward", "reverse"] = "forward"
     """forward: KL(teacher || small); reverse: KL(small || teacher); none: no server phase, which is FedAvg of the small."""
-    every: int = 1
+    every: Annotated[int, Ge(1)] = 1
     """Rounds between server phases."""
-    temperature: float = 1.0
+    temperature: Annotated[float, Gt(0)] = 1.0
     """Softens teacher and small model alike; raising it teaches more of what is unlikely."""
-    steps: int = 10
+    steps: Annotated[int, Ge(1)] = 10
     """Optimiser steps per server phase; more follow the teacher further."""
-    batch_size: int = 8
+    batch_size: Annotated[int, Ge(1)] = 8
     """Public rows per step."""
-    lr: float = 5e-4
+    lr: Annotated[float, Gt(0)] = 5e-4
     """Learning rate of AdamW in the server phase."""
-    own_answers: float = 0.0
-    """Weight of the public rows' own answers in the loss, 0 to 1; the teacher has the rest."""
+    own_answers: Annotated[float, Interval(ge=0, le=1)] = 0.0
+    """Weight of the public rows' own answers in the loss; the teacher has the rest."""
     tokens: Literal["answers", "all"] = "answers"
     """Tokens of the public rows that are taught: their answers, or their prompts too."""
-    top_k: int = 64
+    top_k: Annotated[int, Ge(0)] = 64
     """Teacher scores kept per token, in float16; the other words are one bucket. 0 keeps all."""
-    held_out: float = 0.25
+    held_out: Annotated[float, Interval(gt=0, lt=1)] = 0.25
     """Share of the public rows on which a server phase is judged, never taught."""
-    tolerance: float = 0.0
+    tolerance: Annotated[float, Ge(0)] = 0.0
     """Nats per token by which the held-out loss may rise before a distillation is thrown away."""
-    target_loss: float = 0.0
+    target_loss: Annotated[float, Ge(0)] = 0.0
     """The run ends when the steered model's loss on held-out public rows is not above this; 0 runs all rounds."""
 
     def server_model(self, recipe: Recipe) -> ModelSpec:
@@ -90,7 +91,6 @@ class FedPT(FedAvg):
                 "fedpt steers the next token of a large model, and this model gives classes to rows: set "
                 "data.task=generate, or take another method"
             )
-        self._check_ranges()
         if self.distil != "none" or self.target_loss:
             self.public_rows(server)
 
@@ -205,24 +205,6 @@ class FedPT(FedAvg):
     def parts(self, server: Server) -> ProxyParts:
         large, tuned, base = self._large(server), self.trained(server), self._base(server)
         return ProxyParts(large.unsteered(tuned, base), tuned, base, large.vocabulary)
-
-    def _check_ranges(self) -> None:
-        ranges = {
-            "every": self.every >= 1,
-            "steps": self.steps >= 1,
-            "batch_size": self.batch_size >= 1,
-            "temperature": self.temperature > 0,
-            "lr": self.lr > 0,
-            "own_answers": 0 <= self.own_answers <= 1,
-            "top_k": self.top_k >= 0,
-            "held_out": 0 < self.held_out < 1,
-            "tolerance": self.tolerance >= 0,
-        }
-        for name, good in ranges.items():
-            if not good:
-                raise RecipeError(
-                    f"method.{name} is {getattr(self, name)}, out of its range: see `kilofed show fedpt`"
-                )
 
 
 @dataclass(frozen=True)

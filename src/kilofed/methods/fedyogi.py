@@ -2,7 +2,9 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Annotated
 
+from annotated_types import Ge, Gt, Interval
 from torch import Tensor
 
 from kilofed.federation import server_optimizers
@@ -14,13 +16,13 @@ from kilofed.methods.fedavg import FedAvg
 class FedYogi(FedAvg):
     """FedAvg with adaptive server steps; the second moment is additive, so that it falls slowly."""
 
-    server_lr: float = 0.01
+    server_lr: Annotated[float, Ge(0)] = 0.01
     """Step size in units of the update's own scale."""
-    beta1: float = 0.9
+    beta1: Annotated[float, Interval(ge=0, lt=1)] = 0.9
     """Share of the past in the first moment."""
-    beta2: float = 0.99
+    beta2: Annotated[float, Interval(ge=0, lt=1)] = 0.99
     """Share of the past in the second moment."""
-    tau: float = 1e-3
+    tau: Annotated[float, Gt(0)] = 1e-3
     """Degree of adaptivity; larger is closer to FedAvgM."""
 
     def server_step(self, server: Server, mean: dict[str, Tensor]) -> Mapping[str, Tensor]:

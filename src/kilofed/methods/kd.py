@@ -15,9 +15,10 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
+from annotated_types import Ge, Gt, Interval
 from torch import Tensor, nn
 
 from kilofed.config.recipe import ModelSpec, Recipe, TrainSpec
@@ -44,15 +45,15 @@ class KD(Method):
 
     sends: ClassVar[str] = "logits on public rows"
 
-    steps: int = 20
+    steps: Annotated[int, Ge(1)] = 20
     """Distillation steps per round at the server."""
-    guide_steps: int = 10
+    guide_steps: Annotated[int, Ge(0)] = 10
     """Distillation steps per round at a client before it tunes, from round 2 on; 0 leaves clients on their own."""
-    lr: float = 1e-3
+    lr: Annotated[float, Ge(0)] = 1e-3
     """Learning rate of all distillation."""
-    batch_size: int = 16
+    batch_size: Annotated[int, Ge(1)] = 16
     """Public rows per distillation step, and per forward where rows are scored."""
-    temperature: float = 2.0
+    temperature: Annotated[float, Gt(0)] = 2.0
     """Softens what is said; higher shows more of what a model finds nearly as likely."""
     direction: Literal["forward", "reverse"] = "forward"
     """Of the KL: forward covers all that the teacher might say, reverse keeps to what it finds likely."""
@@ -60,32 +61,19 @@ class KD(Method):
     """How a client counts at each position. uniform: 1; confidence: its best probability; entropy: 1 - H / ln V."""
     weights: Literal["examples", "uniform"] = "examples"
     """examples: a client counts by the examples it trained on; uniform: all count alike."""
-    top_k: int = 32
+    top_k: Annotated[int, Ge(0)] = 32
     """Words sent of each position of a language model's head, chosen by the server; 0 sends all. Classes are all sent."""
     wire: ensemble.Wire = "float16"
     """How log-probabilities travel; int8 has steps of 0.06 nats down to -16."""
-    public_rows: int = 0
+    public_rows: Annotated[int, Ge(0)] = 0
     """Public rows used per round, drawn anew; bytes and cost grow in proportion. 0 takes all."""
-    score_share: float = 1.0
-    """Share of them that a client scores, drawn anew for each; saves its forwards, not bytes. Above 0."""
+    score_share: Annotated[float, Interval(gt=0, le=1)] = 1.0
+    """Share of them that a client scores, drawn anew for each; saves its forwards, not bytes."""
     models: dict[str, str] = field(default_factory=dict)
     """Models of clients that have another than model.path, by the client's number, such as {3: builtin:large}."""
 
     def __post_init__(self) -> None:
-        for name, value, least in (
-            ("steps", self.steps, 1),
-            ("guide_steps", self.guide_steps, 0),
-            ("batch_size", self.batch_size, 1),
-            ("top_k", self.top_k, 0),
-            ("public_rows", self.public_rows, 0),
-        ):
-            if value < least:
-                raise RecipeError(f"method.{name} is {value}; expected at least {least}")
-        if not (self.temperature > 0 and self.lr >= 0 and 0 < self.score_share <= 1):
-            raise RecipeError(
-                f"method.temperature is {self.temperature:g}, lr {self.lr:g} and score_share {self.score_share:g}; "
-                "expected a temperature above 0, lr from 0 and a share above 0, at most 1"
-            )
+        super().__post_init__()
         if odd := [number for number in self.models if not number.isdecimal()]:
             raise RecipeError(f"method.models has {odd[0]!r}; expected numbers of clients, such as 3")
 

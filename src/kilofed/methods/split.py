@@ -12,9 +12,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import zip_longest
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
+from annotated_types import Ge
 from torch import Tensor, nn
 
 from kilofed.config.recipe import ModelSpec, Recipe
@@ -46,7 +47,7 @@ class Split(Method):
 
     sends: ClassVar[str] = "activations at the cut, labels unless they stay with the client, lower blocks"
 
-    cut: int = 1
+    cut: Annotated[int, Ge(1)] = 1
     """Blocks that a client holds; more cost it memory and work, and hide its tokens better."""
     labels: Literal["server", "client"] = "server"
     """server: labels go up, one exchange per batch; client: the head and the loss stay with the client (the U-shape),
@@ -55,7 +56,7 @@ class Split(Method):
     """sequential: one part, a step for each client's batch in random order (SplitFed v2, SplitLoRA); with labels=client
     clients are then asked one after the other. joint: one part, one forward and step for all batches. averaged: a copy
     for each client, averaged as the clients' parts are (SplitFed v1): what FedAvg does, bit for bit, in float32."""
-    average_every: int = 0
+    average_every: Annotated[int, Ge(0)] = 0
     """Steps after which the clients' parts are averaged; 0 averages once, at the end of a round."""
     weights: Literal["examples", "uniform"] = "examples"
     """examples: a client's part counts by the examples it trained on; uniform: all count alike."""
@@ -63,10 +64,6 @@ class Split(Method):
     """Numbers of hidden states on the wire; int8 has a scale per token and needs about a quarter of the bytes."""
     gradients: activation_codec.Width = "float32"
     """Numbers of their gradients on the wire."""
-
-    def __post_init__(self) -> None:
-        if self.average_every < 0:
-            raise RecipeError(f"method.average_every is {self.average_every}; expected a number of steps, or 0")
 
     @property
     def holds_head(self) -> bool:

@@ -9,9 +9,10 @@ import inspect
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import cast
+from typing import Annotated, cast
 
 import torch
+from annotated_types import Ge
 from torch import Tensor, nn
 
 from kilofed.config.recipe import ModelSpec
@@ -25,7 +26,7 @@ _FIRST = "emb", "project_in"
 class Part(ModelSpec):
     """What a client of split learning loads: embeddings and the first blocks, and with `head` what follows the last one."""
 
-    num_blocks: int = 1
+    num_blocks: Annotated[int, Ge(1)] = 1
     """Blocks from the first on."""
     head: bool = False
     """Whether the final norm and the output head belong to it."""

@@ -1,15 +1,18 @@
 """The large model of a proxy as a recipe names it: a local one, or one behind an OpenAI-compatible API."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 from urllib.parse import urlsplit
 
+from annotated_types import Ge, Gt
+
+from kilofed.config.bounds import Settings
 from kilofed.config.recipe import Dtype, ModelSpec
 from kilofed.errors import RecipeError
 
 
 @dataclass(frozen=True)
-class LargeSpec:
+class LargeSpec(Settings):
     """The large model that is steered; the server alone loads or asks it."""
 
     path: str = "builtin:large"
@@ -23,7 +26,7 @@ class LargeSpec:
     """Branch, tag or commit of a hub id."""
     name: str = ""
     """The model's name at the API; from here on the fields are for an API."""
-    top_k: int = 20
+    top_k: Annotated[int, Ge(1)] = 20
     """Likeliest tokens told per position; more tell more of the large model and cost more bytes."""
     key_variable: str = "KILOFED_API_KEY"
     """Environment variable with the key; unset or empty sends none."""
@@ -33,25 +36,23 @@ class LargeSpec:
     """How prompts are sent; text costs nothing but is refused where it does not come back as the same tokens."""
     names: Literal["ids", "text"] = "ids"
     """ids asks for tokens as `token_id:17` (kilofed, vLLM); text takes their text, which several tokens may share."""
-    context: int = 0
+    context: Annotated[int, Ge(0)] = 0
     """Longest sequence in tokens; 0 leaves it to the API to refuse."""
-    batch_size: int = 16
+    batch_size: Annotated[int, Ge(1)] = 16
     """Prompts per request."""
-    timeout: float = 60.0
+    timeout: Annotated[float, Gt(0)] = 60.0
     """Seconds without a byte after which a try is given up."""
-    max_tries: int = 5
+    max_tries: Annotated[int, Ge(1)] = 5
     """Tries per request, at 429, 5xx, time-outs, and cut or malformed answers; waits double from `first_wait`."""
-    first_wait: float = 0.5
+    first_wait: Annotated[float, Ge(0)] = 0.5
     """Seconds before the second try."""
-    max_requests: int = 10_000
+    max_requests: Annotated[int, Ge(0)] = 10_000
     """Requests that may be sent in the whole run, tries counted; what a resumed run sent before counts too."""
-    max_tokens: int = 20_000_000
+    max_tokens: Annotated[int, Ge(0)] = 20_000_000
     """Tokens that may be sent and asked for in the whole run."""
 
     def __post_init__(self) -> None:
-        for name in ("top_k", "batch_size", "max_tries"):
-            if getattr(self, name) < 1:
-                raise RecipeError(f"{name} of the large model is {getattr(self, name)}; it must be at least 1")
+        super().__post_init__()
         if not self.is_remote:
             return
         parts = urlsplit(self.path)

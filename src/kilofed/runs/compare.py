@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import cast
 
 from kilofed.config.fields import Table, Value
-from kilofed.config.recipe import Recipe, from_table, lay_over, read_table, shipped, to_table, to_toml
+from kilofed.config.recipe import Recipe
+from kilofed.config.tables import from_table, lay_over, read_table, shipped, to_table, to_toml
 from kilofed.errors import RecipeError, RunError, nearest
 from kilofed.files import replace_file
 from kilofed.reports import plots

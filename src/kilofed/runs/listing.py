@@ -8,8 +8,9 @@ from importlib import resources
 from pathlib import Path
 from typing import cast, get_type_hints
 
-from kilofed.config.fields import describe
-from kilofed.config.recipe import Recipe, shipped, text_of
+from kilofed.config.fields import Described, describe
+from kilofed.config.recipe import Recipe
+from kilofed.config.tables import shipped, text_of
 from kilofed.errors import RecipeError, nearest
 
 
@@ -20,21 +21,27 @@ class Shown:
     name: str
     kind: str
     text: str
-    fields: list[tuple[str, str, object, str]]
-    """(name, type, default, text) of each field."""
+    fields: list[Described]
 
     def as_text(self) -> str:
         """For a terminal."""
         lines = [self.text]
-        for name, kind, default, text in self.fields:
-            lines += ["", f"{name} = {default!r}  ({kind})", f"    {' '.join(text.split())}"]
+        for one in self.fields:
+            may_be = f"{one.kind}, {one.bounds}" if one.bounds else one.kind
+            lines += ["", f"{one.name} = {one.default!r}  ({may_be})", f"    {' '.join(one.text.split())}"]
         return "\n".join(lines)
 
     def as_dict(self) -> dict[str, object]:
         """For a machine."""
         rows = [
-            {"name": name, "type": kind, "default": _plain(default), "text": text}
-            for name, kind, default, text in self.fields
+            {
+                "name": one.name,
+                "type": one.kind,
+                "bounds": one.bounds,
+                "default": _plain(one.default),
+                "text": one.text,
+            }
+            for one in self.fields
         ]
         return {"name": self.name, "kind": self.kind, "text": self.text, "fields": rows}
 

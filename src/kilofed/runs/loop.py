@@ -20,7 +20,8 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from kilofed.config.fields import Value
-from kilofed.config.recipe import Recipe, changed, from_table, load, to_table, to_toml
+from kilofed.config.recipe import Recipe
+from kilofed.config.tables import changed, from_table, load, to_table, to_toml
 from kilofed.costs import counter, measurement
 from kilofed.engines import open_engine
 from kilofed.errors import PayloadError, RunError

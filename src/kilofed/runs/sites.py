@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from kilofed.config.recipe import ModelSpec, Recipe, from_table
+from kilofed.config.recipe import ModelSpec, Recipe
+from kilofed.config.tables import from_table
 from kilofed.costs import environment, measurement
 from kilofed.data import public
 from kilofed.data.examples import Example, Renderer, class_names
