@@ -21,7 +21,8 @@ from pathlib import Path
 
 import torch
 
-from kilofed.config import recipe
+from kilofed.config import tables
+from kilofed.config.fields import Value
 from kilofed.config.recipe import Recipe
 from kilofed.engines import open_engine
 from kilofed.federation.cohort import Cohort
@@ -60,7 +61,7 @@ class Bench:
         self.server = Server(spec.seed, spec.rounds, spec.train, self.sites.model(spec.model))
         self.sites.method.setup(self.server)
         self.ledger = Ledger(folder / "ledger.jsonl")
-        text = json.dumps(recipe.to_table(spec))
+        text = json.dumps(tables.to_table(spec))
         self.engine = open_engine(spec.engine, self.sites.client_ids(), text, folder / "clients", self.sites.handle)
         self.seconds: list[float] = []
         self.growth = 0
@@ -113,14 +114,14 @@ def recipe_for(case: Case, folder: Path, model: str) -> Recipe:
     rows = folder / "rows.jsonl"
     line = '{"instruction": "what is %d", "response": "a number"}\n'
     rows.write_text("".join(line % number for number in range(num_clients)))
-    table: dict[str, recipe.Value] = {
+    table: dict[str, Value] = {
         "model": model,
         "adapter": {"rank": 8, "targets": [*targets.split()]},
         "data": {"source": str(rows), "holdout": 0.0, "partition": {"kind": "iid", "num_clients": num_clients}},
         "method": {"name": "outside.echo", "fresh": fresh},
         "engine": {"name": engine, "workers": 2, "threads": 1},
     }
-    return recipe.from_table(table)
+    return tables.from_table(table)
 
 
 def measure(cases: list[Case], model: str) -> list[dict[str, str | int | float | bool]]:

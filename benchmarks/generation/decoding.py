@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from kilofed.config import recipe
+from kilofed.config import tables
 from kilofed.config.recipe import AdapterSpec, ModelSpec
 from kilofed.federation.parties import generator
 from kilofed.generation.decoding import ModelGenerator, Sampling
@@ -105,7 +105,7 @@ def naive(
 
 def acceptance(rows: int, steps: int, tokens: int) -> dict[str, float]:
     """Share of drafts that stand on the embedded pair: the small one trained for `steps` steps on package docs."""
-    plan = recipe.load(
+    plan = tables.load(
         "tiny",
         {
             "rounds": 1,

@@ -15,7 +15,8 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from kilofed.config import recipe
+from kilofed.config import tables
+from kilofed.config.recipe import TrainSpec
 from kilofed.engines.inprocess import InProcess
 from kilofed.federation.cohort import Cohort
 from kilofed.federation.ledger import Ledger
@@ -24,7 +25,7 @@ from kilofed.models import loading
 from kilofed.runs.sites import Sites
 
 
-def bare(model: nn.Module, rows: list[tuple[list[int], list[int]]], spec: recipe.TrainSpec, order: list[int]) -> None:
+def bare(model: nn.Module, rows: list[tuple[list[int], list[int]]], spec: TrainSpec, order: list[int]) -> None:
     """Train `model` on batches of `rows` taken in `order`."""
     model.train()
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -64,7 +65,7 @@ def main() -> None:
 
 
 def measure(kind: str, path: str, pairs: int, steps: int) -> dict[str, object]:
-    plan = recipe.load(
+    plan = tables.load(
         "tiny",
         {
             "model.path": path,

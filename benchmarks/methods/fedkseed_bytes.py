@@ -15,7 +15,7 @@ from collections.abc import Iterator
 
 import torch
 
-from kilofed.config import recipe
+from kilofed.config import tables
 from kilofed.engines.inprocess import InProcess
 from kilofed.federation.cohort import Cohort
 from kilofed.federation.ledger import Ledger
@@ -30,7 +30,7 @@ PAPER = 17_988
 
 def measure(model: str, num_seeds: int, wire: str, seed: int, rounds: int) -> dict[str, float | int | str]:
     """Bytes of each round after the first, in which there is nothing to send down yet, and the held-out loss."""
-    spec = recipe.load(
+    spec = tables.load(
         "fedkseed",
         {
             "seed": seed,

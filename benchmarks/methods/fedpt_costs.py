@@ -15,13 +15,13 @@ import tempfile
 from pathlib import Path
 
 import kilofed
-from kilofed.config import recipe
+from kilofed.config.fields import Value
 
 IDLE = "import torch, transformers, peft\nfrom kilofed.costs import environment\nprint(environment.own_peak_memory())"
 
 
-def measure(name: str, words: dict[str, recipe.Value], rounds: int, folder: Path) -> dict[str, float | str]:
-    shared: dict[str, recipe.Value] = {
+def measure(name: str, words: dict[str, Value], rounds: int, folder: Path) -> dict[str, float | str]:
+    shared: dict[str, Value] = {
         "rounds": rounds,
         "evaluate.costs": True,
         "evaluate.controls": [],

@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from kilofed.config import recipe
+from kilofed.config import tables
 from kilofed.config.recipe import ModelSpec
 from kilofed.data.examples import IGNORED
 from kilofed.federation.parties import generator
@@ -38,7 +38,7 @@ def told(logits: Tensor, k: int) -> Tensor:
 def scores(rows: int, steps: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Logits of large, tuned and base at the answers' positions, (N, V) each, and the tokens that came, (N,)."""
     options = {"train_rows": 100, "test_rows": max(rows // 5, 4)}
-    plan = recipe.load(
+    plan = tables.load(
         "tiny",
         {
             "train.steps": steps,

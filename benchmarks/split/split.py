@@ -21,7 +21,7 @@ from tempfile import TemporaryDirectory
 import torch
 from torch import Tensor
 
-from kilofed.config import recipe
+from kilofed.config import tables
 from kilofed.config.fields import Value
 from kilofed.config.recipe import Recipe
 from kilofed.costs.counter import Bench
@@ -67,7 +67,7 @@ def main() -> None:
 
 def plan(model: str, overrides: Mapping[str, Value]) -> Recipe:
     table: dict[str, Value] = {"model.path": model, "rounds": 1, "data.options": {"train_rows": 64}, **overrides}
-    return recipe.load("split", table)
+    return tables.load("split", table)
 
 
 def federate(asked: Recipe, engine: Engine | None = None, sites: Sites | None = None) -> tuple[Sites, Server, Ledger]:
@@ -88,7 +88,7 @@ def plain(model: str, kind: str, labels: str) -> dict[str, object]:
     alone = {"data.partition.kind": "iid", "data.partition.num_clients": 1, "adapter.kind": kind, "train.steps": 3}
     wire = {"method.activations": "float32", "method.gradients": "float32", "method.labels": labels}
     _, split, _ = federate(plan(model, {**alone, **wire}))
-    _, whole, _ = federate(recipe.changed(plan(model, alone), {"method": {"name": "fedavg"}}))
+    _, whole, _ = federate(tables.changed(plan(model, alone), {"method": {"name": "fedavg"}}))
     return {"trained": kind, "labels": labels, "difference": difference(split.state, whole.state)}
 
 
@@ -139,7 +139,7 @@ def stream(model: str, steps: int) -> dict[str, float]:
     few = {"data.partition.kind": "iid", "data.partition.num_clients": 1, "train.steps": steps, "engine.threads": 1}
     with TemporaryDirectory() as folder:
         asked = plan(model, few)
-        text = json.dumps(recipe.to_table(asked))
+        text = json.dumps(tables.to_table(asked))
         opener = Opener("kilofed.runs.sites:open_handler", (text, str(Path(folder, "stream"))), 1)
         for name in ("inprocess", "stream"):
             sites = Sites(asked, Path(folder, name))
@@ -187,8 +187,8 @@ def idle() -> int:
 
     code = (
         "import kilofed.runs.sites, kilofed.engines.stream, grpc, peft\n"
-        "from kilofed.config import recipe\nfrom kilofed.runs.sites import Sites\n"
-        "sites = Sites(recipe.load('split', {'data.options': {'train_rows': 64}}))\nsites.train_examples(0)\n"
+        "from kilofed.config import tables\nfrom kilofed.runs.sites import Sites\n"
+        "sites = Sites(tables.load('split', {'data.options': {'train_rows': 64}}))\nsites.train_examples(0)\n"
         "from kilofed.costs import counter\nprint(counter.measure().runtime)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

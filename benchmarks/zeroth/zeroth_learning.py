@@ -24,7 +24,7 @@ from pathlib import Path
 
 import torch
 
-from kilofed.config import recipe
+from kilofed.config import tables
 from kilofed.config.fields import Value
 from kilofed.config.recipe import Recipe
 from kilofed.engines.inprocess import InProcess
@@ -118,14 +118,14 @@ def settings(task: Task, variant: str, seed: int) -> Recipe:
         examples = task.steps * task.batch_size
         words |= {"adapter.kind": "lora", "train.batch_size": 8, "train.steps": max(1, examples // 8)}
         words |= {"train.lr": task.lora_lr}
-        return recipe.load("tiny", words)
+        return tables.load("tiny", words)
     sampling = kind if kind.startswith("pro") else "uniform"
     bits: dict[str, Value] = {"bits_up": 32, "bits_down": 32} if kind == "exact" else {}
     words["method"] = {
         "name": "fedkseed", "num_seeds": int(seeds or 4096), "steps": task.steps, "batch_size": task.batch_size,
         "eps": EPS, "lr": task.lr, "sampling": sampling, "check_every": 0, **bits,
     }  # fmt: skip
-    return recipe.load("tiny", words)
+    return tables.load("tiny", words)
 
 
 Point = dict[str, float]

@@ -206,11 +206,11 @@ def test_a_report_keeps_what_it_says() -> None:
     ("fields", "words"),
     [
         ({"num_seeds": 1000}, "power of two"),
-        ({"num_seeds": 16}, "power of two from 64"),
-        ({"eps": 0.0}, "method.eps is 0.0"),
-        ({"lr": math.inf}, "method.lr is inf"),
-        ({"bits_up": 1}, "method.bits_up is 1; expected 2 to 16, or 32"),
-        ({"steps": 0}, "method.steps is 0"),
+        ({"num_seeds": 16}, "power of two, from 64"),
+        ({"eps": 0.0}, "eps is 0.0"),
+        ({"lr": math.inf}, "lr is inf"),
+        ({"bits_up": 1}, "bits_up is 1; expected from 2 to 16, or 32"),
+        ({"steps": 0}, "steps is 0"),
     ],
 )
 def test_fields_that_mean_nothing_are_refused(fields: dict[str, float], words: str) -> None:

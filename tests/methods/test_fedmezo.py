@@ -57,8 +57,8 @@ def test_rates_that_look_at_single_clients_are_refused_under_privacy(federate) -
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"steps": 0}, "method.steps is 0"),
-        ({"eps": 0.0}, "eps above 0"),
+        ({"steps": 0}, "steps is 0"),
+        ({"eps": 0.0}, "eps is 0.0; expected above 0"),
         ({"rates": "random", "lr_range": 1.0}, "lr_range"),
     ],
 )
