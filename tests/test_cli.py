@@ -195,7 +195,7 @@ def test_show_explains_fields_with_types_defaults_and_texts(capsys: pytest.Captu
     assert fields["mu"]["default"] == 0.01
     assert fields["mu"]["text"].startswith("Strength of the pull")
     assert main(["show", "train"]) == 0
-    assert "lr = 0.001  (a number)\n    Peak learning rate." in capsys.readouterr().out
+    assert "lr = 0.001  (a number, at least 0)\n    Peak learning rate." in capsys.readouterr().out
     assert main(["show", "tiny"]) == 0
     assert 'source = "pydocs"' in capsys.readouterr().out
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Annotated
 
 import pytest
-from annotated_types import Ge, Gt, Interval, Le, Lt, MinLen, Predicate
+from annotated_types import Ge, Gt, Interval, IsFinite, Le, Lt, MinLen, Predicate
 
 import kilofed
 from kilofed.config.bounds import Bounds, Or, Settings, bounds_of, power_of_two
@@ -77,8 +77,9 @@ def test_all_classes_of_settings_are_found() -> None:
 @pytest.mark.parametrize("name", SETTINGS)
 def test_no_number_is_without_bounds(name: str) -> None:
     hints = typing.get_type_hints(SETTINGS[name], include_extras=True)
-    numbers = {key: bounds_of(hint) for key, hint in hints.items() if kind_of(hint) in (int, float)}
-    assert {key for key, bounds in numbers.items() if bounds.lowest is None and bounds.highest is None} == set()
+    numbers = {key: hint for key, hint in hints.items() if kind_of(hint) in (int, float)}
+    bounded = {key for key, hint in numbers.items() if bounds_of(hint).lowest or bounds_of(hint).highest}
+    assert numbers.keys() - bounded == {key for key, hint in numbers.items() if IsFinite in typing.get_args(hint)}
 
 
 @pytest.mark.parametrize(("cls", "field", "hint", "bounds"), BOUNDED, ids=[f"{row[0]}.{row[1]}" for row in BOUNDED])
@@ -106,6 +107,7 @@ def test_a_bound_is_taken_and_what_lies_beyond_is_refused(cls: str, field: str, 
     [
         (int, ""),
         (float, ""),
+        (Annotated[float, IsFinite], ""),
         (Annotated[int, Ge(1)], "at least 1"),
         (Annotated[float, Gt(0)], "above 0"),
         (Annotated[float, Le(2)], "at most 2"),

@@ -1,7 +1,7 @@
 """What a setting may be: bounds that stand in a field's type, one check of them and one wording.
 
 A field says its bounds with annotated-types, as in `steps: Annotated[int, Ge(1)] = 10`. Numbers are finite, unless `Or`
-names infinity. A class of settings inherits from `Settings`, which checks each instance however it was made.
+names infinity; `IsFinite` says that any other number will do. A class of settings inherits from `Settings`, which checks each instance however it was made.
 """
 
 import dataclasses
@@ -95,7 +95,7 @@ def bounds_of(hint: object) -> Bounds:
         finite=bare is float,
         lowest=next((mark for mark in marks if isinstance(mark, Ge | Gt)), None),
         highest=next((mark for mark in marks if isinstance(mark, Le | Lt)), None),
-        rules=tuple(mark.func for mark in marks if isinstance(mark, Predicate)),
+        rules=tuple(mark.func for mark in marks if isinstance(mark, Predicate) and mark.func is not math.isfinite),
         others=tuple(mark.value for mark in marks if isinstance(mark, Or)),
         min_length=next((mark.min_length for mark in marks if isinstance(mark, MinLen)), 0),
     )

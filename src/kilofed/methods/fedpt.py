@@ -15,7 +15,7 @@ from functools import partial
 from typing import Annotated, ClassVar, Literal, cast
 
 import torch
-from annotated_types import Ge, Gt, Interval
+from annotated_types import Ge, Gt, Interval, IsFinite
 from torch import nn
 
 from kilofed.config.recipe import ModelSpec, Recipe, TrainSpec
@@ -54,8 +54,9 @@ class FedPT(FedAvg):
     large: LargeSpec = field(default_factory=LargeSpec)
     """The model that is steered, at the server only: `builtin:large`, a directory, a hub id or an API's address; its
     own fields are those of kilofed.proxy.spec.LargeSpec, such as large.name and large.top_k for an API."""
-    alpha: Annotated[float, Ge(0)] = 1.0
-    """Strength of the steering; 0 is the large model alone, above 1 exaggerates what the small one learnt."""
+    alpha: Annotated[float, IsFinite] = 1.0
+    """Strength of the steering; 0 is the large model alone, above 1 exaggerates what the small one learnt, below 0
+    steers away from it."""
     distil: Literal["none", "forward", "reverse"] = "forward"
     """forward: KL(teacher || small); reverse: KL(small || teacher); none: no server phase, which is FedAvg of the small."""
     every: Annotated[int, Ge(1)] = 1
