@@ -11,7 +11,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from kilofed.cli import main
 from kilofed.config.fields import Value
-from kilofed.config.recipe import AdapterSpec, ModelSpec, Recipe, changed, from_table
+from kilofed.config.recipe import AdapterSpec, ModelSpec, Recipe
+from kilofed.config.tables import changed, from_table
 from kilofed.costs import environment
 from kilofed.models.loading import outline
 from kilofed.runs import check as module

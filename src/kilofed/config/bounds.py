@@ -1,7 +1,8 @@
 """What a setting may be: bounds that stand in a field's type, one check of them and one wording.
 
 A field says its bounds with annotated-types, as in `steps: Annotated[int, Ge(1)] = 10`. Numbers are finite, unless `Or`
-names infinity; `IsFinite` says that any other number will do. A class of settings inherits from `Settings`, which checks each instance however it was made.
+names infinity; `IsFinite` says that any other number will do. A class of settings inherits from `Settings`, which checks
+each instance however it was made.
 """
 
 import dataclasses
