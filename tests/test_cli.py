@@ -16,7 +16,7 @@ from kilofed.config.tables import shipped
 from kilofed.federation.method import method_names
 from kilofed.models import loading
 from kilofed.reports import report
-from kilofed.runs.loop import delivered
+from kilofed.runs.restore import delivered
 
 IDS = torch.arange(3, 23).reshape(2, 10)
 Words = Callable[..., list[str]]

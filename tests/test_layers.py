@@ -35,7 +35,7 @@ CONTRACT = {"federation", "methods", "engines", "runs"}
 MATHS = {"errors", "files", "payload", "config", "data", "models", "generation", "zeroth", "proxy"}
 """Packages that a federated method uses and that know of none."""
 OUTSIDERS = {
-    "transformers": {"models", "proxy", "costs.needs", "runs.sites", "runs.loop", "runs.check"},
+    "transformers": {"models", "proxy", "costs.needs", "runs.loop", "runs.restore", "runs.check"},
     "httpx": {"proxy.api"},
     "tenacity": {"proxy.api"},
     "peft": {"models.loading", "proxy.logit_sources"},

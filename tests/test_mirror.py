@@ -48,7 +48,6 @@ UNTESTED = {
     "runs/test_export.py",
     "runs/test_facts.py",
     "runs/test_listing.py",
-    "runs/test_sites.py",
     "serving/test_responses.py",
     "serving/test_steps.py",
     "serving/test_streaming.py",

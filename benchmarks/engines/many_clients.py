@@ -27,7 +27,6 @@ from kilofed.config.recipe import Recipe
 from kilofed.engines import open_engine
 from kilofed.federation.cohort import Cohort
 from kilofed.federation.ledger import Ledger
-from kilofed.federation.parties import Server
 from kilofed.payload import Payload
 from kilofed.runs.sites import Sites
 
@@ -58,7 +57,7 @@ class Bench:
         self.recipe = recipe_for(case, folder, model)
         self.sites = Sites(self.recipe, folder / "clients")
         spec = self.recipe
-        self.server = Server(spec.seed, spec.rounds, spec.train, self.sites.model(spec.model))
+        self.server = self.sites.server()
         self.sites.method.setup(self.server)
         self.ledger = Ledger(folder / "ledger.jsonl")
         text = json.dumps(tables.to_table(spec))

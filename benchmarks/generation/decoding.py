@@ -119,7 +119,7 @@ def acceptance(rows: int, steps: int, tokens: int) -> dict[str, float]:
     small = loading.load_model(plan.model, plan.adapter, plan.seed)
     training.fit_round(
         small,
-        sites.train_examples(0),
+        sites.corpus.train_examples(0),
         plan.train,
         round=1,
         num_rounds=1,
@@ -130,7 +130,7 @@ def acceptance(rows: int, steps: int, tokens: int) -> dict[str, float]:
     found = {}
     for name, temperature in (("greedy", 0.0), ("drawn", 1.0)):
         drafted = accepted = 0
-        for seed, example in enumerate(sites.test_examples(0)[:rows]):
+        for seed, example in enumerate(sites.corpus.test_examples(0)[:rows]):
             run = Speculation(proxy, Sampling(tokens, temperature, seed=seed), Drafting(longest=4, shortest=4))
             list(run.tokens(example.prompt_ids))
             drafted, accepted = drafted + run.num_drafted, accepted + run.num_accepted

@@ -20,7 +20,7 @@ from kilofed.config.recipe import TrainSpec
 from kilofed.engines.inprocess import InProcess
 from kilofed.federation.cohort import Cohort
 from kilofed.federation.ledger import Ledger
-from kilofed.federation.parties import Server, generator
+from kilofed.federation.parties import generator
 from kilofed.models import loading
 from kilofed.runs.sites import Sites
 
@@ -78,10 +78,9 @@ def measure(kind: str, path: str, pairs: int, steps: int) -> dict[str, object]:
         },
     )
     sites = Sites(plan)
-    ours = sites.model(plan.model)
     theirs = loading.load_model(plan.model, plan.adapter, plan.seed)
     start = loading.read_trained(theirs)
-    examples = sites.train_examples(0)
+    examples = sites.corpus.train_examples(0)
     rows = [(list(e.input_ids), list(e.labels)) for e in examples]
     order = [
         i
@@ -91,7 +90,7 @@ def measure(kind: str, path: str, pairs: int, steps: int) -> dict[str, object]:
     engine = InProcess([0], sites.handle)
     ratios, equal = [], True
     for number in range(pairs + 1):
-        server = Server(plan.seed, 1, plan.train, ours, dict(start), round=1)
+        server = replace(sites.server(), state=dict(start), round=1)
         loading.write_trained(theirs, start)
         began = time.perf_counter()
         sites.method.round(server, Cohort([0], engine, Ledger(), sites.policy, round=1))

@@ -19,7 +19,6 @@ from kilofed.config import tables
 from kilofed.engines.inprocess import InProcess
 from kilofed.federation.cohort import Cohort
 from kilofed.federation.ledger import Ledger
-from kilofed.federation.parties import Server
 from kilofed.models import loading
 from kilofed.models.evaluation import interval, score
 from kilofed.runs.sites import Sites
@@ -49,9 +48,8 @@ def measure(model: str, num_seeds: int, wire: str, seed: int, rounds: int) -> di
         },
     )
     sites, ledger = Sites(spec), Ledger()
-    server = Server(spec.seed, spec.rounds, spec.train, sites.model(spec.model))
-    sites.method.setup(server)
-    tests = [example for client in sites.client_ids() for example in sites.test_examples(client)]
+    sites.method.setup(server := sites.server())
+    tests = [example for client in sites.client_ids() for example in sites.corpus.test_examples(client)]
     base = score(server.model, tests, 32).loss
     for number in range(1, rounds + 1):
         server.round = number

@@ -61,10 +61,10 @@ def central(same: dict[str, Value], head: str, steps: int, *, every: int = 1) ->
     """Central training, scored on every so many of the test rows."""
     words: dict[str, Value] = {**same, "adapter.head": head, "train.steps": steps}
     sites = Sites(load("classify", {**words, "data.partition.num_clients": 1, "data.partition.kind": "iid"}))
-    model, spec = sites.model(sites.recipe.model), sites.recipe.train
-    held_out = sites.test_examples(0)[::every]
+    model, spec = sites.store.model(sites.recipe.model), sites.recipe.train
+    held_out = sites.corpus.test_examples(0)[::every]
     began = time.process_time()
-    training.fit_round(model, sites.train_examples(0), spec, round=1, num_rounds=1,
+    training.fit_round(model, sites.corpus.train_examples(0), spec, round=1, num_rounds=1,
                     order=lambda name: generator(0, 0, 0, name), dropout=generator(0, 0, 0, "alone"))  # fmt: skip
     seconds = time.process_time() - began
     scores = evaluation.score(model, held_out, 64)

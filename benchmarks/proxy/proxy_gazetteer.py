@@ -149,7 +149,7 @@ def exact(scores: Sequence[Tensor], targets: Sequence[Tensor], *, last: bool = T
 
 def rank_rows(plain: Job, large: Job, base: nn.Module) -> dict[str, float]:
     """Share of held-out questions whose right answer is scored highest among all answers of its type."""
-    rows = [row for share in plain.sites.shares for row in share.test]
+    rows = [row for share in plain.sites.corpus.shares for row in share.test]
     rows = rows[:: max(len(rows) // RANKED, 1)]
     answers: dict[str, set[str]] = {}
     for fact in gazetteer.facts():
@@ -157,7 +157,7 @@ def rank_rows(plain: Job, large: Job, base: nn.Module) -> dict[str, float]:
     first = dict.fromkeys(("large base", "small FedAvg", "FedPT, alpha 1", "large FedAvg"), 0)
     for row in rows:
         names = sorted(answers[str(row["attribute"])])
-        asked = plain.sites.renderer([{**row, "response": name} for name in names])
+        asked = plain.sites.corpus.renderer([{**row, "response": name} for name in names])
         large_scores, targets = logits(base, asked)
         tuned, _ = logits(cast(FedPT, plain.sites.method).trained(plain.server), asked)
         with loading.without_adapter(plain.server.model) as untouched:

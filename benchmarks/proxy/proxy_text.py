@@ -32,7 +32,7 @@ from kilofed.data.readers import Row
 from kilofed.engines.inprocess import InProcess
 from kilofed.federation.cohort import Cohort
 from kilofed.federation.ledger import Ledger
-from kilofed.federation.parties import Server, generator
+from kilofed.federation.parties import generator
 from kilofed.methods.fedpt import FedPT
 from kilofed.models import evaluation, loading, training
 from kilofed.proxy.trial import ProxyParts, sweep
@@ -136,7 +136,7 @@ def steered(recipe: Recipe, test_rows: int) -> dict[str, object]:
     large = fedpt.presentation().extra_models(plain.server)["large base"]
     score("large base", large)
     score("small base", plain.server.model)
-    trial_rows = [e for client in plain.sites.client_ids() for e in plain.sites.train_examples(client)[:80]]
+    trial_rows = [e for client in plain.sites.client_ids() for e in plain.sites.corpus.train_examples(client)[:80]]
     trial = fedpt.trial(plain.server, trial_rows, held_out[::2])
     score("small central", plain.central())
     plain.rounds()
@@ -181,10 +181,7 @@ class Job:
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe, self.sites, self.ledger = recipe, Sites(recipe), Ledger()
-        spec = recipe.model
-        self.server = Server(
-            recipe.seed, recipe.rounds, recipe.train, self.sites.model(spec), public=self.sites.public, spec=spec
-        )
+        self.server = self.sites.server()
         self.sites.method.setup(self.server)
 
     def rounds(self) -> None:
@@ -203,7 +200,7 @@ class Job:
         """The model tuned on all rows in one place, as many of them as the federation sees."""
         model, recipe = self.server.model, self.recipe
         loading.write_trained(model, loading.read_trained(self.fresh()))
-        rows = [e for client in self.sites.client_ids() for e in self.sites.train_examples(client)]
+        rows = [e for client in self.sites.client_ids() for e in self.sites.corpus.train_examples(client)]
         steps = recipe.rounds * recipe.train.steps
         spec = replace(recipe.train, steps=steps, batch_size=recipe.train.batch_size * CLIENTS, accumulation=CLIENTS)
 
@@ -219,10 +216,10 @@ class Job:
 
     def held_out(self, number: int) -> list[Example]:
         """The same rows for every seed."""
-        rows = [row for share in self.sites.shares for row in share.test]
+        rows = [row for share in self.sites.corpus.shares for row in share.test]
         rows.sort(key=lambda row: json.dumps(dict(row), sort_keys=True))
         order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0)).tolist()
-        return self.sites.renderer([rows[at] for at in order[:number]])
+        return self.sites.corpus.renderer([rows[at] for at in order[:number]])
 
     @property
     def bytes(self) -> float:

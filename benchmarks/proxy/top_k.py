@@ -51,7 +51,7 @@ def scores(rows: int, steps: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     small = loading.load_model(plan.model, plan.adapter, plan.seed)
     training.fit_round(
         small,
-        sites.train_examples(0),
+        sites.corpus.train_examples(0),
         plan.train,
         round=1,
         num_rounds=1,
@@ -59,7 +59,7 @@ def scores(rows: int, steps: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         dropout=torch.Generator(),
     )
     large = loading.load_base(ModelSpec("builtin:large"))
-    batch = training.collate_tokens(sites.test_examples(0)[:rows])
+    batch = training.collate_tokens(sites.corpus.test_examples(0)[:rows])
     learnt = batch.labels[:, 1:] != IGNORED
 
     @torch.no_grad()

@@ -73,8 +73,7 @@ def plan(model: str, overrides: Mapping[str, Value]) -> Recipe:
 def federate(asked: Recipe, engine: Engine | None = None, sites: Sites | None = None) -> tuple[Sites, Server, Ledger]:
     """All rounds of a recipe, without a run folder."""
     sites = sites or Sites(asked)
-    server = Server(asked.seed, asked.rounds, asked.train, sites.model(asked.model))
-    sites.method.setup(server)
+    sites.method.setup(server := sites.server())
     ledger, ids = Ledger(), sites.client_ids()
     for number in range(1, asked.rounds + 1):
         server.round = number
@@ -107,7 +106,7 @@ def widths(model: str, seeds: int, steps: int, quick: bool) -> list[dict[str, ob
             asked = plan(model, {"seed": seed, **size, **narrow})
             sites, server, ledger = federate(asked)
             found = sites.method.deliver(server)
-            each = [evaluation.score(found, sites.test_examples(c), 32) for c in sites.client_ids()]
+            each = [evaluation.score(found, sites.corpus.test_examples(c), 32) for c in sites.client_ids()]
             scores[width].append((statistics.fmean(s.accuracy for s in each), statistics.fmean(s.loss for s in each)))
             moved[width] = sum(row.bytes for row in ledger.rows() if row.action == "forward" and row.exchange)
     rows = []
@@ -127,8 +126,8 @@ def widths(model: str, seeds: int, steps: int, quick: bool) -> list[dict[str, ob
 def read(model: str, rows: int) -> Iterator[reconstruction.Recovered]:
     """The base model of the recipe; the server's own text is another party's."""
     sites = Sites(plan(model, {}))
-    known, secret = (sites.train_examples(client)[:rows] for client in (0, 1))
-    yield from reconstruction.every_cut(sites.model(sites.recipe.model), known, secret)
+    known, secret = (sites.corpus.train_examples(client)[:rows] for client in (0, 1))
+    yield from reconstruction.every_cut(sites.store.model(sites.recipe.model), known, secret)
 
 
 def stream(model: str, steps: int) -> dict[str, float]:

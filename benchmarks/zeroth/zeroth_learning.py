@@ -30,7 +30,7 @@ from kilofed.config.recipe import Recipe
 from kilofed.engines.inprocess import InProcess
 from kilofed.federation.cohort import Cohort
 from kilofed.federation.ledger import Ledger
-from kilofed.federation.parties import Server, generator
+from kilofed.federation.parties import generator
 from kilofed.models import evaluation, loading, training
 from kilofed.runs.sites import Sites
 
@@ -134,8 +134,8 @@ Point = dict[str, float]
 def curve(spec: Recipe, task: Task, variant: str) -> list[Point]:
     """A point per round: forwards and bytes so far per client, seconds without scoring, held-out loss and accuracy."""
     sites = Sites(spec)
-    tests = [e for c in sites.client_ids() for e in sites.test_examples(c)]
-    model = sites.model(spec.model)
+    tests = [e for c in sites.client_ids() for e in sites.corpus.test_examples(c)]
+    model = sites.store.model(spec.model)
     points, seconds, bytes_moved = [], 0.0, 0.0
     with loading.without_adapter(model):
         points.append(point(0, task, 0.0, 0.0, model, tests))
@@ -165,9 +165,8 @@ Play = Callable[[int], tuple[float, Callable[[], torch.nn.Module]]]
 
 def method(sites: Sites) -> Play:
     """Rounds of the recipe's own method; bytes are the ledger's, per client."""
-    spec, ledger = sites.recipe, Ledger()
-    server = Server(spec.seed, spec.rounds, spec.train, sites.model(spec.model))
-    sites.method.setup(server)
+    ledger = Ledger()
+    sites.method.setup(server := sites.server())
     ids = sites.client_ids()
 
     def play(number: int) -> tuple[float, Callable[[], torch.nn.Module]]:
@@ -183,7 +182,7 @@ def method(sites: Sites) -> Play:
 def gaussian(sites: Sites, task: Task, variant: str) -> Play:
     """Walks in place along normal directions; the walked models are averaged by their examples."""
     spec = sites.recipe
-    model = sites.model(spec.model).eval()
+    model = sites.store.model(spec.model).eval()
     held = loading.trained(model)
     state = loading.read_trained(model)
     num_seeds = 0 if variant == "fresh" else int(variant.split()[1])
@@ -192,7 +191,7 @@ def gaussian(sites: Sites, task: Task, variant: str) -> Play:
         total = {name: torch.zeros(t.shape, dtype=torch.float64) for name, t in state.items()}
         weight = 0
         for client in sites.client_ids():
-            examples = sites.train_examples(client)
+            examples = sites.corpus.train_examples(client)
             loading.write_trained(model, state)
             stretch = training.batches(
                 examples, replace(spec.train, batch_size=task.batch_size), first=(number - 1) * task.steps,

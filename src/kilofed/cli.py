@@ -269,7 +269,7 @@ def _show(options: argparse.Namespace) -> None:
 
 def _eval(options: argparse.Namespace) -> None:
     from kilofed.config.tables import parse_words
-    from kilofed.runs.loop import score
+    from kilofed.runs.restore import score
 
     row = score(options.folder, parse_words(options.words))
     if options.json:

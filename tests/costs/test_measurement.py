@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,8 +12,10 @@ from torch.nn.functional import scaled_dot_product_attention
 
 import kilofed
 from kilofed.config.recipe import Recipe
-from kilofed.costs import measurement
+from kilofed.costs import environment, measurement
+from kilofed.federation.cohort import address
 from kilofed.payload import Payload
+from kilofed.runs.sites import Sites
 
 
 def test_a_linear_layer_costs_two_operations_per_weight_and_row_and_twice_that_back() -> None:
@@ -52,6 +55,46 @@ def test_counting_changes_last_bits_at_most_and_finds_the_clients_at_work(measur
     assert found["client"]["flops"] > 0 == found["server"]["flops"]  # FedAvg only adds.
     assert found["client"]["num_messages"] == 1
     assert json.loads((tmp_path / "a" / "clients" / "0" / measurement.FILE).read_text())["flops"] > 0
+
+
+def test_sites_are_counted_in_round_1_and_weighed_in_round_2(
+    tiny_recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sites = Sites(tiny_recipe)
+    measured = measurement.MeasuredSites(sites.site, tmp_path)
+
+    def tell(number: int, round: int) -> dict[str, float]:
+        ask = Payload(sites.store.start(tiny_recipe.model), address("fit", "mean", round, 0))
+        assert Payload.decode(measured.handle(number, ask.encode())).tensors
+        found = json.loads((tmp_path / str(number) / measurement.FILE).read_text("utf-8"))
+        assert isinstance(found, dict)
+        return found
+
+    first = tell(1, 1)
+    assert first["flops"] > 0
+    assert first["num_messages"] == 1
+    assert tell(1, 1)["flops"] == 2 * first["flops"]
+    assert tell(3, 1)["num_messages"] == 1
+    monkeypatch.setattr(environment, "forget_peak", lambda: True)
+    monkeypatch.setattr(environment, "own_peak_memory", lambda: 12345)
+    assert tell(1, 2) == {**tell(1, 3), "flops": 2 * first["flops"], "peak_memory_bytes": 12345}
+    assert measured.spent[3].peak_memory_bytes > 1 << 20  # It had no second round yet.
+    assert {path.name for path in tmp_path.iterdir()} == {"1", "3"}
+
+
+def test_where_the_peak_cannot_be_forgotten_that_of_round_1_stands(
+    tiny_recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sites = Sites(tiny_recipe)
+    measured = measurement.MeasuredSites(sites.site, tmp_path)
+    monkeypatch.setattr(environment, "forget_peak", lambda: False)
+    for round in (1, 2):
+        ask = Payload(sites.store.start(tiny_recipe.model), address("fit", "mean", round, 0))
+        measured.handle(0, ask.encode())
+        if round == 1:
+            before = (tmp_path / "0" / measurement.FILE).read_bytes()
+            monkeypatch.setattr(environment, "own_peak_memory", lambda: 12345)
+    assert (tmp_path / "0" / measurement.FILE).read_bytes() == before
 
 
 @pytest.mark.slow

@@ -16,7 +16,6 @@ from kilofed.engines import open_engine
 from kilofed.errors import ModelError, RunError
 from kilofed.federation.cohort import Cohort, address
 from kilofed.federation.ledger import Ledger
-from kilofed.federation.parties import Server
 from kilofed.payload import Payload
 from kilofed.runs.sites import Sites
 
@@ -30,8 +29,7 @@ def run(recipe: Recipe, spec: EngineSpec, folder: Path) -> tuple[bytes, str]:
     """Two rounds of `recipe`; the server's state and the ledger without its seconds."""
     folder.mkdir()
     sites = Sites(recipe, folder / "clients")
-    server = Server(recipe.seed, recipe.rounds, recipe.train, sites.model(recipe.model))
-    sites.method.setup(server)
+    sites.method.setup(server := sites.server())
     text = json.dumps(to_table(recipe))
     with (
         closing(Ledger(folder / "ledger.jsonl")) as ledger,

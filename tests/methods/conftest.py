@@ -1,7 +1,7 @@
 """A run of a method without files: rounds of a cohort over the tiny recipe, state and ledger at hand."""
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +14,6 @@ from kilofed.engines.inprocess import InProcess
 from kilofed.federation.cohort import Cohort
 from kilofed.federation.ledger import Ledger
 from kilofed.federation.method import forecast
-from kilofed.federation.parties import Server
 from kilofed.federation.workload import RunPreview
 from kilofed.payload import Payload
 from kilofed.runs.sites import Sites
@@ -56,10 +55,7 @@ class Federation:
 
     def __post_init__(self) -> None:
         self.sites = Sites(self.recipe, self.folder)
-        spec = self.sites.method.server_model(self.recipe)
-        model = self.sites.model(spec) if spec else torch.nn.Identity()
-        plan, public = self.recipe, self.sites.public
-        self.server = Server(plan.seed, plan.rounds, plan.train, model, self.state, public, spec=spec)
+        self.server = replace(self.sites.server(), state=self.state)
         if not self.state:
             self.sites.method.setup(self.server)
 
@@ -80,8 +76,8 @@ class Federation:
         preview = RunPreview(
             recipe,
             self.server,
-            lambda client: self.sites.train_examples(client, method.client_model(recipe, client)),
-            self.sites.public_examples,
+            lambda client: self.sites.corpus.train_examples(client, method.client_model(recipe, client)),
+            self.sites.corpus.public_examples,
             self.sites.client_ids(),
             self.done + 1,
         )

@@ -35,7 +35,7 @@ def test_a_round_over_classes_has_a_finite_loss_and_trains_the_head(name: str, f
     found = federate(name, rounds=1, overrides={**CLASSIFY, "model.path": str(tiny_encoder)})
     assert math.isfinite(found.metrics[0]["train_loss"])
     model = found.sites.method.deliver(found.server)
-    scores = evaluation.score(model, found.sites.test_examples(0), 8)
+    scores = evaluation.score(model, found.sites.corpus.test_examples(0), 8)
     assert math.isfinite(scores.loss)
     assert scores.macro_f1 is not None
     assert loading.trained(model)["score.weight"].any()

@@ -18,7 +18,7 @@ def replies(federation) -> list[tuple[dict[str, torch.Tensor], int]]:
     found = []
     for client in sites.client_ids():
         loading.write_trained(server.model, server.state)
-        owner = sites._client(client)
+        owner = sites.site(client).client
         owner.round = 1
         done = training.fit_round(
             server.model,

@@ -33,7 +33,7 @@ def test_the_server_model_is_fedavg_of_the_walked_models(federate) -> None:
     stream, pool = method.stream(found.server.model), method.pool(seed, 0)
     start = two_point.Point((pool.at(np.zeros(64, np.float32)),))
     for number in found.sites.client_ids():
-        client = found.sites._client(number)
+        client = found.sites.site(number).client
         stretch = training.batches(client.data, TrainSpec(batch_size=1), first=0, count=3, order=client.order)
         seeds = pool.sample(1, number, 3).tolist()
         done = two_point.walk(stream, start, seeds, stretch, two_point.Steps(method.eps, method.lr))
@@ -86,7 +86,7 @@ def test_deltas_and_whole_states_lead_to_the_same_state(federate) -> None:
     method.begin(server.state, 4)
     point = method.point(server.seed, server.state)
     for held in [(-1, -1), (0, 0), (0, 1), (0, 2), (1, 0), (1, 1)]:
-        client = found.sites._client(0)
+        client = found.sites.site(0).client
         client.state = {}
         if held[0] >= 0:  # What a client that left after that round has on its disk.
             past = federate("fedkseed", rounds=2 * held[0] + held[1], epoch=2, overrides={**FULL, "rounds": 3})
@@ -137,7 +137,7 @@ def test_pro_counts_alike_whatever_is_disclosed(federate, sampling: str) -> None
 
 def test_a_client_with_another_base_model_is_named(federate) -> None:
     found = federate("fedkseed", rounds=1, fresh=True, overrides=FULL)
-    client, method = found.sites._client(2), found.sites.method
+    client, method = found.sites.site(2).client, found.sites.method
     asks = method._asks(found.server, [2])
     with torch.no_grad():
         next(iter(loading.trained(client.model).values()))[0] += 1e-3
@@ -151,7 +151,7 @@ def test_other_weights_stop_the_run_even_where_failures_are_skipped(federate) ->
     ids, sites = found.sites.client_ids(), found.sites
 
     def answer(number: int, body: bytes) -> bytes:
-        parameter = next(iter(loading.trained(sites.model(sites.recipe.model)).values()))
+        parameter = next(iter(loading.trained(sites.store.model(sites.recipe.model)).values()))
         with torch.no_grad():
             parameter[0] += 1e-3 * (number == 1)
             try:

@@ -79,7 +79,7 @@ def test_the_small_base_and_the_small_tuned_model_share_their_weights(federate) 
     found = federate("fedpt")
     proxy = found.sites.method.deliver(found.server)
     assert proxy.base is None
-    assert proxy.tuned is found.server.model is found.sites.model(found.recipe.model)
+    assert proxy.tuned is found.server.model is found.sites.store.model(found.recipe.model)
 
 
 def test_the_teacher_is_never_the_students_own_graph(federate, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -137,8 +137,8 @@ def test_a_small_model_is_never_left_worse_on_held_out_public_rows(federate) -> 
 def test_public_rows_that_judge_are_not_taught_and_no_client_holds_any(federate) -> None:
     found = federate("fedpt", rounds=0)
     taught, judging = found.sites.method.public_rows(found.server)
-    held = [e for client in found.sites.client_ids() for e in found.sites.train_examples(client)]
-    held += [e for client in found.sites.client_ids() for e in found.sites.test_examples(client)]
+    held = [e for client in found.sites.client_ids() for e in found.sites.corpus.train_examples(client)]
+    held += [e for client in found.sites.client_ids() for e in found.sites.corpus.test_examples(client)]
     parts = [{tuple(e.input_ids) for e in part} for part in (taught, judging, held)]
     assert all(parts)
     assert not parts[0] & parts[1]
@@ -162,7 +162,8 @@ def test_clients_never_load_the_large_model(federate, tmp_path: Path) -> None:
     sites = Sites(recipe)
     small = sum(p.numel() for p in loading.load_model(recipe.model, recipe.adapter, 0).parameters())
     assert "train_loss" in Payload.decode(sites.handle(0, ask.encode())).scalars
-    assert [sum(p.numel() for p in model.parameters()) for model in sites._models.values()] == [small]
+    assert len(sites.store) == 1
+    assert sum(p.numel() for p in sites.store.model(recipe.model).parameters()) == small
     with pytest.raises(ModelError, match="there-is-none"):
         sites.method.deliver(federate("fedpt", rounds=0, large=missing, fresh=True).server)
 
@@ -289,7 +290,7 @@ def test_a_budget_spent_in_the_middle_stops_the_run_and_another_one_resumes(
 def test_the_trial_leaves_the_small_model_as_it_was(federate) -> None:
     found = federate("fedpt", rounds=0, fresh=True)
     before = loading.read_trained(found.server.model)
-    rows, held_out = found.sites.train_examples(0), found.sites.test_examples(1)
+    rows, held_out = found.sites.corpus.train_examples(0), found.sites.corpus.test_examples(1)
     (said,) = found.sites.method.presentation().diagnose(found.server, rows, held_out)
     after = loading.read_trained(found.server.model)
     assert all(torch.equal(after[name], before[name]) for name in before)
@@ -298,8 +299,8 @@ def test_the_trial_leaves_the_small_model_as_it_was(federate) -> None:
 
 def test_the_trial_scores_as_evaluation_does(federate) -> None:
     found = federate("fedpt", rounds=0, alpha=0.5, fresh=True)
-    held_out = [e for client in found.sites.client_ids() for e in found.sites.test_examples(client)]
-    seen = found.sites.method.trial(found.server, found.sites.train_examples(0), held_out)
+    held_out = [e for client in found.sites.client_ids() for e in found.sites.corpus.test_examples(client)]
+    seen = found.sites.method.trial(found.server, found.sites.corpus.train_examples(0), held_out)
     large = found.sites.method.presentation().extra_models(found.server)["large base"]
     assert seen.large == pytest.approx(evaluation.score(large, held_out, 16).loss, rel=1e-5)
     assert seen.small == pytest.approx(evaluation.score(found.server.model, held_out, 16).loss, rel=1e-5)

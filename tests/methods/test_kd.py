@@ -110,7 +110,7 @@ def test_counts_are_sent_where_clients_count_differently(federate, words: dict[s
 @pytest.mark.parametrize("overrides", [{}, CLASSIFY], ids=["tokens", "classes"])
 def test_clients_may_have_other_models(federate, tiny_large: Path, overrides: dict[str, Value]) -> None:
     found = federate("kd", overrides={**overrides, "method.models": {"1": str(tiny_large)}})
-    shapes = [_sizes(found.sites._client(client).model) for client in (0, 1)]
+    shapes = [_sizes(found.sites.site(client).client.model) for client in (0, 1)]
     assert shapes[0] != shapes[1]
     assert found.metrics[-1]["train_loss"] > 0
     assert found.content != federate("kd", overrides=overrides).content
@@ -119,7 +119,10 @@ def test_clients_may_have_other_models(federate, tiny_large: Path, overrides: di
 def test_a_classifying_client_may_have_another_tokeniser(federate, tiny_encoder: Path, tmp_path: Path) -> None:
     other = _with_another_word(tiny_encoder, tmp_path)
     found = federate("kd", rounds=1, overrides={**CLASSIFY, "method.models": {"0": str(other)}}, fresh=True)
-    assert found.sites.renderer_of(found.sites.method.client_model(found.recipe, 0)) is not found.sites.renderer
+    assert (
+        found.sites.corpus.renderer_of(found.sites.method.client_model(found.recipe, 0))
+        is not found.sites.corpus.renderer
+    )
     assert found.metrics[-1]["train_loss"] > 0
 
 
@@ -138,7 +141,7 @@ def test_another_label_set_is_refused(federate, tiny_recipe: Recipe) -> None:
         ([names[1], names[0], *names[2:]], "are not those of the server"),
     ):
         sites = Sites(changed(found.recipe, {"data.labels": list(labels)}))
-        client = sites._client(0)
+        client = sites.site(0).client
         client.round = 1
         with pytest.raises(ClientError, match=message):
             sites.method.tune(client, ask)  # type: ignore[attr-defined]
@@ -147,7 +150,7 @@ def test_another_label_set_is_refused(federate, tiny_recipe: Recipe) -> None:
 def test_other_public_rows_are_refused(federate) -> None:
     found = federate("kd", rounds=0, public_rows=0, fresh=True)
     ask, _ = replies(found)
-    client = Sites(changed(found.recipe, {"data.public_share": 0.3}))._client(0)
+    client = Sites(changed(found.recipe, {"data.public_share": 0.3})).site(0).client
     client.round = 1
     with pytest.raises(ClientError, match="its public rows"):
         found.sites.method.tune(client, ask)
@@ -166,7 +169,7 @@ def test_a_client_with_logits_that_are_not_finite_is_named_and_left_out(federate
     word = found.server.public[0].input_ids[0]
 
     def answer(number: int, body: bytes) -> bytes:
-        weights = found.sites._client(number).model.get_input_embeddings().weight.data
+        weights = found.sites.site(number).client.model.get_input_embeddings().weight.data
         whole = weights[word].clone()
         weights[word] = torch.nan if number == 1 else whole
         reply = found.sites.handle(number, body)

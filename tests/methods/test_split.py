@@ -238,7 +238,7 @@ def test_a_round_ends_when_too_few_are_left(federate) -> None:
 def test_clients_never_hold_a_block_of_the_server(federate) -> None:
     for labels in ("server", "client"):
         found = federate("split", labels=labels)
-        names = [name for name, _ in found.sites._client(0).model.named_parameters()]
+        names = [name for name, _ in found.sites.site(0).client.model.named_parameters()]
         assert any(".layers.0." in name for name in names)
         assert not any(".layers.1." in name for name in names)
         assert any(name.endswith("model.norm.weight") for name in names) == (labels == "client")
@@ -261,7 +261,7 @@ def test_what_cannot_be_split_is_refused_with_what_to_do(federate) -> None:
 
 def test_the_report_says_what_the_server_can_read(federate) -> None:
     found = federate("split")
-    rows = [row for client in range(4) for row in found.sites.test_examples(client)]
+    rows = [row for client in range(4) for row in found.sites.corpus.test_examples(client)]
     (chart,) = found.sites.method.presentation().charts(found.server, rows)
     assert set(chart.lines) == {"linear inverter", "nearest embedding"}
     assert [x for x, _ in chart.lines["linear inverter"]] == [1]

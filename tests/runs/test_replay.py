@@ -11,8 +11,9 @@ from kilofed.config.tables import changed
 from kilofed.errors import RunError
 from kilofed.models import loading
 from kilofed.payload import Payload
-from kilofed.runs.loop import delivered, run
+from kilofed.runs.loop import run
 from kilofed.runs.replay import replay
+from kilofed.runs.restore import delivered
 
 FIELDS = {
     "method": "fedkseed", "method.num_seeds": 64, "method.steps": 3, "method.lr": 1e-3, "method.epoch": 2,

@@ -6,7 +6,7 @@ addition; element-wise work and the rebuild of seed-pool weights are not, as is 
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,7 +16,10 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from kilofed.costs import environment
+from kilofed.federation.cohort import ROUND
+from kilofed.federation.site import Site
 from kilofed.files import replace_file
+from kilofed.payload import Payload
 
 FILE = "cost.json"
 SERVER = "server-cost.json"
@@ -70,6 +73,42 @@ def counted() -> Iterator[Cost]:
     cost.flops = counter.get_total_flops()
     cost.seconds = time.perf_counter() - began
     cost.peak_memory_bytes = environment.own_peak_memory()
+
+
+class MeasuredSites:
+    """Hands messages to sites and keeps what their answers cost; to an engine, a handler like any other.
+
+    Operations are counted in round 1; that takes memory itself, so memory is measured anew in round 2.
+
+    Args:
+        site_of: a site by its number. Making one may load a model, which is no part of the cost.
+        folder: where costs are kept, one folder per client.
+    """
+
+    def __init__(self, site_of: Callable[[int], Site], folder: Path) -> None:
+        self._site_of, self._folder = site_of, folder
+        self.spent: dict[int, Cost] = {}
+        """What clients of this process did in the first round."""
+        self._afresh = False
+
+    def handle(self, number: int, body: bytes) -> bytes:
+        """The answer of client `number` to `body`. Raises PayloadError: it is not a message for a client."""
+        site, round = self._site_of(number), int(Payload.peek(body).get(ROUND, 0))
+        if round == 1:
+            with counted() as cost:
+                reply = site.handle(body)
+            self.spent.setdefault(number, Cost()).add(cost)
+            self._write(number)
+            return reply
+        self._afresh = self._afresh or environment.forget_peak()
+        reply = site.handle(body)
+        if round == 2 and self._afresh and number in self.spent:
+            self.spent[number].peak_memory_bytes = environment.own_peak_memory()
+            self._write(number)
+        return reply
+
+    def _write(self, number: int) -> None:
+        write(self._folder / str(number) / FILE, self.spent[number])
 
 
 def write(path: Path, cost: Cost) -> None:

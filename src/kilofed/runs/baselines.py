@@ -15,20 +15,20 @@ from kilofed.runs.sites import Sites
 
 def base(sites: Sites, ids: list[int]) -> list[Scores]:
     """Scores of the untouched base model on each client's held-out rows; run before anything is written into it."""
-    with loading.without_adapter(sites.model(sites.recipe.model)) as model:
+    with loading.without_adapter(sites.store.model(sites.recipe.model)) as model:
         return score_clients(sites, model, ids)
 
 
 def local(sites: Sites, ids: list[int], tell: Callable[[str], None]) -> list[Scores]:
     """Scores of each client's own model, trained on its rows alone for as many steps as it takes in the whole run."""
     recipe = sites.recipe
-    model = sites.model(recipe.model)
-    start = loading.read_trained(fresh(sites))
+    model = sites.store.model(recipe.model)
+    start = sites.store.start(recipe.model)
     scores = []
     for number, client in enumerate(ids, 1):
         tell(f"local-only {number}/{len(ids)}")
         loading.write_trained(model, start)
-        examples = sites.train_examples(client)
+        examples = sites.corpus.train_examples(client)
         steps = recipe.rounds * training.num_steps(recipe.train, len(examples))
         _fit(sites, model, examples, steps, client)
         scores += score_clients(sites, model, [client])
@@ -43,9 +43,9 @@ def central(sites: Sites, ids: list[int]) -> list[Scores]:
     sees as many examples as the federation does. With one client it is what `local` gives, bit for bit.
     """
     recipe = sites.recipe
-    model = sites.model(recipe.model)
-    start = loading.read_trained(fresh(sites))
-    shares = [sites.train_examples(client) for client in sites.client_ids()]
+    model = sites.store.model(recipe.model)
+    start = sites.store.start(recipe.model)
+    shares = [sites.corpus.train_examples(client) for client in sites.client_ids()]
     steps = recipe.rounds * max(training.num_steps(recipe.train, len(share)) for share in shares)
     loading.write_trained(model, start)
     _fit(sites, model, [e for share in shares for e in share], steps, 0, times=recipe.cohort or len(shares))
@@ -57,13 +57,9 @@ def central(sites: Sites, ids: list[int]) -> list[Scores]:
 def score_clients(sites: Sites, model: nn.Module, ids: list[int]) -> list[Scores]:
     """Full scores of `model` on the held-out rows of each client."""
     spec = sites.recipe.evaluate
-    return [evaluation.score_all(model, sites.tokenizer, sites.test_examples(client), spec) for client in ids]
-
-
-def fresh(sites: Sites) -> nn.Module:
-    """A second model as it was before any training, whatever the resident one holds."""
-    recipe = sites.recipe
-    return loading.load_model(recipe.model, recipe.adapter, recipe.seed, sites.classes)
+    return [
+        evaluation.score_all(model, sites.corpus.tokenizer, sites.corpus.test_examples(client), spec) for client in ids
+    ]
 
 
 def _fit(sites: Sites, model: nn.Module, examples: list[Example], steps: int, client: int, times: int = 1) -> None:

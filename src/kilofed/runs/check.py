@@ -22,7 +22,6 @@ from kilofed.data.examples import IGNORED, Example, Renderer
 from kilofed.data.readers import Row, layout
 from kilofed.errors import KilofedError, ModelError
 from kilofed.federation.method import load_method
-from kilofed.federation.parties import Server
 from kilofed.federation.presentation import Presentation
 from kilofed.federation.workload import RunPreview
 from kilofed.models import loading
@@ -93,11 +92,12 @@ class _Look:
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
         self.sites = Sites(recipe)
+        self.corpus = self.sites.corpus
 
     @cached_property
     def sample(self) -> list[Row]:
         """Training rows, evenly over clients, at most about SAMPLE."""
-        shares = self.sites.shares
+        shares = self.corpus.shares
         each = max(SAMPLE // len(shares), 1)
         return [row for share in shares[:SAMPLE] for row in share.train[:: max(len(share.train) // each, 1)][:each]]
 
@@ -105,12 +105,12 @@ class _Look:
     def whole(self) -> list[Example]:
         """The sample's examples, not cut."""
         spec = replace(self.recipe.data, max_length=NO_LIMIT)
-        return Renderer(self.sites.tokenizer, spec, self.sites.renderer.kind, self.sites.classes)(self.sample)
+        return Renderer(self.corpus.tokenizer, spec, self.corpus.renderer.kind, self.corpus.classes)(self.sample)
 
     @cached_property
     def outline(self) -> PreTrainedModel:
         """The model with its adapter, without weights."""
-        return loading.outline(self.recipe.model, self.recipe.adapter, self.sites.classes)
+        return loading.outline(self.recipe.model, self.recipe.adapter, self.corpus.classes)
 
     @cached_property
     def bench(self) -> Bench:
@@ -150,7 +150,7 @@ def _device(look: _Look) -> Iterator[Finding]:
 
 
 def _data(look: _Look) -> Iterator[Finding]:
-    rows = look.sites.rows
+    rows = look.corpus.rows
     yield Finding("good", "data", rows.note)
     spec = look.recipe.data
     kind = layout(spec.columns, rows.train, spec.task)
@@ -160,10 +160,10 @@ def _data(look: _Look) -> Iterator[Finding]:
 
 def _classes(look: _Look) -> Iterator[Finding]:
     """The agreed label set, and how often its least label occurs."""
-    if not (names := look.sites.classes):
+    if not (names := look.corpus.classes):
         return
     column, where = look.recipe.data.columns.label, "data.labels" if look.recipe.data.labels else "the training rows"
-    held = Counter(str(row[column]) for row in look.sites.rows.train)
+    held = Counter(str(row[column]) for row in look.corpus.rows.train)
     text = f"{count(len(names))} labels from {where}: {_some(names)}"
     if absent := [name for name in names if not held[name]]:
         yield Finding("warn", "labels", f"{text}; no training row has {_some(absent)}: they cannot be learnt")
@@ -172,7 +172,8 @@ def _classes(look: _Look) -> Iterator[Finding]:
 
 
 def _clients(look: _Look) -> Iterator[Finding]:
-    recipe, shares = look.recipe, look.sites.shares
+    look.sites.client_ids()  # Refuses a cohort or a quorum of more clients than there are.
+    recipe, shares = look.recipe, look.corpus.shares
     sizes = sorted(len(share.train) for share in shares)
     spread = f"{sizes[0]} to {sizes[-1]} training rows each, median {statistics.median(sizes):g}"
     yield Finding("good", "clients", f"{count(len(shares))} clients with {spread}")
@@ -183,7 +184,7 @@ def _clients(look: _Look) -> Iterator[Finding]:
 
 
 def _passes(look: _Look) -> Iterator[Finding]:
-    recipe, shares = look.recipe, look.sites.shares
+    recipe, shares = look.recipe, look.corpus.shares
     part = (recipe.cohort or len(shares)) / len(shares)
     passes = []
     for share in shares:
@@ -199,7 +200,7 @@ def _passes(look: _Look) -> Iterator[Finding]:
 
 
 def _leaks(look: _Look) -> Iterator[Finding]:
-    shares, renderer = look.sites.shares, look.sites.renderer
+    shares, renderer = look.corpus.shares, look.corpus.renderer
     rows: dict[str, set[int]] = {}
     prompts: dict[str, set[int]] = {}
     for number, share in enumerate(shares):
@@ -231,9 +232,9 @@ def _leaks(look: _Look) -> Iterator[Finding]:
 
 
 def _tokeniser(look: _Look) -> Iterator[Finding]:
-    tokenizer = look.sites.tokenizer
+    tokenizer = look.corpus.tokenizer
     pad, eos = tokenizer.pad_token_id, tokenizer.eos_token_id
-    classifies = bool(look.sites.classes)
+    classifies = bool(look.corpus.classes)
     if eos is None and not classifies:
         yield Finding("warn", "tokeniser", "the tokeniser has no end token: answers do not learn to stop and run to "
                       "evaluate.max_new_tokens; set eos_token in its tokenizer_config.json")  # fmt: skip
@@ -249,7 +250,7 @@ def _tokeniser(look: _Look) -> Iterator[Finding]:
 
 
 def _template(look: _Look) -> Iterator[Finding]:
-    renderer = look.sites.renderer
+    renderer = look.corpus.renderer
     if renderer.kind == "label":
         yield Finding("good", "template", "rows to classify: the text stands as it is, there is no prompt")
         return
@@ -264,7 +265,7 @@ def _template(look: _Look) -> Iterator[Finding]:
 
 def _loss(look: _Look) -> Iterator[Finding]:
     spec = look.recipe.data
-    renderer = Renderer(look.sites.tokenizer, spec, look.sites.renderer.kind, look.sites.classes)
+    renderer = Renderer(look.corpus.tokenizer, spec, look.corpus.renderer.kind, look.corpus.classes)
     examples = renderer(look.sample)
     if renderer.kind == "label":
         yield Finding("good", "loss", f"{percent(len(examples) / len(look.sample))} of rows have a label")
@@ -304,7 +305,7 @@ def _truncation(look: _Look) -> Iterator[Finding]:
     if isinstance(positions, int) and longest > positions:
         yield Finding("bad", "truncation", f"rows of {longest} tokens, the model has {positions} positions: "
                       f"set data.max_length={positions} or less")  # fmt: skip
-    elif look.sites.classes:
+    elif look.corpus.classes:
         return
     elif isinstance(positions, int) and look.recipe.evaluate.generate and longest + answer > positions:
         yield Finding("warn", "truncation", f"prompts of up to {longest} tokens and evaluate.max_new_tokens={answer} pass "
@@ -319,8 +320,8 @@ def _adapter(look: _Look) -> Iterator[Finding]:
     if spec.kind == "lora":
         targets = sorted({name.split(".lora_")[0].rsplit(".", 1)[-1] for name in parameters if ".lora_" in name})
         text += f", LoRA of rank {spec.rank} on {', '.join(targets)}"
-    if look.sites.classes:
-        text += f"; a head of kind {spec.head} for {len(look.sites.classes)} labels is trained with them"
+    if look.corpus.classes:
+        text += f"; a head of kind {spec.head} for {len(look.corpus.classes)} labels is trained with them"
     yield Finding("good", "adapter", text)
 
 
@@ -352,7 +353,7 @@ def _run_folder(look: _Look) -> int:
     """Bytes: the state, its temporary copy, the adapter, two ledger lines per exchange, a report."""
     recipe = look.recipe
     trained = sum(p.numel() for p in loading.trained(look.outline).values())
-    exchanges = recipe.rounds * (recipe.cohort or len(look.sites.shares))
+    exchanges = recipe.rounds * (recipe.cohort or len(look.corpus.shares))
     return recipe.seeds * (3 * 4 * trained + 300 * exchanges + 5_000_000)
 
 
@@ -362,16 +363,16 @@ def _models(look: _Look) -> Iterator[Finding]:
     others = Counter(sites.method.client_model(recipe, client) for client in sites.client_ids())
     for spec, number in others.items():
         if spec is not None and spec.path != recipe.model.path:
-            sites.renderer_of(spec)  # Refuses a vocabulary in which the others cannot teach it.
+            sites.corpus.renderer_of(spec)  # Refuses a vocabulary in which the others cannot teach it.
             yield Finding(
-                "good", "models", f"{spec.path} at {number} of {len(sites.shares)} clients: its vocabulary fits"
+                "good", "models", f"{spec.path} at {number} of {len(sites.corpus.shares)} clients: its vocabulary fits"
             )
 
 
 def _weights(look: _Look) -> Iterator[Finding]:
     """Whether the model's weights are there and whole."""
     if look.fits and (spec := look.sites.method.server_model(look.recipe)):
-        num = sum(1 for _ in look.sites.model(spec).parameters())
+        num = sum(1 for _ in look.sites.store.model(spec).parameters())
         yield Finding("good", "weights", f"{count(num)} tensors of {spec.path} are there")
 
 
@@ -402,12 +403,9 @@ def _method(look: _Look) -> Iterator[Finding]:
     if type(shown).diagnose is Presentation.diagnose or not look.fits:
         return  # Nothing to say, or loading the weights would not go well.
     sites, recipe = look.sites, look.recipe
-    spec = sites.method.server_model(recipe)
-    model = sites.model(spec) if spec else nn.Identity()
-    server = Server(recipe.seed, recipe.rounds, recipe.train, model, public=sites.public, spec=spec)
-    sites.method.setup(server)
-    rows = Renderer(sites.tokenizer, recipe.data, sites.renderer.kind, sites.classes)(look.sample)
-    held_out = [e for client in sites.client_ids()[:HELD_OUT] for e in sites.test_examples(client)]
+    sites.method.setup(server := sites.server())
+    rows = Renderer(sites.corpus.tokenizer, recipe.data, sites.corpus.renderer.kind, sites.corpus.classes)(look.sample)
+    held_out = [e for client in sites.client_ids()[:HELD_OUT] for e in sites.corpus.test_examples(client)]
     for found in shown.diagnose(server, rows, held_out[:: max(len(held_out) // HELD_OUT, 1)]):
         yield Finding("good" if found.good else "warn", "method", found.text)
 

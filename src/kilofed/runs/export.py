@@ -6,7 +6,8 @@ from pathlib import Path
 from kilofed.errors import RunError
 from kilofed.files import said
 from kilofed.models import loading
-from kilofed.runs.loop import delivered, first_seed
+from kilofed.runs.folder import first_seed
+from kilofed.runs.restore import delivered
 
 
 def adapter(run: Path, out: Path) -> Path:

@@ -19,13 +19,13 @@ log = logging.getLogger("kilofed")
 def about(sites: Sites, server: Server) -> dict[str, object]:
     """Facts that are known once data and model are there; `server` is only read."""
     spec = sites.recipe.data
-    column = spec.columns.label if sites.classes else spec.partition.column
+    column = spec.columns.label if sites.corpus.classes else spec.partition.column
     where = environment.describe(sites.recipe.model.device)
     return {
         "kilofed": where["kilofed"],
         "environment": where,
-        "data_note": sites.rows.note,
-        "layout": sites.renderer.kind,
+        "data_note": sites.corpus.rows.note,
+        "layout": sites.corpus.layout,
         "clients": [
             {
                 "id": number,
@@ -34,11 +34,11 @@ def about(sites: Sites, server: Server) -> dict[str, object]:
                 "test_rows": len(share.test),
                 "labels": _counts([str(row.get(column, "")) for row in share.train]),
             }
-            for number, share in enumerate(sites.shares)
+            for number, share in enumerate(sites.corpus.shares)
         ],
         **_messages(sites),
         **_plan(sites),
-        "classes": list(sites.classes),
+        "classes": list(sites.corpus.classes),
         "num_trained": sum(p.numel() for p in loading.trained(server.model).values()),
         "num_parameters": sum(p.numel() for p in server.model.parameters()),
     }

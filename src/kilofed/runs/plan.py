@@ -101,7 +101,7 @@ def plan(recipes: Mapping[str, Recipe], device: Device) -> list[Forecast]:
     for label, recipe in recipes.items():
         try:
             sites = Sites(recipe)
-            bench = benches.setdefault((recipe.adapter, recipe.train, sites.classes), bench_of(sites))
+            bench = benches.setdefault((recipe.adapter, recipe.train, sites.corpus.classes), bench_of(sites))
             one = forecast(sites, device, bench=bench, label=label)
         except KilofedError as error:
             sentence = " ".join(str(error).split())
@@ -207,7 +207,7 @@ def device(sites: Sites, **stated: float | None) -> Device:
     Args:
         sites: whose rows a client's process has in memory; before their models are loaded.
     """
-    sites.read()
+    sites.corpus.tokenize()
     found = counter.measure()
     here = Device(found.flops, environment.free_memory(torch.device("cpu")), runtime=found.runtime)
     given = {name: value for name, value in stated.items() if value is not None}

@@ -7,13 +7,10 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from torch import nn
-
 from kilofed.config.recipe import ModelSpec, Recipe
 from kilofed.costs.counter import Bench
 from kilofed.data.examples import Example
 from kilofed.federation.method import Sent, forecast, leaving
-from kilofed.federation.parties import Server
 from kilofed.federation.workload import Pass, RunPreview, Work
 from kilofed.models import loading
 from kilofed.payload import Payload
@@ -27,21 +24,19 @@ MOST = 2000
 
 def bench_of(sites: Sites) -> Bench:
     """What counts the passes of the run of `sites`."""
-    return Bench(sites.recipe.adapter, sites.recipe.train, sites.classes)
+    return Bench(sites.recipe.adapter, sites.recipe.train, sites.corpus.classes)
 
 
 def preview_of(sites: Sites, bench: Bench) -> RunPreview:
     """The first round of the run of `sites`. Raises KilofedError."""
     recipe, method = sites.recipe, sites.method
-    spec = method.server_model(recipe)
-    model = bench.outline(spec) if spec else nn.Identity()
-    server = Server(recipe.seed, recipe.rounds, recipe.train, model, public=sites.public, spec=spec)
-    server.state.update(loading.read_trained(model))
+    server = sites.server(model_of=bench.outline)
+    server.state.update(loading.read_trained(server.model))
 
     def rows_of(client: int) -> list[Example]:
-        return sites.train_examples(client, method.client_model(recipe, client))
+        return sites.corpus.train_examples(client, method.client_model(recipe, client))
 
-    preview = RunPreview(recipe, server, rows_of, sites.public_examples)
+    preview = RunPreview(recipe, server, rows_of, sites.corpus.public_examples)
     turn_to(preview, sites, 1)
     return preview
 

@@ -1,7 +1,7 @@
 """A seed-pool run's records as a checkpoint: the model of any round, from the base model and what clients reported."""
 
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -11,7 +11,8 @@ from kilofed.federation.parties import Server
 from kilofed.files import said
 from kilofed.methods.fedkseed import BASE, FedKSeed, log_name
 from kilofed.models import loading
-from kilofed.runs.loop import first_seed, restored
+from kilofed.runs.folder import first_seed
+from kilofed.runs.restore import restored
 from kilofed.zeroth import seed_log
 
 REMOVED = (
@@ -47,7 +48,7 @@ def write(run: Path, out: Path, *, round: int, without: int | None = None) -> st
         out.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(part, ignore_errors=True)
         loading.save_adapter(done.model, part)
-        sites.tokenizer.save_pretrained(str(part))
+        sites.corpus.tokenizer.save_pretrained(str(part))
         part.rename(out)
     return "\n".join([str(out), *([done.note] if done.note else [])])
 
@@ -69,7 +70,7 @@ def replay(run: Path, *, round: int, without: int | None = None) -> Replayed:
         raise RunError(f"{run} is a run of {sites.recipe.method.name}, which keeps no seed records; fedkseed does")
     if not 0 <= round <= server.round:
         raise RunError(f"{run} has rounds 0 to {server.round}; there is no round {round}")
-    method.setup(fresh := Server(server.seed, server.num_rounds, server.train, server.model))
+    method.setup(fresh := replace(server, state={}, cache={}, round=0))
     if seed_log.to_bytes(fresh.state[BASE]) != seed_log.to_bytes(kept[BASE]):
         raise RunError(
             f"{sites.recipe.model.path} is not the model that {run} began with: its weights hash to "

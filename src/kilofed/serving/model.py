@@ -14,7 +14,8 @@ from kilofed.errors import DataError, RunError
 from kilofed.generation.decoding import ModelGenerator, TokenGenerator, end_ids_of
 from kilofed.generation.detokenizer import TextCodec
 from kilofed.models import loading
-from kilofed.runs.loop import first_seed, recipe_of, restored
+from kilofed.runs.folder import first_seed, recipe_of
+from kilofed.runs.restore import restored
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -103,12 +104,12 @@ def _of_run(folder: Path, name: str, template: str, device: str) -> ServedModel:
     if device:
         model = model.to(loading.find_device(device))
     data = replace(recipe.data, template=template or recipe.data.template)
-    takes_conversations = bool(sites.tokenizer.chat_template) and data.template in ("", "chat")
+    takes_conversations = bool(sites.corpus.tokenizer.chat_template) and data.template in ("", "chat")
     known = json.loads((first / "run.json").read_text("utf-8")).get("layout")
     kind = str(known or ("messages" if takes_conversations else "response"))
     if template and kind == "text":
         kind = "response"
-    return _served(name or folder.resolve().name, model, sites.tokenizer, (data, kind))
+    return _served(name or folder.resolve().name, model, sites.corpus.tokenizer, (data, kind))
 
 
 def _served(

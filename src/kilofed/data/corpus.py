@@ -1,0 +1,139 @@
+"""The rows of all clients of one source: read, divided, and as examples for each model's tokeniser.
+
+What is asked for is read when it is first asked for, and kept. A corpus of one client needs nobody else's rows, so a
+site that has only its own can make one too.
+"""
+
+from collections.abc import Callable
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from kilofed.config.recipe import ModelSpec, Recipe
+from kilofed.data import public
+from kilofed.data.examples import Example, Renderer, class_names
+from kilofed.data.partition import Share, divide
+from kilofed.data.readers import Row, Rows, layout, read, set_aside
+from kilofed.errors import DataError, ModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class Corpus:
+    """Rows, shares and examples of the clients that `recipe.data` describes.
+
+    Args:
+        recipe: its data, its seed, and its model for the tokeniser.
+        tokenizer_of: loads the tokeniser of a model; asked once for each.
+    """
+
+    def __init__(self, recipe: Recipe, tokenizer_of: "Callable[[ModelSpec], PreTrainedTokenizerBase]") -> None:
+        self._data, self._seed, self._model = recipe.data, recipe.seed, recipe.model
+        self._tokenizer_of = tokenizer_of
+        self._renderers: dict[tuple[str, str], Renderer] = {}
+        self._train: dict[tuple[int, int], list[Example]] = {}
+        self._test: dict[int, list[Example]] = {}
+        self._public: dict[int, list[Example]] = {}
+
+    @property
+    def rows(self) -> Rows:
+        """The rows of all clients, as the source gave them. Raises DataError."""
+        return self._rows[0]
+
+    @property
+    def public_rows(self) -> list[Row]:
+        """Rows that anyone may see; empty where the recipe names none. Raises DataError."""
+        return self._rows[1]
+
+    @cached_property
+    def _rows(self) -> tuple[Rows, list[Row]]:
+        return set_aside(read(self._data, self._seed), self._data, self._seed)
+
+    @cached_property
+    def shares(self) -> list[Share]:
+        """Each client's rows, by its number. Raises DataError."""
+        return divide(self.rows, self._data, self._seed)
+
+    @cached_property
+    def classes(self) -> tuple[str, ...]:
+        """Names of the classes, in the order of their numbers; empty where nothing is classified. Raises DataError."""
+        spec = self._data
+        return class_names(spec, self.rows) if spec.task == "classify" or spec.labels else ()
+
+    @cached_property
+    def tokenizer(self) -> "PreTrainedTokenizerBase":
+        """The tokeniser of the recipe's model. Raises ModelError."""
+        return self._tokenizer_of(self._model)
+
+    @cached_property
+    def renderer(self) -> Renderer:
+        """Rows to examples for the recipe's model. Raises DataError, ModelError."""
+        return Renderer(self.tokenizer, self._data, self.layout, self.classes)
+
+    @cached_property
+    def layout(self) -> str:
+        """Which columns are learnt: `response`, `messages`, `text` or `label`. Raises DataError."""
+        return layout(self._data.columns, self.rows.train, self._data.task)
+
+    def renderer_of(self, spec: ModelSpec) -> Renderer:
+        """Rows to examples for the model of `spec`, which may have a tokeniser of its own where rows are classified.
+
+        Raises:
+            ModelError: tokens are learnt, and its vocabulary is not that of the recipe's model.
+        """
+        where = spec.path, spec.revision
+        if where == (self._model.path, self._model.revision):
+            return self.renderer
+        if where not in self._renderers:
+            self._renderers[where] = self._other_renderer(spec)
+        return self._renderers[where]
+
+    def train_examples(self, client: int, spec: ModelSpec | None = None) -> list[Example]:
+        """What client number `client` learns from, for the model of `spec`, by default the recipe's.
+
+        Raises:
+            DataError: nothing in its rows can be learnt.
+        """
+        renderer = self.renderer_of(spec or self._model)
+        if (client, id(renderer)) not in self._train:
+            examples = renderer(self.shares[client].train)
+            if not examples:
+                raise DataError(
+                    f"client {self.shares[client].name}: no row has an answer within data.max_length="
+                    f"{self._data.max_length} tokens; raise it, or check data.columns"
+                )
+            self._train[client, id(renderer)] = examples
+        return self._train[client, id(renderer)]
+
+    def test_examples(self, client: int) -> list[Example]:
+        """What client number `client` is scored on; empty where it has no held-out rows."""
+        if client not in self._test:
+            self._test[client] = self.renderer(self.shares[client].test)
+        return self._test[client]
+
+    def public_examples(self, spec: ModelSpec | None = None) -> list[Example]:
+        """The public rows for the model of `spec`, by default the recipe's; empty where the recipe names none.
+
+        Raises:
+            DataError: they have other columns or labels than the private ones.
+        """
+        renderer = self.renderer_of(spec or self._model)
+        if id(renderer) not in self._public:
+            self._public[id(renderer)] = public.examples(self.public_rows, self._data, renderer, self.classes)
+        return self._public[id(renderer)]
+
+    def tokenize(self) -> None:
+        """Read and tokenise what all clients learn from, instead of when it is first asked for."""
+        for client in range(len(self.shares)):
+            self.train_examples(client)
+
+    def _other_renderer(self, spec: ModelSpec) -> Renderer:
+        tokenizer = self._tokenizer_of(spec)
+        if tokenizer.get_vocab() == self.tokenizer.get_vocab():
+            return self.renderer
+        if not self.classes:
+            raise ModelError(
+                f"{spec.path} has another vocabulary than {self._model.path} ({len(tokenizer)} and "
+                f"{len(self.tokenizer)} tokens): where tokens are learnt, all models need one tokeniser"
+            )
+        return Renderer(tokenizer, self._data, self.layout, self.classes)

@@ -1,0 +1,123 @@
+"""A run folder: made without harm to what lies there, and read back or refused."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from kilofed.config.recipe import Recipe, TrainSpec
+from kilofed.config.tables import changed, to_table, to_toml
+from kilofed.errors import RunError
+from kilofed.federation.parties import Server
+from kilofed.payload import Payload
+from kilofed.runs import folder as run_folder
+
+
+def write(folder: Path, recipe: Recipe) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    run_folder.write_json(folder / "run.json", {"recipe": to_table(recipe)})
+    (folder / "recipe.toml").write_text(to_toml(recipe), "utf-8")
+    return folder
+
+
+def test_a_folder_that_was_never_begun_is_taken_and_its_parts_go(tiny_recipe: Recipe, tmp_path: Path) -> None:
+    (tmp_path / ".results.json.part").write_text("{", "utf-8")
+    (tmp_path / "run.json").write_text("{}", "utf-8")
+    assert run_folder.new_folder(tiny_recipe, tmp_path) == tmp_path
+    assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
+
+
+@pytest.mark.parametrize(
+    ("names", "why"),
+    [(["run.json", "ledger.jsonl"], "goes on with it"), (["letter.txt"], "it holds other files")],
+)
+def test_a_folder_that_holds_more_is_left_as_it_is(
+    tiny_recipe: Recipe, tmp_path: Path, names: list[str], why: str
+) -> None:
+    for name in names:
+        (tmp_path / name).write_text("kept", "utf-8")
+    with pytest.raises(RunError, match=f"already exists and .*{why}; choose another --out"):
+        run_folder.new_folder(tiny_recipe, tmp_path)
+    assert {path.name: path.read_text("utf-8") for path in tmp_path.iterdir()} == dict.fromkeys(names, "kept")
+
+
+def test_a_file_is_no_folder(tiny_recipe: Recipe, tmp_path: Path) -> None:
+    (tmp_path / "run").write_text("", "utf-8")
+    with pytest.raises(RunError, match="already exists"):
+        run_folder.new_folder(tiny_recipe, tmp_path / "run")
+
+
+def test_folders_are_numbered_and_gaps_are_filled(
+    tiny_recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for number in (1, 3):
+        (tmp_path / "runs" / f"test-{number}").mkdir(parents=True)
+    assert run_folder.new_folder(tiny_recipe, None) == Path("runs/test-2")
+    assert run_folder.new_folder(tiny_recipe, None) == Path("runs/test-4")
+
+
+def test_the_recipe_comes_back_and_an_edit_is_named(tiny_recipe: Recipe, tmp_path: Path) -> None:
+    folder = write(tmp_path / "run", tiny_recipe)
+    assert run_folder.recipe_of(folder) == tiny_recipe
+    (folder / "recipe.toml").write_text(to_toml(changed(tiny_recipe, {"rounds": 3, "train.lr": 0.5})), "utf-8")
+    with pytest.raises(RunError, match=r"was edited after the run began \(rounds, train\.lr\): undo that"):
+        run_folder.recipe_of(folder)
+    (folder / "recipe.toml").unlink()  # A copy for the reader.
+    assert run_folder.recipe_of(folder) == tiny_recipe
+
+
+@pytest.mark.parametrize("text", [None, "", "{", '{"created": 1}'])
+def test_a_folder_without_a_readable_recipe_is_no_run(tmp_path: Path, text: str | None) -> None:
+    if text is not None:
+        (tmp_path / "run.json").write_text(text, "utf-8")
+    with pytest.raises(RunError, match="is not a run folder"):
+        run_folder.recipe_of(tmp_path)
+
+
+def test_of_repeats_the_first_seed_is_taken(tmp_path: Path) -> None:
+    assert run_folder.first_seed(tmp_path) == tmp_path
+    for seed in (5, 4):
+        (tmp_path / f"seed-{seed}").mkdir()
+    assert run_folder.first_seed(tmp_path) == tmp_path / "seed-4"
+    (tmp_path / "state.safetensors").write_bytes(b"")
+    assert run_folder.first_seed(tmp_path) == tmp_path
+
+
+def test_a_state_comes_back_with_its_round(tmp_path: Path) -> None:
+    server = Server(0, 3, TrainSpec())
+    assert not run_folder.load_state(tmp_path, server)
+    state = {"w": torch.arange(6.0).reshape(2, 3)}
+    (tmp_path / "state.safetensors").write_bytes(Payload(state, {"round": 2}).encode())
+    assert run_folder.load_state(tmp_path, server)
+    assert server.round == 2
+    assert torch.equal(server.state["w"], state["w"])
+
+
+@pytest.mark.parametrize("damage", ["cut", "no round"])
+def test_a_damaged_state_is_refused_and_the_server_is_as_it_was(tmp_path: Path, damage: str) -> None:
+    whole = Payload({"w": torch.ones(3)}, {"round": 2} if damage == "cut" else {}).encode()
+    (tmp_path / "state.safetensors").write_bytes(whole[:-5] if damage == "cut" else whole)
+    server = Server(0, 3, TrainSpec(), state={"w": torch.zeros(3)}, round=1)
+    with pytest.raises(RunError, match="is not a whole state of a run"):
+        run_folder.load_state(tmp_path, server)
+    assert server.round == 1
+    assert torch.equal(server.state["w"], torch.zeros(3))
+
+
+def test_a_secret_key_is_drawn_once_for_its_owner(tiny_recipe: Recipe, tmp_path: Path) -> None:
+    private = changed(tiny_recipe, {"privacy.kind": "central"})
+    key = run_folder.noise_key(private, tmp_path)
+    assert len(key) == 32
+    (tmp_path / "noise.key").chmod(0o644)  # As a copy may leave it.
+    assert run_folder.noise_key(private, tmp_path) == key
+    assert (tmp_path / "noise.key").stat().st_mode & 0o777 == 0o600
+    stated = replace(private, privacy=replace(private.privacy, noise_key="ab" * 16))
+    assert run_folder.noise_key(stated, tmp_path) == "ab" * 16
+
+
+@pytest.mark.parametrize("kind", ["none", "rows"])
+def test_without_central_noise_there_is_no_key_file(tiny_recipe: Recipe, tmp_path: Path, kind: str) -> None:
+    assert run_folder.noise_key(changed(tiny_recipe, {"privacy.kind": kind}), tmp_path) == ""
+    assert list(tmp_path.iterdir()) == []
