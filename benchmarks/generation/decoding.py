@@ -30,7 +30,7 @@ from kilofed.generation.decoding import ModelGenerator, Sampling
 from kilofed.models import loading, training
 from kilofed.proxy.combination import Difference
 from kilofed.proxy.model import ProxyModel
-from kilofed.proxy.speculation import Drafting, Speculation, plain_tokens
+from kilofed.proxy.speculation import Drafting, Speculation
 from kilofed.runs.sites import Sites
 
 VOCABULARY = 32_000
@@ -157,7 +157,7 @@ class Ways:
         if way == "large alone":
             return [token.id for token in ModelGenerator(self.large, ()).generate_tokens(prompt, sampling)]
         if way == "shared":
-            return [token.id for token in plain_tokens(self.proxy, prompt, sampling)]
+            return [token.id for token in self.proxy.generate_one_by_one(prompt, sampling)]
         self.last = Speculation(self.proxy, sampling, Drafting())
         return [token.id for token in self.last.tokens(prompt)]
 

@@ -14,7 +14,16 @@ from transformers.generation.configuration_utils import GenerationMode
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from kilofed.errors import ModelError
-from kilofed.generation.decoding import ROWS_AT_ONCE, UNBOUNDED, Sampling, Token, as_token, check_prompt, end_ids_of
+from kilofed.generation.decoding import (
+    ROWS_AT_ONCE,
+    UNBOUNDED,
+    Sampling,
+    Token,
+    as_token,
+    check_prompt,
+    choose,
+    end_ids_of,
+)
 from kilofed.proxy.api_model import RemoteModel
 from kilofed.proxy.combination import Difference, Rule, complete
 from kilofed.proxy.logit_sources import (
@@ -27,7 +36,7 @@ from kilofed.proxy.logit_sources import (
     can_crop,
     small_source,
 )
-from kilofed.proxy.speculation import Drafting, Speculation, plain_tokens
+from kilofed.proxy.speculation import Drafting, Speculation
 from kilofed.proxy.vocabulary import common_width
 
 
@@ -151,7 +160,20 @@ class ProxyModel(PreTrainedModel, GenerationMixin):  # type: ignore[no-untyped-c
         if self.drafting.longest and checks_several and can_crop(self.new_cache()):
             yield from Speculation(self, sampling, self.drafting).tokens(prompt_ids)
         else:
-            yield from plain_tokens(self, prompt_ids, sampling)
+            yield from self.generate_one_by_one(prompt_ids, sampling)
+
+    def generate_one_by_one(self, prompt_ids: Sequence[int], sampling: Sampling) -> Iterator[Token]:
+        """As `generate_tokens`, one token at a time, all parts in one call."""
+        generator = torch.Generator().manual_seed(sampling.seed)
+        ids, cache = list(prompt_ids), self.new_cache()
+        for _ in range(min(sampling.max_new_tokens, self.context - len(ids))):
+            with torch.inference_mode():
+                logits = self(torch.tensor([ids]), past_key_values=cache, logits_to_keep=1).logits
+                token = choose(logits[0, -1], sampling, generator)
+            yield token
+            if token.id in self.end_ids:
+                return
+            ids = [token.id]
 
     @torch.inference_mode()
     def score(self, ids: Sequence[int], num_logprobs: int = 0) -> list[Token | None]:

@@ -4,18 +4,45 @@ Leviathan et al. 2023 (arXiv:2211.17192), algorithm 1, with the joint scores as 
 of the tuned model are part of those scores, so they are kept and not computed twice.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from kilofed.generation.decoding import Sampling, Token, as_token, choose, probabilities
+from kilofed.generation.decoding import Sampling, Token, as_token, probabilities
 from kilofed.proxy.logit_sources import ForwardInputs, LogitSource
 
-if TYPE_CHECKING:
-    from kilofed.proxy.model import ProxyModel
+
+class JointModel(Protocol):
+    """What speculation needs of a large model that small ones steer."""
+
+    @property
+    def large_source(self) -> LogitSource:
+        """The large model."""
+
+    @property
+    def context(self) -> int:
+        """Longest sequence in tokens."""
+
+    @property
+    def end_ids(self) -> Collection[int]:
+        """Tokens that end an answer."""
+
+    @property
+    def width(self) -> int:
+        """Width of the logits."""
+
+    @property
+    def cost_ratio(self) -> float:
+        """Cost of a forward of the small tuned model, in forwards of the large one."""
+
+    def separate(self) -> tuple[LogitSource, LogitSource | None]:
+        """The small tuned model and its base, each with a cache of its own."""
+
+    def joint_logits(self, large: Tensor, tuned: Tensor, base: Tensor | None = None) -> Tensor:
+        """The logits of the whole, from those of its parts, each (..., width)."""
 
 
 @dataclass(frozen=True)
@@ -55,20 +82,6 @@ class CachedSource:
             self._seen = length
 
 
-def plain_tokens(proxy: "ProxyModel", prompt_ids: Sequence[int], sampling: Sampling) -> Iterator[Token]:
-    """The answer of a proxy one token at a time, all parts in one call; see TokenGenerator.generate_tokens."""
-    generator = torch.Generator().manual_seed(sampling.seed)
-    ids, cache = list(prompt_ids), proxy.new_cache()
-    for _ in range(min(sampling.max_new_tokens, proxy.context - len(ids))):
-        with torch.inference_mode():
-            logits = proxy(torch.tensor([ids]), past_key_values=cache, logits_to_keep=1).logits
-            token = choose(logits[0, -1], sampling, generator)
-        yield token
-        if token.id in proxy.end_ids:
-            return
-        ids = [token.id]
-
-
 class Speculation:
     """One answer of a proxy, drafted by its small tuned model; the distribution is that of the plain loop.
 
@@ -78,7 +91,7 @@ class Speculation:
         num_cycles: forwards of the large model.
     """
 
-    def __init__(self, proxy: "ProxyModel", sampling: Sampling, drafting: Drafting) -> None:
+    def __init__(self, proxy: JointModel, sampling: Sampling, drafting: Drafting) -> None:
         self._proxy, self._sampling, self._drafting = proxy, sampling, drafting
         tuned, base = proxy.separate()
         self._large, self._tuned = CachedSource(proxy.large_source), CachedSource(tuned)
