@@ -1,14 +1,8 @@
-"""The loop: sample clients, run a round of the method, evaluate, checkpoint; a resumed run ends with the same bytes.
-
-A run folder is written in this order in each round: ledger rows, a line of metrics, then the server's state. The rename
-of the state is the commit: whatever lies in the other files beyond its round is cut off on resume.
-"""
+"""A run from its recipe to the report: rounds, baselines, results; resumed at any instant it ends in the same bytes."""
 
 import json
-import statistics
-import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing, contextmanager, nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import closing
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -21,24 +15,21 @@ from transformers import PreTrainedTokenizerBase
 from kilofed.config.fields import Value
 from kilofed.config.recipe import Recipe
 from kilofed.config.tables import load, to_table, to_toml
-from kilofed.costs import counter, measurement
-from kilofed.engines import open_engine
+from kilofed.costs import counter
 from kilofed.errors import RunError
-from kilofed.federation.cohort import Cohort
-from kilofed.federation.ledger import Ledger
 from kilofed.federation.parties import Server
-from kilofed.files import append_line, cut_after, replace_file
-from kilofed.models import evaluation, loading
+from kilofed.files import replace_file
+from kilofed.models import loading
 from kilofed.models.evaluation import Scores, summarise
-from kilofed.payload import Payload
 from kilofed.privacy.mechanisms import Mechanism, load_mechanism
 from kilofed.reports import report
 from kilofed.runs import baselines
 from kilofed.runs.facts import about
-from kilofed.runs.folder import clear, load_state, new_folder, noise_key, recipe_of, write_json
+from kilofed.runs.folder import clear, new_folder, noise_key, recipe_of, write_json
 from kilofed.runs.restore import delivered
 from kilofed.runs.results import Results, of_run, over_seeds
-from kilofed.runs.sites import Sites, drawn
+from kilofed.runs.rounds import run_rounds
+from kilofed.runs.sites import Sites
 
 CHARTED = 8
 """Held-out rows of each client that a method may look at for its charts."""
@@ -182,7 +173,9 @@ def _measured(sites: Sites, server: Server, policy: Mechanism, folder: Path, wat
     if "base" in recipe.evaluate.controls:
         watch.stage("base model")
         rows.once("base", scored, lambda: baselines.base(sites, scored))
-    _rounds(sites, server, policy, folder, watch)
+    with closing(run_rounds(sites, server, policy, folder)) as rounds:
+        for number, metrics in rounds:
+            watch.round(number, recipe.rounds, metrics)
     model = sites.method.deliver(server)
     watch.stage("federated model")
     federated = rows.once("federated", scored, lambda: baselines.score_clients(sites, model, scored))
@@ -202,80 +195,6 @@ def _measured(sites: Sites, server: Server, policy: Mechanism, folder: Path, wat
     results = of_run(recipe, folder, rows.rows, policy) | {"charts": [chart.as_dict() for chart in shown]}
     write_json(folder / "results.json", results)
     return results
-
-
-def _rounds(sites: Sites, server: Server, policy: Mechanism, folder: Path, watch: Watch) -> None:
-    recipe, method = sites.recipe, sites.method
-    if not load_state(folder, server):
-        method.setup(server)
-    for name in ("ledger.jsonl", "metrics.jsonl"):
-        cut_after(folder / name, server.round)
-    metrics_file = folder / "metrics.jsonl"
-    if server.round == 0 and not (metrics_file.exists() and metrics_file.stat().st_size):
-        append_line(folder / "metrics.jsonl", {"round": 0, **_measure(sites, method.deliver(server))})
-    text, costs = json.dumps(to_table(recipe)), recipe.evaluate.costs
-    measured = measurement.MeasuredSites(sites.site, folder / "clients")
-    handle = measured.handle if costs else sites.handle
-    with (
-        closing(Ledger(folder / "ledger.jsonl")) as ledger,
-        closing(open_engine(recipe.engine, sites.client_ids(), text, folder / "clients", handle)) as engine,
-    ):
-        framing = 0
-        for number in range(server.round + 1, recipe.rounds + 1):
-            if method.done(server):
-                break
-            began = time.perf_counter()
-            server.round = number
-            cohort = Cohort(
-                drawn(engine.client_ids(), recipe, number),
-                engine,
-                ledger,
-                policy,
-                round=number,
-                quorum=recipe.quorum,
-                skip_failures=recipe.on_failure == "skip",
-            )
-            with _counted(measured, folder) if costs and number == 1 else nullcontext():
-                metrics: dict[str, object] = {"round": number, **method.round(server, cohort)}
-            metrics["failures"] = {str(client): text for client, text in cohort.failures.items()}
-            metrics["seconds"] = round(time.perf_counter() - began, 3)
-            if extra := engine.overhead() - framing:
-                metrics["framing_bytes"], framing = extra, engine.overhead()
-            if number % recipe.evaluate.every == 0 or number == recipe.rounds or method.done(server):
-                metrics |= _measure(sites, method.deliver(server))
-            ledger.sync()
-            append_line(folder / "metrics.jsonl", metrics)
-            replace_file(folder / "state.safetensors", Payload(server.state, {"round": number}).encode())
-            watch.round(number, recipe.rounds, metrics)
-
-
-@contextmanager
-def _counted(clients: measurement.MeasuredSites, folder: Path) -> Iterator[None]:
-    """Keep what the server's side of the first round costs."""
-    with measurement.counted() as cost:
-        yield
-    here = clients.spent.values()  # Clients of this process were counted in.
-    cost.flops -= sum(one.flops for one in here)
-    cost.seconds -= sum(one.seconds for one in here)
-    measurement.write(folder / measurement.SERVER, cost)
-
-
-def _measure(sites: Sites, model: nn.Module) -> dict[str, object]:
-    """Held-out loss and accuracy, mean and per client."""
-    scores = {}
-    for client in sites.client_ids():
-        if examples := sites.corpus.test_examples(client):
-            scores[client] = evaluation.score(model, examples, sites.recipe.evaluate.batch_size)
-    macro_f1 = [s.macro_f1 for s in scores.values() if s.macro_f1 is not None]
-    return {
-        "loss": statistics.fmean(s.loss for s in scores.values()) if scores else None,
-        "accuracy": statistics.fmean(s.accuracy for s in scores.values()) if scores else None,
-        **({"macro_f1": statistics.fmean(macro_f1)} if macro_f1 else {}),
-        "clients": [
-            {"id": client, "loss": s.loss, "accuracy": s.accuracy, "num_tokens": s.num_tokens}
-            for client, s in scores.items()
-        ],
-    }
 
 
 class _Rows:
