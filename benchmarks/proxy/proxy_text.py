@@ -35,6 +35,7 @@ from kilofed.federation.ledger import Ledger
 from kilofed.federation.parties import generator
 from kilofed.methods.fedpt import FedPT
 from kilofed.models import evaluation, loading, training
+from kilofed.proxy.combination import Difference
 from kilofed.proxy.trial import ProxyParts, sweep
 from kilofed.runs.sites import Sites
 
@@ -143,7 +144,7 @@ def steered(recipe: Recipe, test_rows: int) -> dict[str, object]:
     distilled.rounds()
     small = fedpt.trained(plain.server)
     score("small FedAvg", small)
-    by_alpha = sweep(ProxyParts(large, small), held_out, ALPHAS)
+    by_alpha = sweep(ProxyParts(large, small), held_out, {alpha: Difference(alpha) for alpha in ALPHAS})
     score("FedPT", fedpt.deliver(plain.server))
     score("small, distilled", cast(FedPT, distilled.sites.method).trained(distilled.server))
     score("FedPT, distilled", distilled.sites.method.deliver(distilled.server))

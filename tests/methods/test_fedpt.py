@@ -316,3 +316,113 @@ def test_the_method_is_found_and_its_handler_opens_from_text(tiny_recipe: Recipe
 def test_an_api_must_be_told_which_model(tiny_model: Path) -> None:
     with pytest.raises(ModelError, match=r"method\.large\.name is empty"):
         open_large_model(LargeSpec("http://127.0.0.1:9/v1"), ModelSpec(str(tiny_model)), None)
+
+
+RULES = ("difference", "mix", "entropy_mix", "realign")
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_every_rule_delivers_what_its_state_says_and_learns(federate, rule: str) -> None:
+    found = federate("fedpt", rule=rule, alpha=0.5)
+    method, server = found.sites.method, found.server
+    proxy = method.deliver(server)
+    assert proxy.rule.needs_base == (rule == "difference")
+    assert logits(proxy).isfinite().all()
+    fitted = {name for name in server.state if name.startswith((fedpt.SHARE, fedpt.NET))}
+    assert len(fitted) == {"mix": 1, "entropy_mix": 4}.get(rule, 0)
+    assert [("mix_weight" in metrics) for metrics in found.metrics] == [bool(fitted)] * 2
+    assert len(server.state[fedpt.PHASES]) == 2
+
+
+@pytest.mark.parametrize("rule", ["mix", "entropy_mix", "realign"])
+def test_a_rule_s_run_continues_from_its_state_bit_for_bit(federate, rule: str) -> None:
+    whole = federate("fedpt", rounds=2, rule=rule)
+    first = federate("fedpt", rounds=1, rule=rule, fresh=True)
+    state = {name: tensor.clone() for name, tensor in first.server.state.items()}
+    again = federate("fedpt", rounds=2, rule=rule, done=1, state=state)
+    assert again.content == whole.content
+
+
+def test_strength_0_is_the_large_model_under_every_rule_and_1_the_tuned_one_where_there_is_no_base(
+    federate, tiny_large: Path
+) -> None:
+    large = logits(loading.load_base(ModelSpec(str(tiny_large)))).log_softmax(-1)
+    for rule in ("difference", "mix", "realign"):
+        found = federate("fedpt", rounds=1, rule=rule, alpha=0.0, fit_share=False, **NEVER)
+        torch.testing.assert_close(logits(found.sites.method.deliver(found.server)).log_softmax(-1), large)
+    for rule in ("mix", "realign"):
+        found = federate("fedpt", rounds=1, rule=rule, alpha=1.0, fit_share=False, **NEVER)
+        tuned = logits(found.sites.method.trained(found.server)).log_softmax(-1)
+        torch.testing.assert_close(logits(found.sites.method.deliver(found.server)).log_softmax(-1), tuned)
+
+
+def test_a_realigned_reference_is_the_difference_over_the_small_base(federate, tiny_model: Path) -> None:
+    # DeRa's case: the large model is the one that the clients start from.
+    same = {"rounds": 1, "large": str(tiny_model), "alpha": 1.7, **NEVER}
+    realigned, steered = (federate("fedpt", rule=rule, **same) for rule in ("realign", "difference"))
+    one, other = (logits(found.sites.method.deliver(found.server)) for found in (realigned, steered))
+    torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_a_fitted_mix_is_no_worse_than_either_model_on_the_rows_it_was_fitted_on(federate) -> None:
+    found = federate("fedpt", rounds=1, rule="mix", **NEVER)
+    method, server = found.sites.method, found.server
+    held_out = method.public_rows(server)[1]
+    parts = method.parts(server)
+    mixed = evaluation.score(method.deliver(server), held_out, 8).loss
+    assert mixed <= min(evaluation.score(model, held_out, 8).loss for model in (parts.large, parts.tuned)) + 1e-4
+    assert 0 <= float(server.state[fedpt.SHARE]) <= 1
+
+
+@pytest.mark.parametrize("rule", ["entropy_mix", "realign"])
+def test_a_rule_that_needs_all_scores_refuses_an_api_before_any_work(federate, rule: str) -> None:
+    with pytest.raises(RecipeError, match=f"method.rule={rule} needs .* all tokens"):
+        federate("fedpt", rounds=0, rule=rule, large={"path": "http://127.0.0.1:9/v1", "name": "large"})
+
+
+def test_a_share_beyond_1_and_a_fit_without_public_rows_are_refused(federate) -> None:
+    with pytest.raises(RecipeError, match=r"method.alpha is 1.5; with method.rule=mix it is a share"):
+        federate("fedpt", rounds=0, rule="mix", fit_share=False, alpha=1.5)
+    with pytest.raises(RecipeError, match="fitted rules need some"):
+        federate("fedpt", rounds=0, rule="mix", overrides={"data.public_share": 0.0}, **NEVER)
+
+
+def test_a_mix_over_an_api_that_tells_all_is_the_local_mix(
+    federate, tiny_large: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("KILOFED_API_KEY", raising=False)
+    local = federate("fedpt", rounds=1, rule="mix", **NEVER)
+    with served(loading.load_base(ModelSpec(str(tiny_large)))) as there:
+        api = {"path": there.url, "name": "large", "top_k": 259}
+        asked = federate("fedpt", rounds=1, rule="mix", large=api, **NEVER)
+        asked.server.close()
+    assert float(asked.server.state[fedpt.SHARE]) == pytest.approx(float(local.server.state[fedpt.SHARE]), abs=0.011)
+
+
+@pytest.mark.parametrize("rule", ["mix", "entropy_mix", "realign"])
+def test_the_trial_of_a_rule_leaves_the_small_model_as_it_was(federate, rule: str) -> None:
+    found = federate("fedpt", rounds=0, rule=rule, fresh=True)
+    before = loading.read_trained(found.server.model)
+    (diagnosis,) = found.sites.method.presentation().diagnose(
+        found.server, found.sites.train_examples(0), found.sites.test_examples(1)
+    )
+    after = loading.read_trained(found.server.model)
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    assert "held-out loss" in diagnosis.text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rule", ["mix", "entropy_mix", "realign"])
+def test_a_rule_runs_evaluates_resumes_and_chats(tiny_table, tiny_large: Path, tmp_path: Path, rule: str) -> None:
+    done = run({**tiny_table, "rounds": 2}, str(tiny_large), tmp_path / "run", rule=rule, alpha=0.5)
+    assert done.rows["federated"]["loss"] > 0
+    titles = [chart["title"] for chart in done.results["charts"]]
+    assert ("Strength of the steering" in titles) == (rule != "entropy_mix")
+    model, _ = done.model()
+    assert isinstance(model, ProxyModel)
+    assert not model.rule.needs_base
+    with (tmp_path / "answers.txt").open("w") as to, (tmp_path / "lines.txt").open("w+") as source:
+        source.write("add 1 and 1\n")
+        source.seek(0)
+        chat.converse(tmp_path / "run", max_new_tokens=3, source=source, to=to)
+    assert (tmp_path / "answers.txt").read_text().endswith("\n")

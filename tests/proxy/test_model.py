@@ -146,9 +146,25 @@ def test_training_and_evaluation_take_it_for_a_causal_model() -> None:
 def test_rules_without_a_base_need_none() -> None:
     large, small = model(0), model(1)
     mixed = ProxyModel(large, small, rule=Mix(0.25))(IDS[:1]).logits.exp()
-    expected = 0.25 * large(IDS[:1]).logits.softmax(-1) + 0.75 * small(IDS[:1]).logits.softmax(-1)
+    expected = 0.75 * large(IDS[:1]).logits.softmax(-1) + 0.25 * small(IDS[:1]).logits.softmax(-1)
     torch.testing.assert_close(mixed, expected)
     torch.testing.assert_close(ProxyModel(large, small, rule=Realign(1.0))(IDS).logits, small(IDS).logits)
+
+
+@pytest.mark.parametrize("rule", [Difference, Mix, Realign])
+@torch.no_grad()
+def test_every_rule_at_strength_0_is_the_large_model(rule: type[Difference | Mix | Realign]) -> None:
+    large, small = model(0, width=24), adapted(1)
+    found = ProxyModel(large, small, rule=rule(0.0))(IDS, MASK).logits.log_softmax(-1)
+    torch.testing.assert_close(found, large(IDS, MASK).logits.log_softmax(-1))
+
+
+@pytest.mark.parametrize("rule", [Mix, Realign])
+@torch.no_grad()
+def test_mixing_and_realigning_at_strength_1_are_the_tuned_model(rule: type[Mix | Realign]) -> None:
+    large, small = model(0, width=24), adapted(1)
+    found = ProxyModel(large, small, rule=rule(1.0))(IDS, MASK).logits.log_softmax(-1)
+    torch.testing.assert_close(found, small(IDS, MASK).logits.log_softmax(-1))
 
 
 @torch.no_grad()

@@ -20,7 +20,7 @@ def test_a_sweep_scores_as_the_steered_model_does(tiny_model: Path, tiny_large: 
         parameter.data += 0.1
     base = loading.load_base(small) if kind == "full" else None
     some = rows(20)
-    found = sweep(ProxyParts(large, tuned, base), some, (0.0, 0.5, 2.0))
+    found = sweep(ProxyParts(large, tuned, base), some, {alpha: Difference(alpha) for alpha in (0.0, 0.5, 2.0)})
     for alpha, loss in found.items():
         proxy = ProxyModel(large, tuned, base, Difference(alpha))
         assert loss == pytest.approx(evaluation.score(proxy, some, 8).loss, rel=1e-4)

@@ -9,7 +9,7 @@ held out is thrown away. What is delivered is the steered large model.
 
 import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Annotated, ClassVar, Literal, cast
@@ -31,7 +31,9 @@ from kilofed.federation.workload import LocalTraining, Pass, RunPreview, Work, s
 from kilofed.methods.fedavg import FedAvg
 from kilofed.models import evaluation, loading, training
 from kilofed.payload import Scalar
+from kilofed.proxy import fitting
 from kilofed.proxy.api_model import RemoteModel
+from kilofed.proxy.combination import Difference, EntropyMix, Mix, Realign, Rule
 from kilofed.proxy.large_model import LargeModel, open_large_model
 from kilofed.proxy.model import ProxyModel
 from kilofed.proxy.spec import LargeSpec
@@ -44,6 +46,11 @@ PHASES = wire.SERVER + "phases"
 PROXY_LOSS = wire.SERVER + "proxy_loss"
 """In the state, with a target: the steered model's loss on held-out public rows after the newest round."""
 
+SHARE = wire.SERVER + "mix_share"
+"""In the state, where a mix is fitted: the small model's share."""
+NET = wire.SERVER + "mix_net."
+"""In the state, where an entropy mix is fitted: tensors of the net that gives the share."""
+
 
 @dataclass(frozen=True)
 class FedPT(FedAvg):
@@ -54,9 +61,17 @@ class FedPT(FedAvg):
     large: LargeSpec = field(default_factory=LargeSpec)
     """The model that is steered, at the server only: `builtin:large`, a directory, a hub id or an API's address; its
     own fields are those of kilofed.proxy.spec.LargeSpec, such as large.name and large.top_k for an API."""
+    rule: Literal["difference", "mix", "entropy_mix", "realign"] = "difference"
+    """How scores become one. difference: large + alpha (tuned - base). mix: the two models' probabilities in one fitted
+    share (CombLM); entropy_mix: in a share per token, by how sure both are. realign: between a reference, which is
+    `large`, and the tuned model (DeRa)."""
     alpha: Annotated[float, IsFinite] = 1.0
     """Strength of the steering; 0 is the large model alone, above 1 exaggerates what the small one learnt, below 0
-    steers away from it."""
+    steers away from it. The small model's share with rule=mix and fit_share=false."""
+    fit_share: bool = True
+    """With rule=mix, the small model's share is fitted on held-out public rows after each average; false takes alpha."""
+    fit_epochs: Annotated[int, Ge(1)] = 10
+    """Passes over the held-out public rows when entropy_mix is fitted; more fit them closer."""
     distil: Literal["none", "forward", "reverse"] = "forward"
     """forward: KL(teacher || small); reverse: KL(small || teacher); none: no server phase, which is FedAvg of the small."""
     every: Annotated[int, Ge(1)] = 1
@@ -92,7 +107,8 @@ class FedPT(FedAvg):
                 "fedpt steers the next token of a large model, and this model gives classes to rows: set "
                 "data.task=generate, or take another method"
             )
-        if self.distil != "none" or self.target_loss:
+        self._check_rule()
+        if self.distil != "none" or self.target_loss or self.is_fitted:
             self.public_rows(server)
 
     def setup(self, server: Server) -> None:
@@ -101,6 +117,8 @@ class FedPT(FedAvg):
 
     def round(self, server: Server, clients: Cohort) -> Mapping[str, Scalar]:
         metrics = dict(super().round(server, clients))
+        if self.is_fitted:
+            metrics |= self._fit(server)
         if self.distil != "none" and server.round % self.every == 0:
             metrics |= self._distil(server)
         if self.target_loss:
@@ -113,11 +131,34 @@ class FedPT(FedAvg):
         return PROXY_LOSS in server.state and float(server.state[PROXY_LOSS]) <= self.target_loss
 
     def deliver(self, server: Server) -> ProxyModel:
-        return self._large(server).steer(self.trained(server), self._base(server), self.alpha)
+        return self._large(server).steer(self.trained(server), self._base(server), self.combination(server))
 
     def trained(self, server: Server) -> nn.Module:
         """The small model with what the clients taught it."""
         return super().deliver(server)
+
+    @property
+    def is_fitted(self) -> bool:
+        """Whether held-out public rows decide the rule's weights."""
+        return self.rule == "entropy_mix" or (self.rule == "mix" and self.fit_share)
+
+    def combination(self, server: Server) -> Rule:
+        """The rule with its strength, or with the weights of the newest fit; before the first, both models count half."""
+        if self.rule == "realign":
+            return Realign(self.alpha)
+        if self.rule == "difference":
+            return Difference(self.alpha)
+        if self.rule == "mix":
+            return Mix(float(server.state.get(SHARE, torch.tensor(0.5))) if self.fit_share else self.alpha)
+        fitted = {name.removeprefix(NET): tensor for name, tensor in server.state.items() if name.startswith(NET)}
+        return EntropyMix(fitted) if fitted else Mix(0.5)
+
+    def strengths(self) -> dict[float, Rule]:
+        """The rule at the strengths that the report draws; none where a strength per token is learnt."""
+        if self.rule == "mix":
+            return {alpha: Mix(alpha) for alpha in ALPHAS if alpha <= 1}
+        rules: dict[str, Callable[[float], Rule]] = {"difference": Difference, "realign": Realign}
+        return {alpha: rules[self.rule](alpha) for alpha in ALPHAS} if self.rule in rules else {}
 
     def costs(self) -> "FedPTCosts":
         return FedPTCosts(self)
@@ -127,10 +168,40 @@ class FedPT(FedAvg):
 
     def trial(self, server: Server, rows: Sequence[Example], held_out: Sequence[Example]) -> Trial:
         """What a short trial of the small model says of steering; `server.model` ends as it began."""
-        parts = self.parts(server)
         return run_trial(
-            parts, rows, held_out, server.train, alpha=self.alpha, order=lambda name: _order(server, f"trial {name}")
+            self.parts(server),
+            rows,
+            held_out,
+            server.train,
+            rule=lambda: self._fitted(server, server.model)[0] if self.is_fitted else self.combination(server),
+            order=lambda name: _order(server, f"trial {name}"),
         )
+
+    def _fit(self, server: Server) -> dict[str, Scalar]:
+        """Fit the rule to the newest average and keep it in the state."""
+        rule, weight = self._fitted(server, self.trained(server))
+        if isinstance(rule, EntropyMix):
+            server.state.update({NET + name: tensor for name, tensor in rule.tensors.items()})
+        else:
+            server.state[SHARE] = torch.tensor(weight, dtype=torch.float64)
+        return {"mix_weight": weight}
+
+    def _fitted(self, server: Server, tuned: nn.Module) -> tuple[Mix | EntropyMix, float]:
+        """The rule, fitted on held-out public rows, and the small model's mean share there."""
+        large = self._large(server)
+        alone = large.unsteered(tuned, self._base(server), Mix(0.0))
+        texts = fitting.observe(alone, tuned, self.public_rows(server)[1], large.vocabulary)
+        if not texts:
+            raise RecipeError(
+                f"no held-out public row has an answer to fit method.rule={self.rule} on: set data.public to rows with "
+                "answers, or method.rule=difference"
+            )
+        if self.rule == "mix":
+            constant = fitting.fit_constant(texts)
+            return constant, constant.weight
+        seed = _order(server, "entropy mix").initial_seed()
+        rule = fitting.fit_entropy_mix(texts, epochs=self.fit_epochs, seed=seed)
+        return rule, float(rule.weight(torch.cat([text.features for text in texts])).mean())
 
     def _asked(self, server: Server) -> dict[str, Scalar]:
         """What an API was asked for in the whole run; nothing for a local model."""
@@ -177,8 +248,9 @@ class FedPT(FedAvg):
         number = max(round(self.held_out * len(order)), 1)
         if number >= len(order):
             raise RecipeError(
-                f"there are {len(order)} public rows, of which {number} would be held out: method.distil and "
-                "method.target_loss need some at the server; set data.public or data.public_share, or method.distil=none"
+                f"there are {len(order)} public rows, of which {number} would be held out: method.distil, "
+                "method.target_loss and fitted rules need some at the server; set data.public or data.public_share, or "
+                "method.distil=none"
             )
         taught, judging = ([server.public[at] for at in some] for some in (order[number:], order[:number]))
         if self.tokens == "all":
@@ -207,6 +279,16 @@ class FedPT(FedAvg):
         large, tuned, base = self._large(server), self.trained(server), self._base(server)
         return ProxyParts(large.unsteered(tuned, base), tuned, base, large.vocabulary)
 
+    def _check_rule(self) -> None:
+        """Raise RecipeError where the rule cannot be had of this large model, or not at this strength."""
+        if self.large.is_remote and self.rule in ("entropy_mix", "realign"):
+            raise RecipeError(
+                f"method.rule={self.rule} needs the large model's scores of all tokens, and an API gives the likeliest "
+                "ones: set method.rule to difference or mix, or method.large to a local model"
+            )
+        if self.rule == "mix" and not self.fit_share and not 0 <= self.alpha <= 1:
+            raise RecipeError(f"method.alpha is {self.alpha}; with method.rule=mix it is a share from 0 to 1")
+
 
 @dataclass(frozen=True)
 class FedPTCosts(LocalTraining):
@@ -217,12 +299,14 @@ class FedPTCosts(LocalTraining):
     def server(self, preview: RunPreview) -> Work:
         method = self.method
         distils = method.distil != "none" and preview.round % method.every == 0
-        if not (distils or method.target_loss):
+        if not (distils or method.target_loss or method.is_fitted):
             return Work()
         rows, held_out = method.public_rows(preview.server)
         judged = shapes(held_out, 2 * method.batch_size, ordered=True)
+        fits = self._steered(shapes(held_out, fitting.BATCH)) if method.is_fitted else []
+        again = self._steered(judged) if method.target_loss else []
         if not distils:
-            return Work(self._steered(judged))
+            return Work([*fits, *again])
         spec = TrainSpec(steps=method.steps, batch_size=method.batch_size)
         first = (preview.round // method.every - 1) * method.steps
         order = partial(_order, preview.server)
@@ -231,14 +315,14 @@ class FedPTCosts(LocalTraining):
         asked = self._steered([*judged, *shapes(taught, teacher_cache.ASKED, ordered=True)])
         before_and_after = [replace(one, times=2.0) for one in judged]
         learnt = [replace(shape(batch), learns=True, kind=Distilled(method.top_k)) for batch in lessons]
-        again = self._steered(judged) if method.target_loss else []
-        return Work([*before_and_after, *asked, *learnt, *again])
+        return Work([*fits, *before_and_after, *asked, *learnt, *again])
 
     def _steered(self, looks: list[Pass]) -> list[Pass]:
         """What the steered model makes of `looks`: its large part, if that is here, and the small one, tuned and not."""
         large = self.method.large
         own = [] if large.is_remote else [replace(one, model=large.local, plain=True) for one in looks]
-        return [*own, *looks, *(replace(one, plain=True) for one in looks)]
+        base = [replace(one, plain=True) for one in looks] if self.method.rule == "difference" else []
+        return [*own, *looks, *base]
 
 
 @dataclass(frozen=True)
@@ -258,7 +342,7 @@ class SteeringReport(Presentation):
 
     def charts(self, server: Server, rows: Sequence[Example]) -> list[Chart]:
         """The loss against the strength of steering; and what each server phase did to the small model."""
-        drawn = [self._sweep(server, rows)] if rows else []
+        drawn = [self._sweep(server, rows)] if rows and self.method.strengths() else []
         if (phases := server.state.get(PHASES)) is not None:
             before, after = ([(row[0], row[at]) for row in phases.tolist()] for at in (1, 2))
             kept = f"{int(phases[:, 3].sum())} of {len(phases)} were kept"
@@ -268,12 +352,14 @@ class SteeringReport(Presentation):
         return drawn
 
     def _sweep(self, server: Server, rows: Sequence[Example]) -> Chart:
-        losses = sweep(self.method.parts(server), rows, ALPHAS)
+        losses = sweep(self.method.parts(server), rows, self.method.strengths())
         best = min(losses, key=lambda alpha: losses[alpha])
-        lines = {"steered large model": list(losses.items()), "small model alone": [(a, losses.tuned) for a in ALPHAS]}
+        rule = self.method.combination(server)
+        strength = rule.weight if isinstance(rule, Mix) else self.method.alpha
+        lines = {"steered large model": list(losses.items()), "small model alone": [(a, losses.tuned) for a in losses]}
         words = (
             f"On {len(rows)} held-out rows; alpha 0 is the large model alone. "
-            f"Least at {best:g}; the run has {self.method.alpha:g}."
+            f"Least at {best:g}; the run has {strength:g}."
         )
         return Chart("Strength of the steering", words, "alpha", "loss, nats per token", lines)
 

@@ -3,7 +3,7 @@
 Shapes: V vocabulary; every tensor of scores is (..., V), raw logits before temperature, and so is what a rule returns.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -12,6 +12,10 @@ from torch import Tensor, nn
 
 from kilofed.errors import RecipeError
 
+HIDDEN = 32
+"""Width of the net in `EntropyMix`."""
+LEAST_LOGPROB = -1e4
+"""Stands for minus infinity where it is multiplied by a probability of 0."""
 LEAST_LEFT = 1e-9
 """Least probability that is left for unseen tokens: rounding must not rule them out."""
 MOST_SHARINGS = 16
@@ -54,13 +58,13 @@ def realign(reference: Tensor, aligned: Tensor, weight: float) -> Tensor:
 
 
 def mix(large: Tensor, small: Tensor, weight: Tensor | float) -> Tensor:
-    """log(weight softmax(large) + (1 - weight) softmax(small)) (Ormazabal et al. 2023, arXiv:2305.16876, equation 1).
+    """log((1 - weight) softmax(large) + weight softmax(small)) (Ormazabal et al. 2023, arXiv:2305.16876, equation 1).
 
     Args:
-        weight: share of the large model, 0 to 1; a number or one per position, (...).
+        weight: share of the small model, 0 to 1 (the paper's 1 - lambda); a number or one per position, (...).
     """
     share = torch.as_tensor(weight, dtype=torch.float32, device=large.device).unsqueeze(-1)
-    parts = torch.stack([share.log() + large.log_softmax(-1), (1 - share).log() + small.log_softmax(-1)])
+    parts = torch.stack([(1 - share).log() + large.log_softmax(-1), share.log() + small.log_softmax(-1)])
     return parts.logsumexp(0)
 
 
@@ -145,11 +149,11 @@ class Mix:
     """CombLM with a constant weight: `mix` of the large and the small tuned model's probabilities."""
 
     weight: float = 0.5
-    """Share of the large model, 0 to 1."""
+    """Share of the small tuned model, 0 to 1; 0 is the large model alone."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.weight <= 1:
-            raise RecipeError(f"the share of the large model is {self.weight}; it must be from 0 to 1")
+            raise RecipeError(f"the share of the small model is {self.weight}; it must be from 0 to 1")
 
     @property
     def needs_base(self) -> bool:
@@ -161,72 +165,45 @@ class Mix:
         return mix(large, tuned, self.weight)
 
 
-class EntropyMix(nn.Module):
+class EntropyMix:
     """CombLM with a learnt weight: a small net sees both models' entropies and first probabilities, per token.
 
-    Ormazabal et al. 2023, section 2.2, `entropy`: the share of the large model is a function of a few numbers of the
-    two distributions, fitted on about a hundred texts. `fit_mix` does that.
+    Ormazabal et al. 2023, section 2.2, `entropy`: the weight is a function of a few numbers of the two distributions,
+    fitted on about a hundred texts; `kilofed.proxy.fitting` does that.
+
+    Args:
+        tensors: what `tensors` gave; None draws new ones from `seed`.
     """
 
     needs_base = False
 
-    def __init__(self, hidden: int = 32) -> None:
-        super().__init__()
-        self.net = nn.Sequential(nn.Linear(4, hidden), nn.ReLU(), nn.Linear(hidden, 1))
+    def __init__(self, tensors: Mapping[str, Tensor] | None = None, *, seed: int = 0) -> None:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.net = nn.Sequential(nn.Linear(4, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, 1))
+        if tensors is not None:
+            self.net.load_state_dict(dict(tensors))
+        self.net.requires_grad_(False)
 
-    def share(self, large: Tensor, tuned: Tensor) -> Tensor:
-        """Share of the large model at each position, 0 to 1: (...)."""
-        return torch.sigmoid(self.net(torch.cat([_summary(large), _summary(tuned)], -1)).squeeze(-1))
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """The net's parameters by name."""
+        return {name: tensor.clone() for name, tensor in self.net.state_dict().items()}
 
-    def forward(self, large: Tensor, tuned: Tensor, base: Tensor) -> Tensor:
+    def weight(self, features: Tensor) -> Tensor:
+        """Share of the small tuned model at each position, 0 to 1: (...), from `mix_features` of (..., 4)."""
+        return torch.sigmoid(self.net(features).squeeze(-1))
+
+    def __call__(self, large: Tensor, tuned: Tensor, base: Tensor) -> Tensor:
         """See `mix`."""
-        return mix(large, tuned, self.share(large, tuned))
+        # The net is small and stays on the CPU, wherever the models are.
+        return mix(large, tuned, self.weight(mix_features(large, tuned).cpu()))
 
 
-def fit_constant(large: Tensor, tuned: Tensor, targets: Tensor, *, grid: int = 100) -> Mix:
-    """The constant share of the large model that has the least loss on a validation set.
-
-    Args:
-        large: (N, V) logits of the large model at N positions.
-        tuned: (N, V) those of the small tuned model.
-        targets: (N,) the tokens that came.
-        grid: number of steps between 0 and 1 that are tried, both ends too.
-    """
-    right = targets.unsqueeze(-1)
-    p_large = large.log_softmax(-1).gather(-1, right).exp()
-    p_tuned = tuned.log_softmax(-1).gather(-1, right).exp()
-    shares = torch.linspace(0, 1, grid + 1, device=large.device)
-    losses = -(shares * p_large + (1 - shares) * p_tuned).log().mean(0)
-    return Mix(float(shares[losses.argmin()]))
-
-
-def fit_mix(
-    large: Sequence[Tensor], tuned: Sequence[Tensor], targets: Sequence[Tensor], *, epochs: int = 1, seed: int = 0
-) -> EntropyMix:
-    """Learn `EntropyMix` on a validation set: Adam at 2e-3, one document per step, as in CombLM's code.
-
-    Args:
-        large: per document, (N_i, V) logits of the large model.
-        tuned: per document, (N_i, V) those of the small tuned model.
-        targets: per document, (N_i,) the tokens that came.
-        epochs: passes over the documents; more fit the validation set closer.
-    """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        rule = EntropyMix().to(large[0].device)
-    optimizer = torch.optim.Adam(rule.parameters(), lr=2e-3)
-    with torch.enable_grad():
-        for _ in range(epochs):
-            for one_large, one_tuned, one_target in zip(large, tuned, targets, strict=True):
-                scores = rule(one_large.detach(), one_tuned.detach(), one_tuned)
-                nn.functional.nll_loss(scores, one_target).backward()  # type: ignore[no-untyped-call]
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-    return rule.requires_grad_(False).eval()
-
-
-def _summary(logits: Tensor) -> Tensor:
-    """Entropy (nats, over 10) and the first probability of each position: (..., 2)."""
-    log_p = logits.float().log_softmax(-1)
-    entropy = -(log_p.exp() * log_p).sum(-1)
-    return torch.stack([entropy / 10, log_p.amax(-1).exp()], -1)
+def mix_features(large: Tensor, tuned: Tensor) -> Tensor:
+    """Of the large and of the tuned model, entropy (nats, over 10) and the first probability: (..., 4)."""
+    parts = []
+    for logits in (large, tuned):
+        log_p = logits.float().log_softmax(-1)
+        parts += [-(log_p.exp() * log_p.clamp(min=LEAST_LOGPROB)).sum(-1) / 10, log_p.amax(-1).exp()]
+    return torch.stack(parts, -1)

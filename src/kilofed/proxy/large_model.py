@@ -9,7 +9,7 @@ from kilofed.config.recipe import ModelSpec
 from kilofed.errors import ModelError
 from kilofed.models import loading
 from kilofed.proxy.api_model import RemoteModel
-from kilofed.proxy.combination import Difference
+from kilofed.proxy.combination import Difference, Rule
 from kilofed.proxy.model import ProxyModel
 from kilofed.proxy.spec import LargeSpec
 from kilofed.proxy.vocabulary import common_vocabulary
@@ -28,13 +28,19 @@ class LargeModel:
         if isinstance(self.model, RemoteModel):
             self.model.close()
 
-    def steer(self, tuned: nn.Module, base: nn.Module | None, alpha: float) -> ProxyModel:
-        """The large model, steered by `tuned`; `base` None lies under the adapter of `tuned`."""
-        return ProxyModel(self.model, tuned, base, Difference(alpha), vocabulary=self.vocabulary)
+    def steer(self, tuned: nn.Module, base: nn.Module | None, rule: Rule) -> ProxyModel:
+        """The large model, combined with `tuned` by `rule`; `base` None lies under the adapter of `tuned`."""
+        return ProxyModel(self.model, tuned, base, rule, vocabulary=self.vocabulary)
 
-    def unsteered(self, tuned: nn.Module, base: nn.Module | None) -> nn.Module:
-        """The large model by itself; where an API tells of few tokens, the base fills in the others."""
-        return self.steer(tuned, base, 0.0) if isinstance(self.model, RemoteModel) else self.model
+    def unsteered(self, tuned: nn.Module, base: nn.Module | None, rule: Rule | None = None) -> nn.Module:
+        """The large model by itself; where an API tells of few tokens, a small model fills in the others.
+
+        Args:
+            rule: one that gives the large model alone; whether it has a base decides which small model fills in.
+        """
+        if isinstance(self.model, RemoteModel):
+            return self.steer(tuned, base, rule or Difference(0.0))
+        return self.model
 
 
 def open_large_model(spec: LargeSpec, small: ModelSpec | None, folder: Path | None) -> LargeModel:

@@ -4,7 +4,7 @@ Proxy-tuning pays where the large model is already better at the text and tuning
 a new format or label set, the small model's offset carries everything and the large one adds nothing.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from kilofed.config.recipe import TrainSpec
 from kilofed.data.examples import Example
 from kilofed.models import loading, training
-from kilofed.proxy.combination import combine
+from kilofed.proxy.combination import Difference, Rule
 
 STEPS = 30
 """Optimiser steps of the trial."""
@@ -76,7 +76,7 @@ def run_trial(
     held_out: Sequence[Example],
     spec: TrainSpec,
     *,
-    alpha: float,
+    rule: Callable[[], Rule],
     order: Callable[[str], torch.Generator],
 ) -> Trial:
     """Train the small model for STEPS steps, score, and put it back as it was.
@@ -85,33 +85,33 @@ def run_trial(
         rows: what the trial trains on.
         held_out: what it is scored on.
         spec: how clients will train.
-        alpha: strength of the steering.
+        rule: how scores become one, called once the small model is trained.
         order: the random stream of a name.
     """
     start = loading.read_trained(parts.tuned)
-    before = sweep(parts, held_out, (0.0,))
+    before = sweep(parts, held_out, {0.0: Difference(0.0)})
     trial = replace(
         spec, steps=STEPS, epochs=0, batch_size=max(spec.batch_size, BATCH), schedule="constant", warmup=0.0
     )
     batches = training.batches(rows, trial, first=0, count=STEPS, order=order)
     try:
         training.fit(parts.tuned, batches, trial, first=0, total=STEPS, dropout=order("dropout"))
-        after = sweep(parts, held_out, (alpha,))
+        after = sweep(parts, held_out, {1.0: rule()})
     finally:
         loading.write_trained(parts.tuned, start)
-    return Trial(before[0.0], before.tuned, after.tuned, after[alpha])
+    return Trial(before[0.0], before.tuned, after.tuned, after[1.0])
 
 
 class Sweep(dict[float, float]):
-    """Losses of the steered model by alpha, and that of the small tuned model alone, nats per token."""
+    """Losses of the steered model by strength, and that of the small tuned model alone, nats per token."""
 
     tuned: float = 0.0
 
 
 @torch.inference_mode()
-def sweep(parts: ProxyParts, rows: Sequence[Example], alphas: Sequence[float]) -> Sweep:
-    """Score every strength of steering on `rows` with one forward of each model."""
-    found, count = Sweep(dict.fromkeys(alphas, 0.0)), 0
+def sweep(parts: ProxyParts, rows: Sequence[Example], rules: Mapping[float, Rule]) -> Sweep:
+    """Score the rule of every strength of steering on `rows` with one forward of each model."""
+    found, count = Sweep(dict.fromkeys(rules, 0.0)), 0
     for start in range(0, len(rows), BATCH):
         batch = training.collate_tokens(rows[start : start + BATCH])
         large, tuned = _scores(parts.large, batch, parts.vocabulary), _scores(parts.tuned, batch, parts.vocabulary)
@@ -121,8 +121,8 @@ def sweep(parts: ProxyParts, rows: Sequence[Example], alphas: Sequence[float]) -
             with loading.without_adapter(parts.tuned) as untouched:
                 base = _scores(untouched, batch, parts.vocabulary)
         targets = batch.targets_N
-        for alpha in alphas:
-            found[alpha] += _sum_loss(combine(large, tuned, base, alpha), targets)
+        for alpha, rule in rules.items():
+            found[alpha] += _sum_loss(rule(large, tuned, base), targets)
         found.tuned += _sum_loss(tuned, targets)
         count += len(targets)
     whole = Sweep({alpha: total / max(count, 1) for alpha, total in found.items()})
