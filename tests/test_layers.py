@@ -35,7 +35,16 @@ CONTRACT = {"federation", "methods", "engines", "runs"}
 MATHS = {"errors", "files", "payload", "config", "data", "models", "generation", "zeroth", "proxy"}
 """Packages that a federated method uses and that know of none."""
 OUTSIDERS = {
-    "transformers": {"models", "proxy", "costs.needs", "runs.loop", "runs.restore", "runs.check"},
+    "transformers": {
+        "models",
+        "proxy",
+        "generation.detokenizer",
+        "costs.needs",
+        "runs.loop",
+        "runs.restore",
+        "runs.check",
+    },
+    "tokenizers": {"generation.detokenizer"},
     "httpx": {"proxy.api"},
     "tenacity": {"proxy.api"},
     "peft": {"models.loading", "proxy.logit_sources"},

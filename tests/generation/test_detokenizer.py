@@ -1,6 +1,7 @@
 """Token ids and text: names, text as it comes, stop strings, pieces of an answer."""
 
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 from hypothesis import given, settings
@@ -10,7 +11,15 @@ from transformers import PreTrainedTokenizerFast
 
 from kilofed.config.recipe import ModelSpec
 from kilofed.generation.decoding import Token
-from kilofed.generation.detokenizer import BROKEN, IncrementalDecoder, StopStrings, TextCodec, detokenize
+from kilofed.generation.detokenizer import (
+    BROKEN,
+    RepeatedDecoder,
+    StopStrings,
+    StreamDecoder,
+    TextCodec,
+    detokenize,
+    incremental_decoder,
+)
 from kilofed.models.loading import load_tokenizer
 
 
@@ -31,13 +40,44 @@ def fallback() -> TextCodec:
     return TextCodec(PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>"))
 
 
+@pytest.fixture(scope="module")
+def builtin() -> TextCodec:
+    """Byte-level BPE: a token is any run of bytes, also part of a character."""
+    return TextCodec(load_tokenizer(ModelSpec("builtin:small")))
+
+
+@pytest.fixture(scope="module")
+def metaspace() -> TextCodec:
+    """Words that begin with a space, as Llama and T5 decode them."""
+    words = ["<unk>", "<s>", "</s>", "▁", "▁the", "▁cat", "s", "▁▁", "é"]
+    tokenizer = Tokenizer(models.BPE({word: number for number, word in enumerate(words)}, [], unk_token="<unk>"))
+    tokenizer.decoder = decoders.Metaspace()
+    return TextCodec(PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>"))
+
+
+class Slow:
+    """A tokeniser that the tokenizers library has not: one token per byte."""
+
+    bos_token_id = eos_token_id = None
+    added_tokens_decoder: ClassVar[dict[int, str]] = {}
+
+    def __len__(self) -> int:
+        return 256
+
+    def get_vocab(self) -> dict[str, int]:
+        return {str(byte): byte for byte in range(256)}
+
+    def decode(self, ids: list[int], **_: bool) -> str:
+        return bytes(ids).decode("utf-8", "replace")
+
+
 def ids_of(codec: TextCodec, content: bytes) -> list[int]:
     by_byte = {codec.bytes(token): token for token in range(3, 259)}
     return [by_byte[bytes([byte])] for byte in content]
 
 
 def written(codec: TextCodec, ids: list[int]) -> list[str]:
-    writer = IncrementalDecoder(codec.decode)
+    writer = incremental_decoder(codec)
     return [*(writer.add(token) for token in ids), writer.end()]
 
 
@@ -76,6 +116,61 @@ def test_pieces_of_words_with_spaces_in_front_are_the_whole_text(fallback: TextC
     pieces = written(fallback, ids)
     assert "".join(pieces) == fallback.decode(ids) == "the cats" + " the cats" * 4 + "€ the€"
     assert not any(BROKEN in piece for piece in pieces)
+
+
+@given(st.lists(st.integers(0, 4095), max_size=60))
+@settings(deadline=None)
+def test_any_tokens_of_a_byte_level_model_join_to_their_text(builtin: TextCodec, ids: list[int]) -> None:
+    assert "".join(written(builtin, ids)) == builtin.decode(ids)
+
+
+@given(st.lists(st.integers(0, 8), max_size=30))
+@settings(deadline=None)
+def test_any_tokens_of_a_metaspace_model_join_to_their_text(metaspace: TextCodec, ids: list[int]) -> None:
+    assert "".join(written(metaspace, ids)) == metaspace.decode(ids)
+
+
+@given(st.text(max_size=12).filter(lambda text: BROKEN not in text), st.sampled_from(["▁the", "▁cat", "s", "</s>"]))
+@settings(deadline=None)
+def test_characters_in_fallback_bytes_come_whole(fallback: TextCodec, text: str, word: str) -> None:
+    vocabulary = fallback.tokenizer.get_vocab()
+    spelt = [vocabulary[f"<0x{byte:02X}>"] for byte in text.encode()]
+    ids = [vocabulary["s"], *spelt, vocabulary[word], *spelt]
+    pieces = written(fallback, ids)
+    assert "".join(pieces) == fallback.decode(ids)
+    assert not any(BROKEN in piece for piece in pieces)
+
+
+@given(st.lists(st.integers(0, 261), max_size=40))
+@settings(deadline=None)
+def test_bytes_that_stop_being_text_lose_no_later_token(fallback: TextCodec, ids: list[int]) -> None:
+    the = fallback.tokenizer.get_vocab()["▁the"]
+    assert "".join(written(fallback, [*ids, the])).endswith("the")
+
+
+def test_a_run_of_bytes_that_ends_inside_a_character_keeps_what_was_given_out(fallback: TextCodec) -> None:
+    vocabulary = fallback.tokenizer.get_vocab()
+    ids = [vocabulary[f"<0x{byte:02X}>"] for byte in "é€".encode()[:-1]] + [vocabulary["▁the"]]
+    assert fallback.decode(ids) == 4 * BROKEN + " the"
+    pieces = written(fallback, ids)
+    assert pieces[1] == "é"
+    assert "".join(pieces) == "é" + 2 * BROKEN + " the"
+
+
+def test_special_tokens_have_no_text_wherever_they_are(builtin: TextCodec) -> None:
+    ids = builtin.tokenizer.encode("naïve façade", add_special_tokens=False)
+    end = builtin.tokenizer.eos_token_id
+    mixed = [end, *[one for number in ids for one in (number, end)], end]
+    assert "".join(written(builtin, mixed)) == builtin.decode(ids)
+
+
+@given(st.binary(max_size=40))
+@settings(deadline=None)
+def test_a_tokeniser_of_another_library_gives_the_same_pieces(codec: TextCodec, content: bytes) -> None:
+    slow = TextCodec(Slow())  # type: ignore[arg-type]
+    assert isinstance(incremental_decoder(slow), RepeatedDecoder)
+    assert isinstance(incremental_decoder(codec), StreamDecoder)
+    assert "".join(written(slow, list(content))) == "".join(written(codec, ids_of(codec, content)))
 
 
 def test_names_and_bytes_of_tokens(codec: TextCodec, fallback: TextCodec) -> None:

@@ -1,8 +1,12 @@
 """Token ids and text: what a token is called, text out of tokens as they come, and strings at which an answer ends."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, NamedTuple
+
+from tokenizers import Tokenizer
+from tokenizers.decoders import DecodeStream
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from kilofed.generation.decoding import Token
 
@@ -11,10 +15,6 @@ if TYPE_CHECKING:
 
 BROKEN = "\N{REPLACEMENT CHARACTER}"
 """What decoders write for bytes that are no character, or not yet."""
-LONGEST = 3
-"""Most BROKEN characters that a later byte can still turn into one whole character."""
-WINDOW = 8
-"""Tokens after which the part of an answer that is decoded again and again is made shorter."""
 
 FinishReason = Literal["", "stop", "length"]
 
@@ -28,7 +28,7 @@ class TextCodec:
         """Ids from here on are no tokens."""
         self._added = {number: str(word) for number, word in tokenizer.added_tokens_decoder.items()}
         known = tokenizer.get_vocab()
-        letters = _byte_letters()
+        letters = {letter: byte for byte, letter in bytes_to_unicode().items()}  # type: ignore[no-untyped-call]
         # A tokeniser over bytes has a token for each of them, under these letters.
         self._letters = letters if all(letter in known for letter in letters) else {}
 
@@ -67,40 +67,65 @@ class TextCodec:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in known)
 
 
-class IncrementalDecoder:
-    """Text out of tokens as they come; a character is given out when it is whole.
+class StreamDecoder:
+    """Text out of tokens as they come, by tokenizers' DecodeStream; a character is given out when it is whole.
 
-    For tokenisers over bytes the pieces joined are the text of all tokens. Those that fall back to bytes only for
-    what they do not know decode a run of such bytes as one; there a piece once given out stays as it was.
+    The pieces joined are the text of all tokens. The one exception are tokenisers that fall back to bytes for what they
+    do not know and decode a run of such bytes as one: where a run turns out to be no UTF-8, what was given out stays.
     """
 
-    def __init__(self, text: Callable[[Sequence[int]], str]) -> None:
-        self._text = text
-        self._ids: list[int] = []
-        self._whole = 0  # How many of the ids end with a whole character.
-        self._sent = 0  # Characters of the ids' text that were given out.
+    def __init__(self, codec: TextCodec, backend: Tokenizer) -> None:
+        self._codec, self._backend = codec, backend
+        self._stream = DecodeStream(skip_special_tokens=True)
+        self._held: list[int] = []  # Tokens of which no text was given out.
 
     def add(self, token: int) -> str:
         """What one more token adds; empty while a character is not whole."""
-        self._ids.append(token)
-        text = self._text(self._ids)
-        ready = len(text)
-        while ready > max(len(text) - LONGEST, 0) and text[ready - 1] == BROKEN:
-            ready -= 1
-        new = text[self._sent : ready]
-        self._sent = max(self._sent, ready)
-        if ready == len(text):
-            if len(self._ids) >= WINDOW and self._whole:
-                self._ids = self._ids[self._whole :]
-                self._sent = len(self._text(self._ids))
-            self._whole = len(self._ids)
-        return new
+        self._held.append(token)
+        try:
+            text = self._stream.step(self._backend, token)
+        # The library has no other: what was given out no longer begins the text of its run of bytes.
+        except Exception:
+            held, self._held = self._held, []
+            self._stream = DecodeStream(skip_special_tokens=True)
+            return "".join(self.add(one) for one in held)
+        if text:
+            self._held.clear()
+        return text or ""
 
     def end(self) -> str:
         """What was held back; no more tokens come."""
-        new = self._text(self._ids)[self._sent :]
-        self._sent += len(new)
+        held, self._held = self._held, []
+        return self._codec.decode(held)
+
+
+class RepeatedDecoder:
+    """Text out of tokens as they come, for tokenisers that the tokenizers library has not: all is decoded each time."""
+
+    def __init__(self, codec: TextCodec) -> None:
+        self._codec = codec
+        self._ids: list[int] = []
+        self._sent = 0  # Characters that were given out.
+
+    def add(self, token: int) -> str:
+        """As `StreamDecoder.add`."""
+        self._ids.append(token)
+        text = self._codec.decode(self._ids)
+        return "" if text.endswith(BROKEN) else self._rest(text)
+
+    def end(self) -> str:
+        """As `StreamDecoder.end`."""
+        return self._rest(self._codec.decode(self._ids))
+
+    def _rest(self, text: str) -> str:
+        new, self._sent = text[self._sent :], len(text)
         return new
+
+
+def incremental_decoder(codec: TextCodec) -> StreamDecoder | RepeatedDecoder:
+    """A decoder for one text, as fast as the tokeniser allows."""
+    backend = getattr(codec.tokenizer, "backend_tokenizer", None)
+    return StreamDecoder(codec, backend) if isinstance(backend, Tokenizer) else RepeatedDecoder(codec)
 
 
 class StopStrings:
@@ -159,7 +184,7 @@ def detokenize(
 
     Tokens that begin at or behind a stop string are left out, as the string itself is.
     """
-    writer, stop, ends = IncrementalDecoder(codec.decode), StopStrings(stops), frozenset(end_ids)
+    writer, stop, ends = incremental_decoder(codec), StopStrings(stops), frozenset(end_ids)
     waiting: list[PlacedToken] = []
     seen = sent = 0  # Characters written, and given out.
     for token in tokens:
@@ -191,10 +216,3 @@ def _before(tokens: Sequence[PlacedToken], end: int) -> list[PlacedToken]:
 def _overlap(text: str, string: str) -> int:
     """Length of the longest end of `text` that begins `string` without being all of it."""
     return next((n for n in range(min(len(string) - 1, len(text)), 0, -1) if text.endswith(string[:n])), 0)
-
-
-def _byte_letters() -> dict[str, int]:
-    """The letter under which byte-level tokenisers keep each byte (GPT-2, Radford et al. 2019)."""
-    shown = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    hidden = [byte for byte in range(256) if byte not in shown]
-    return {chr(byte): byte for byte in shown} | {chr(256 + n): byte for n, byte in enumerate(hidden)}
