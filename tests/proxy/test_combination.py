@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from kilofed.errors import RecipeError
-from kilofed.proxy.combination import Difference, EntropyMix, Mix, combine, complete, mix, nucleus, realign
+from kilofed.proxy.combination import EntropyMix, Mix, combine, complete, mix, realign
 
 LARGE, TUNED, BASE = torch.tensor([1.0, 2.0, -1.0]), torch.tensor([0.5, 0.0, 3.0]), torch.tensor([0.25, 1.0, 1.0])
 
@@ -37,15 +37,6 @@ def test_mix_takes_a_weight_per_position() -> None:
 def test_a_share_beyond_one_is_refused() -> None:
     with pytest.raises(RecipeError, match=r"1\.5; it must be from 0 to 1"):
         Mix(1.5)
-
-
-def test_the_nucleus_is_the_smallest_set_that_holds_the_share() -> None:
-    scores = torch.tensor([0.1, 0.5, 0.1, 0.3]).log()
-    assert nucleus(scores, 0.5).isfinite().tolist() == [False, True, False, False]
-    assert nucleus(scores, 0.6).isfinite().tolist() == [False, True, False, True]
-    assert torch.equal(nucleus(scores, 1.0), scores)
-    ruled = Difference(1.0, nucleus=0.5)(scores, torch.tensor([9.0, 0, 0, 0]), torch.zeros(4))
-    assert ruled.argmax() == 1  # The offset cannot bring back what the large model's nucleus left out.
 
 
 def test_scores_of_all_tokens_complete_to_themselves() -> None:

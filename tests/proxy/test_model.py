@@ -14,7 +14,7 @@ from kilofed.models import evaluation
 from kilofed.models.loading import without_adapter
 from kilofed.models.training import collate_tokens, token_losses
 from kilofed.proxy.combination import Difference, Mix, Realign
-from kilofed.proxy.model import ProxyLogits, ProxyModel
+from kilofed.proxy.model import ProxyModel
 
 IDS, MASK = padded([[1, 5, 9, 30, 7], [1, 8], [1, 22, 3, 4]])
 
@@ -48,14 +48,14 @@ def test_scores_are_the_sum_of_three_separate_forwards() -> None:
     torch.testing.assert_close(ProxyModel(large, small, rule=Difference(0.7))(ids, mask).logits, expected)
 
 
+@pytest.mark.parametrize("beams", [1, 3])
 @torch.no_grad()
-def test_the_shared_forward_equals_two_models() -> None:
+def test_the_shared_forward_equals_two_models(beams: int) -> None:
     large, small = model(0, width=24), adapted(1)
     shared, apart = ProxyModel(large, small), ProxyModel(large, small, model(1))
-    assert shared.small_source.num_outputs == 2
     assert type(shared.small_source) is not type(apart.small_source)
     torch.testing.assert_close(shared(IDS, MASK).logits, apart(IDS, MASK).logits)
-    ways = {"max_new_tokens": 12, "do_sample": False}
+    ways = {"max_new_tokens": 12, "do_sample": False, "num_beams": beams}
     first = shared.generate(input_ids=IDS, attention_mask=MASK, **ways)
     assert torch.equal(first, apart.generate(input_ids=IDS, attention_mask=MASK, **ways))
 
@@ -216,44 +216,6 @@ def test_it_scores_as_its_forward_does() -> None:
         assert [t for t, _ in token.top] == log_p[place - 1].topk(3).indices.tolist()
     with pytest.raises(ModelError, match="the prompt has 66 tokens"):
         proxy.score([1] * 66)
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("beams", [1, 3])
-def test_a_logits_processor_on_any_generate_is_the_proxy(beams: int) -> None:
-    large, small = model(0, width=24), adapted(1)
-    ways = {"max_new_tokens": 10, "num_beams": beams, "do_sample": False}
-    expected = ProxyModel(large, small).generate(input_ids=IDS, attention_mask=MASK, **ways)
-    processor = ProxyLogits(small, pad_token_id=0)
-    for _ in range(2):  # A second text is not taken for the first going on.
-        found = large.generate(input_ids=IDS, attention_mask=MASK, logits_processor=[processor], **ways)
-        assert torch.equal(found, expected)
-
-
-@torch.no_grad()
-def test_a_logits_processor_draws_as_the_proxy_draws() -> None:
-    large, small, base = model(0, width=24), adapted(1), model(1)
-    ways = {"max_new_tokens": 10, "do_sample": True, "temperature": 0.7, "top_p": 0.9, "top_k": 0}
-    with torch.random.fork_rng():
-        torch.manual_seed(3)
-        expected = ProxyModel(large, small).generate(input_ids=IDS, attention_mask=MASK, **ways)
-        torch.manual_seed(3)
-        processor = ProxyLogits(small, base, pad_token_id=0)
-        found = large.generate(input_ids=IDS, attention_mask=MASK, logits_processor=[processor], **ways)
-    assert torch.equal(found, expected)
-
-
-@torch.no_grad()
-def test_a_logits_processor_rules_padding_rows_out() -> None:
-    large, small = model(0, vocabulary=64), adapted(1)
-    found = ProxyLogits(small, vocabulary=38)(IDS, large(IDS).logits[:, -1])
-    assert found.shape == (3, 64)
-    assert found[:, 38:].isneginf().all()
-    assert found[:, :38].isfinite().all()
-    with pytest.raises(ModelError, match="the tokeniser has 40 tokens, but the large model knows 30"):
-        ProxyLogits(small)(IDS, torch.zeros(3, 30))
-    with pytest.raises(ModelError, match="65 tokens are more than the small model's 64"):
-        ProxyLogits(small)(torch.ones(1, 65, dtype=torch.long), torch.zeros(1, 40))
 
 
 @torch.no_grad()

@@ -40,7 +40,6 @@ class RemoteModel:
         RunError: the folder cannot be written.
     """
 
-    num_outputs = 1
     copies = 1
 
     def __init__(

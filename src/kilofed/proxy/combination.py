@@ -94,28 +94,12 @@ def complete(seen: Tensor, base: Tensor) -> Tensor:
     return torch.where(unseen, torch.where(full, least, shared), seen)
 
 
-def nucleus(scores: Tensor, top_p: float) -> Tensor:
-    """`scores` with -inf outside the smallest set of tokens that holds `top_p` of the probability.
-
-    DExperts takes the nucleus of the language model before the offset; sampling takes that of the joint model.
-    """
-    if top_p >= 1:
-        return scores
-    order = scores.argsort(dim=-1, descending=True, stable=True)
-    sorted_p = scores.gather(-1, order).softmax(-1)
-    # The token that crosses the line is inside: what counts is the mass before it.
-    outside = (sorted_p.cumsum(-1) - sorted_p) >= top_p
-    return scores.masked_fill(torch.zeros_like(outside).scatter(-1, order, outside), -torch.inf)
-
-
 @dataclass(frozen=True)
 class Difference:
-    """Proxy-tuning, or DExperts: `combine`, on the nucleus of the large model where that is asked for."""
+    """Proxy-tuning, or DExperts: see `combine`."""
 
     alpha: float = 1.0
     """Strength of the offset; 0 is the large model alone, raising it follows the small tuned model further."""
-    nucleus: float = 1.0
-    """Tokens outside this share of the large model's own probability are ruled out first; 1 rules out none."""
 
     @property
     def needs_base(self) -> bool:
@@ -124,7 +108,7 @@ class Difference:
 
     def __call__(self, large: Tensor, tuned: Tensor, base: Tensor) -> Tensor:
         """See `combine`."""
-        return combine(nucleus(large, self.nucleus), tuned, base, self.alpha)
+        return combine(large, tuned, base, self.alpha)
 
 
 @dataclass(frozen=True)

@@ -41,8 +41,6 @@ class ForwardInputs:
 class LogitSource(Protocol):
     """One or more models with one cache."""
 
-    num_outputs: int
-    """Sets of logits that a forward gives."""
     context: int
     """Longest sequence in tokens."""
     width: int
@@ -62,7 +60,6 @@ class LogitSource(Protocol):
 class ModelSource:
     """A transformers model, with an adapter or without."""
 
-    num_outputs = 1
     copies = 1
     has_all_logits = True
 
@@ -124,7 +121,6 @@ class SharedForwardPair(ModelSource):
         ModelError: the adapter is not plain LoRA on linear layers; `TwoForwardPair` serves any other.
     """
 
-    num_outputs = 2
     copies = 2
 
     def __init__(self, module: nn.Module) -> None:
@@ -165,7 +161,6 @@ class _SharedForwardPart(ModelSource):
 class TwoForwardPair:
     """Two sets of logits, (tuned, base), in two forwards."""
 
-    num_outputs = 2
     copies = 1
     has_all_logits = True
 

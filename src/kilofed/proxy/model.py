@@ -9,7 +9,7 @@ from typing import Never, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache, GenerationConfig, GenerationMixin, LogitsProcessor, PreTrainedConfig, PreTrainedModel
+from transformers import Cache, GenerationConfig, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
@@ -216,84 +216,6 @@ class ProxyModel(PreTrainedModel, GenerationMixin):  # type: ignore[no-untyped-c
                 f"{length} tokens are more than the {self.context} that the {shorter} model's context holds: "
                 "shorten the prompt or the answer"
             )
-
-
-class ProxyLogits(LogitsProcessor):
-    """The rule as a step of another model's `generate`: `large.generate(..., logits_processor=[ProxyLogits(small)])`.
-
-    It keeps the small models' caches between steps, follows beams, and begins anew with a new text. transformers runs
-    it before temperature, top-k and top-p. One processor serves one `generate` at a time.
-
-    Args:
-        tuned: as for ProxyModel.
-        base: as for ProxyModel.
-        rule: as for ProxyModel.
-        pad_token_id: leading tokens of this id are padding; None for prompts that are not padded.
-        vocabulary: number of real tokens; all others are ruled out. None takes the small model's width.
-    """
-
-    def __init__(
-        self,
-        tuned: nn.Module,
-        base: nn.Module | None = None,
-        rule: Rule | None = None,
-        *,
-        pad_token_id: int | None = None,
-        vocabulary: int | None = None,
-    ) -> None:
-        self._rule = rule or Difference()
-        self._small = small_source(tuned, base, needs_base=self._rule.needs_base)
-        self._pad = pad_token_id
-        self._width = common_width({"small": self._small.width}, vocabulary)
-        self._ids: Tensor | None = None
-        self._cache = self._new_cache()
-
-    @torch.no_grad()
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> torch.FloatTensor:
-        """Log-probabilities of the joint model, (B, V), -inf beyond the vocabulary.
-
-        Args:
-            input_ids: (B, T) all tokens so far.
-            scores: (B, V) the large model's scores of the next token; V is not below the vocabulary.
-
-        Raises:
-            ModelError: the text is longer than the small model's context, or V is below the vocabulary.
-        """
-        common_width({"large": scores.shape[-1], "small": self._small.width}, self._width)
-        if input_ids.shape[1] > self._small.context:
-            raise ModelError(f"{input_ids.shape[1]} tokens are more than the small model's {self._small.context}")
-        past = self._follow(input_ids)
-        mask = (input_ids != self._pad).cumsum(1).clamp(max=1) if self._pad is not None else torch.ones_like(input_ids)
-        positions = (mask.cumsum(1) - 1).clamp(min=0)
-        inputs = ForwardInputs(input_ids[:, past:], mask, positions[:, past:], keep=1)
-        sources = [
-            logits[:, -1, : self._width].to(scores.device, torch.float32)
-            for logits in self._small.logits(inputs, self._cache.parts[0])
-        ]
-        self._ids = input_ids
-        joint = torch.full_like(scores, -torch.inf)
-        large = scores[:, : self._width]
-        # Beams add what they are given up, so it must be log-probabilities again.
-        joint[:, : self._width] = self._rule(large, sources[0], sources[1] if len(sources) > 1 else large).log_softmax(
-            -1
-        )
-        return cast(torch.FloatTensor, joint)
-
-    def _follow(self, input_ids: Tensor) -> int:
-        """How many of the tokens are cached, rows in the order of `input_ids`."""
-        before = input_ids[:, :-1]
-        if self._ids is not None and before.shape == self._ids.shape:
-            if torch.equal(before, self._ids):
-                return before.shape[1]
-            same = (before[:, None] == self._ids[None]).all(-1)
-            if bool(same.any(1).all()):
-                self._cache.reorder_cache(same.int().argmax(1))
-                return before.shape[1]
-        self._cache = self._new_cache()
-        return 0
-
-    def _new_cache(self) -> JointCache:
-        return JointCache([self._small.new_cache()], [self._small.copies])
 
 
 def _config(large: PreTrainedConfig, width: int, context: int) -> PreTrainedConfig:
