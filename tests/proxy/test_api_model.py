@@ -186,7 +186,7 @@ def test_an_api_that_names_tokens_by_text_is_told_apart(server: Loopback) -> Non
 @pytest.mark.parametrize(
     ("tops", "said"),
     [
-        ([{"token_id:900": -0.1}], "tells of token 900, and the small model's tokeniser has 259"),
+        ([{"token_id:900": -0.1}], "names token 900, and the small model's tokeniser has 259"),
         ([None], "left log-probabilities out"),
         ([{"token_id:3": None}], "does not know, such as 'token_id:3'"),
     ],
@@ -213,7 +213,7 @@ def test_an_echo_of_another_length_is_refused(server: Loopback) -> None:
     content = json.dumps({"choices": [{"index": 0, "logprobs": {"top_logprobs": [None, {"token_id:3": -0.1}]}}]})
     server.faults = [lambda handler: handler.answer(200, content.encode())]  # type: ignore[attr-defined]
     large = remote(server)
-    with pytest.raises(RemoteError, match="was sent 3 tokens to echo and told of 1"):
+    with pytest.raises(RemoteError, match="was sent 3 tokens to echo and scored 1"):
         large.top_logprobs([[1, 2, 3]], [[2, 3]])
     large.close()
 

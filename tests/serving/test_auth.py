@@ -1,4 +1,4 @@
-"""Who may come in: tokens, where they come from, and which addresses are this machine's."""
+"""Authentication: tokens, where they come from, and which addresses are this machine's."""
 
 from pathlib import Path
 

@@ -32,7 +32,7 @@ class Sampling:
     seed: int = 0
     """Of the draws; has no effect at temperature 0."""
     num_logprobs: int = 0
-    """How many of the likeliest tokens each position tells, with their log-probabilities."""
+    """How many of the likeliest tokens each position returns, with their log-probabilities."""
 
 
 class Token(NamedTuple):

@@ -81,7 +81,7 @@ class Api:
             ) from None
 
     def model_names(self) -> list[str]:
-        """Names of the models that the API serves; empty where it does not tell."""
+        """Names of the models that the API serves; empty where it gives none."""
         try:
             answer = self._http.get(f"{self._base}/models", headers=self._headers())
             return [str(row["id"]) for row in answer.json()["data"]]

@@ -1,4 +1,4 @@
-"""Next-token scores that an API told before, kept in one SQLite file: what was paid for once is not asked again.
+"""Next-token scores that an API gave before, kept in one SQLite file: what was paid for once is not requested again.
 
 A key is the SHA-256 of the model's name, the number of scores asked for and the token ids of the text before; neither
 address nor key of the API is in the file. Values are token ids and log-probabilities as raw bytes, never pickled.
@@ -54,11 +54,11 @@ class LogprobCache:
             raise self._said(error) from error
         return found
 
-    def put(self, told: Mapping[bytes, TopLogprobs]) -> None:
+    def put(self, scores: Mapping[bytes, TopLogprobs]) -> None:
         """Keep these, all or none."""
         rows = [
             (key, len(one.ids), one.ids.astype(np.int32).tobytes() + one.logprobs.astype(np.float32).tobytes())
-            for key, one in told.items()
+            for key, one in scores.items()
         ]
         try:
             self._file.execute("begin")

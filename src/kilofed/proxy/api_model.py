@@ -54,7 +54,7 @@ class RemoteModel:
         self.context = spec.context - 1 if spec.context else UNBOUNDED
         self.has_all_logits = False
         self.checks_several = spec.scoring == "echo"
-        """Whether one request tells of several positions, which speculation needs."""
+        """Whether one request scores several positions, which speculation needs."""
         if folder:
             folder.mkdir(parents=True, exist_ok=True)
         self.api = Api(spec, folder / "remote.jsonl" if folder else None)
@@ -67,7 +67,7 @@ class RemoteModel:
         return Cache(layers=[DynamicLayer()])  # type: ignore[no-untyped-call]
 
     def logits(self, inputs: ForwardInputs, cache: Cache | None) -> tuple[Tensor, ...]:
-        """See LogitSource: log-probabilities (B, K, width), -inf where the API told none, 0 at padding.
+        """See LogitSource: log-probabilities (B, K, width), -inf where the API gave none, 0 at padding.
 
         Raises:
             RemoteError, BudgetSpent: see Api. What was answered before is kept.
@@ -85,14 +85,14 @@ class RemoteModel:
             [int(counts[p]) if keep[p] else 0 for p in places.tolist()]
             for counts, keep in zip(counts_BT, mask_BT, strict=True)
         ]
-        told = self.top_logprobs(texts, wanted)
+        scores = self.top_logprobs(texts, wanted)
         out = torch.full((len(texts), len(places), self.width), -torch.inf)
         for row, lengths in enumerate(wanted):
             for place, length in enumerate(lengths):
                 if length == 0:
                     out[row, place] = 0.0
                     continue
-                one = told[row][length]
+                one = scores[row][length]
                 out[row, place, torch.from_numpy(one.ids.astype(np.int64))] = torch.from_numpy(one.logprobs.copy())
         return (out,)
 
@@ -138,7 +138,7 @@ class RemoteModel:
         return found
 
     def _read_positions(self, answer: Json, length: int, *, echo: bool) -> list[TopLogprobs]:
-        """What was told of the positions after 1 ... `length` tokens, or of the last alone."""
+        """The scores of the positions after 1 ... `length` tokens, or of the last alone."""
         tops = answer["top_logprobs"]
         if not isinstance(tops, list):
             raise RemoteError(f"{self.spec.path} answers with log-probabilities in another form than OpenAI's")
@@ -146,7 +146,7 @@ class RemoteModel:
             return [self._read_position(tops[0])]
         if len(tops) != length + 1:
             raise RemoteError(
-                f"{self.spec.path} was sent {length} tokens to echo and told of {len(tops) - 1}: its tokeniser differs, "
+                f"{self.spec.path} was sent {length} tokens to echo and scored {len(tops) - 1}: its tokeniser differs, "
                 "or it does not echo; for the latter set scoring to steps"
             )
         return [self._read_position(top) for top in tops[1:]]
@@ -165,7 +165,7 @@ class RemoteModel:
                 f"{self.spec.path} names tokens that the small model's tokeniser does not know, such as "
                 f"{next(iter(top))!r}: the models need the same tokeniser"
             )
-        # Some APIs tell the token that came too, likely or not; what is kept are the likeliest, whatever came.
+        # Some APIs return the sampled token too, likely or not; what is kept are the likeliest, whatever came.
         order = np.argsort(-np.array(logprobs), kind="stable")[: self.spec.top_k]
         return TopLogprobs(np.array(ids, np.int32)[order], np.array(logprobs, np.float32)[order])
 
@@ -177,7 +177,7 @@ class RemoteModel:
             raise RemoteError(f"{self.spec.path} names tokens by text ({name!r}), not as token_id: set names to text")
         if int(found[1]) >= self.width:
             raise RemoteError(
-                f"{self.spec.path} tells of token {found[1]}, and the small model's tokeniser has {self.width}: "
+                f"{self.spec.path} names token {found[1]}, and the small model's tokeniser has {self.width}: "
                 "the models need the same tokeniser"
             )
         return int(found[1])

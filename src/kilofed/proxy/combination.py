@@ -72,7 +72,7 @@ def complete(seen: Tensor, base: Tensor) -> Tensor:
     """Log-probabilities of all tokens from those of the likeliest: what is left is shared as the small base shares it.
 
     With p the probability that the seen tokens leave over, an unseen token gets p times the base's probability among
-    the unseen ones, but never more than the least likely seen token has, for then it would have been told; what is
+    the unseen ones, but never more than the least likely seen token has, for then it would have been among them; what is
     above goes to the other unseen tokens in the same proportions. Where all tokens are seen nothing is shared, and the
     result is `seen` itself.
 

@@ -33,7 +33,7 @@ class LargeModel:
         return ProxyModel(self.model, tuned, base, rule, vocabulary=self.vocabulary)
 
     def unsteered(self, tuned: nn.Module, base: nn.Module | None, rule: Rule | None = None) -> nn.Module:
-        """The large model by itself; where an API tells of few tokens, a small model fills in the others.
+        """The large model by itself; where an API scores few tokens, a small model fills in the others.
 
         Args:
             rule: one that gives the large model alone; whether it has a base decides which small model fills in.

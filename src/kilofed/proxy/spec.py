@@ -27,7 +27,7 @@ class LargeSpec(Settings):
     name: str = ""
     """The model's name at the API; from here on the fields are for an API."""
     top_k: Annotated[int, Ge(1)] = 20
-    """Likeliest tokens told per position; more tell more of the large model and cost more bytes."""
+    """Likeliest tokens requested per position; more reveal more of the large model and cost more bytes."""
     key_variable: str = "KILOFED_API_KEY"
     """Environment variable with the key; unset or empty sends none."""
     scoring: Literal["echo", "steps"] = "echo"

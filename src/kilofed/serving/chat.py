@@ -27,15 +27,15 @@ def converse(
     if keyboard:
         print(f"{served.prompt_note}. An empty line or Ctrl-D ends the conversation.", file=sys.stderr)
     messages: list[dict[str, str]] = []
-    while line := _ask(source, keyboard):
+    while line := _read_line(source, keyboard):
         messages.append({"role": "user", "content": line})
         messages, ids = fit_to_context(served, messages)
         tokens = served.generator.generate_tokens(ids, Sampling(max_new_tokens))
-        said = _say(detokenize(tokens, served.codec, end_ids=served.generator.end_ids), to)
+        said = _write(detokenize(tokens, served.codec, end_ids=served.generator.end_ids), to)
         messages.append({"role": "assistant", "content": said})
 
 
-def _ask(source: TextIO, keyboard: bool) -> str:
+def _read_line(source: TextIO, keyboard: bool) -> str:
     if keyboard:
         print("> ", end="", file=sys.stderr, flush=True)
     return source.readline().strip()
@@ -55,7 +55,7 @@ def fit_to_context(served: ServedModel, messages: list[dict[str, str]]) -> tuple
     return messages, ids
 
 
-def _say(pieces: Iterable[Piece], to: TextIO) -> str:
+def _write(pieces: Iterable[Piece], to: TextIO) -> str:
     """Write an answer as it comes, without white space around it; the whole of it."""
     said = held = ""
     for piece in pieces:

@@ -30,7 +30,7 @@ class Limits:
     max_choices: int = 128
     """Answers to one request: prompts times n."""
     max_logprobs: int = 128
-    """Log-probabilities told for each position; raise it to the vocabulary to tell all."""
+    """Log-probabilities returned for each position; raise it to the vocabulary to return all."""
 
 
 @dataclass(frozen=True)
@@ -48,9 +48,9 @@ class GenerationRequest:
     include_usage: bool
     echo: bool
     logprobs: bool
-    """Whether each token is told with its log-probability; how many others with it stands in `sampling`."""
+    """Whether each token is returned with its log-probability; `sampling` says how many others with it."""
     names_as_ids: bool
-    """Tokens are told as `token_id:17` instead of their text, which several tokens may share."""
+    """Tokens are named `token_id:17` instead of their text, which several tokens may share."""
 
 
 class _StreamOptions(BaseModel):
@@ -230,7 +230,7 @@ def _choices(n: int | None, num_prompts: int, limits: Limits) -> int:
 
 def _sampling(asked: _Body, wanted: int, num: int, limits: Limits, field: str, seed: int) -> Sampling:
     if num > limits.max_logprobs:
-        raise Refusal(f"{field} is {num}; this server tells at most {limits.max_logprobs}", param=field)
+        raise Refusal(f"{field} is {num}; this server returns at most {limits.max_logprobs}", param=field)
     return Sampling(
         max_new_tokens=wanted,
         temperature=1.0 if asked.temperature is None else asked.temperature,

@@ -14,7 +14,7 @@ from kilofed.serving.requests import GenerationRequest
 from kilofed.serving.steps import Step
 
 LEAST_LOGPROB = -9999.0
-"""Told for minus infinity, which JSON does not know."""
+"""Returned for minus infinity, which JSON does not know."""
 
 Json = dict[str, object]
 
@@ -66,7 +66,7 @@ class Completion:
         return {**self._head(kind), "choices": choices, "usage": self.usage}
 
     def chunks(self, step: Step) -> list[Json]:
-        """What is streamed for one step; nothing where it brought nothing that can be told."""
+        """What is streamed for one step; nothing where it added no text and no token."""
         self.num_generated += step.piece.num_new
         piece, index = step.piece, step.index
         found: list[Json] = []
@@ -102,19 +102,19 @@ class Completion:
         return {"id": self.id, "object": kind, "created": self.created, "model": self.served.name}
 
     def _logprobs(self, steps: Iterable[Step]) -> Json:
-        told = [(placed, step.offset) for step in steps for placed in step.piece.tokens]
+        placed_tokens = [(placed, step.offset) for step in steps for placed in step.piece.tokens]
         if self.request.is_chat:
-            return {"content": [self._of_chat(placed.token) for placed, _ in told], "refusal": None}
-        return self._of_text(told)
+            return {"content": [self._of_chat(placed.token) for placed, _ in placed_tokens], "refusal": None}
+        return self._of_text(placed_tokens)
 
-    def _of_text(self, told: list[tuple[PlacedToken, int]]) -> Json:
-        tokens = [placed.token for placed, _ in told]
+    def _of_text(self, placed_tokens: list[tuple[PlacedToken, int]]) -> Json:
+        tokens = [placed.token for placed, _ in placed_tokens]
         tops: list[Mapping[str, float] | None] = [self._top(token) for token in tokens]
         return {
             "tokens": [self._name(token.id) for token in tokens],
             "token_logprobs": [_number(token.logprob) for token in tokens],
             "top_logprobs": tops if self.request.sampling.num_logprobs else None,
-            "text_offset": [placed.start + offset for placed, offset in told],
+            "text_offset": [placed.start + offset for placed, offset in placed_tokens],
         }
 
     def _top(self, token: Token) -> Mapping[str, float] | None:

@@ -35,12 +35,12 @@ class QueueFull(Exception):
 class Job(Generic[Item]):
     """One request at the scheduler."""
 
-    def __init__(self, work: Iterator[Item], tell: Callable[[Item | Done | Failed], None]) -> None:
-        self._work, self._tell = work, tell
+    def __init__(self, work: Iterator[Item], emit: Callable[[Item | Done | Failed], None]) -> None:
+        self._work, self._emit = work, emit
         self._cancelled = threading.Event()
 
     def cancel(self) -> None:
-        """Nobody waits for the answer: its place is free after the step that is being computed, and nothing more is told."""
+        """End it after the step that is being computed; nothing more is emitted."""
         self._cancelled.set()
 
     @property
@@ -49,31 +49,31 @@ class Job(Generic[Item]):
         return self._cancelled.is_set()
 
     def step(self) -> bool:
-        """Compute and tell one item; False if there is nothing more to do. Called by the scheduler's thread only."""
+        """Compute and emit one item; False if there is nothing more to do. Called by the scheduler's thread only."""
         if self._cancelled.is_set():
             self._close()
             return False
         try:
             item = next(self._work)
         except StopIteration:
-            self._say(Done())
+            self._send(Done())
             return False
         # Whatever a model raises ends its own request, not the thread that serves all.
         except Exception as error:
-            self._say(Failed(error))
+            self._send(Failed(error))
             return False
-        return self._say(item) or self._close()
+        return self._send(item) or self._close()
 
     def stop(self, error: Exception) -> None:
         """End it with an error. Called by the scheduler's thread only."""
-        self._say(Failed(error))
+        self._send(Failed(error))
         self._close()
 
-    def _say(self, item: Item | Done | Failed) -> bool:
-        """Whether somebody could still be told."""
+    def _send(self, item: Item | Done | Failed) -> bool:
+        """Emit it, unless cancelled; whether the listener still listens."""
         if not self._cancelled.is_set():
             try:
-                self._tell(item)
+                self._emit(item)
             except RuntimeError:  # The listener's event loop is closed.
                 self._cancelled.set()
         return not self._cancelled.is_set()
@@ -105,16 +105,16 @@ class Scheduler:
         self._thread = threading.Thread(target=self._run, name="decode", daemon=True)
         self._thread.start()
 
-    def submit(self, work: Iterator[Item], tell: Callable[[Item | Done | Failed], None]) -> Job[Item]:
+    def submit(self, work: Iterator[Item], emit: Callable[[Item | Done | Failed], None]) -> Job[Item]:
         """Put `work` into the queue.
 
         Args:
-            tell: is called in the decoding thread with each item and at last with Done or Failed; must not block.
+            emit: is called in the decoding thread with each item and at last with Done or Failed; must not block.
 
         Raises:
             QueueFull: there are `max_active` requests at work and `max_waiting` in front.
         """
-        job = Job(work, tell)
+        job = Job(work, emit)
         with self._changed:
             self._drop_cancelled()
             if self._closed or len(self._active) + len(self._waiting) >= self._max_active + self._max_waiting:

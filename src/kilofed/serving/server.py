@@ -22,7 +22,7 @@ from kilofed.serving.scheduler import Scheduler
 from kilofed.serving.service import Service
 
 GRACE = 10
-"""Seconds that answers may still take once the server is told to stop."""
+"""Seconds that answers may still take once the server is stopped."""
 MOST_CONNECTIONS = 1024
 
 
@@ -125,7 +125,7 @@ class HttpServer(uvicorn.Server):
             proxy_headers=False,
             server_header=False,
             limit_concurrency=MOST_CONNECTIONS,
-            # Reached only where a client does not read what it is told at the end.
+            # Reached only where a client does not read its last event.
             timeout_graceful_shutdown=GRACE + 5,
         )
         super().__init__(settings)

@@ -10,7 +10,7 @@ from kilofed.serving.model import ServedModel
 from kilofed.serving.requests import SEEDS, GenerationRequest
 
 UNTOLD = Token(-1, math.nan)
-"""Stands for what is not known of a token; its log-probability is told as null."""
+"""Stands for what is not known of a token; its log-probability is returned as null."""
 
 
 @dataclass(frozen=True)

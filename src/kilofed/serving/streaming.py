@@ -100,7 +100,7 @@ def _hand_over(
 
 
 def _refusal(error: Exception) -> Refusal:
-    """What the client is told of a failure: our own sentence, or the kind of error and nothing of its inside."""
+    """What the client reads of a failure: our own sentence, or the kind of error and nothing of its inside."""
     if isinstance(error, OutOfTime):
         return Refusal(
             "the answer took longer than this server allows: ask for fewer tokens",
