@@ -404,7 +404,7 @@ def test_the_trial_of_a_rule_leaves_the_small_model_as_it_was(federate, rule: st
     found = federate("fedpt", rounds=0, rule=rule, fresh=True)
     before = loading.read_trained(found.server.model)
     (diagnosis,) = found.sites.method.presentation().diagnose(
-        found.server, found.sites.train_examples(0), found.sites.test_examples(1)
+        found.server, found.sites.corpus.train_examples(0), found.sites.corpus.test_examples(1)
     )
     after = loading.read_trained(found.server.model)
     assert all(torch.equal(after[name], before[name]) for name in before)
