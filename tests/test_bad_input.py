@@ -70,19 +70,19 @@ def message(out: str, err: str) -> str:
         ("method.wieghts=uniform", "RecipeError: method.wieghts is not a field of FedAvg (did you mean weights?)"),
         ("cohort=9", "RecipeError: cohort is 9, but there are 4 clients"),
         ("quorum=9", "RecipeError: quorum is 9, but there are 4 clients"),
-        ("data=./none.jsonl", "DataError: there is no file or folder ./none.jsonl"),
-        ("data.test=./none.jsonl", "DataError: there is no file or folder ./none.jsonl"),
+        ("data=./none.jsonl", "DataError: file or folder ./none.jsonl does not exist"),
+        ("data.test=./none.jsonl", "DataError: file or folder ./none.jsonl does not exist"),
         ("data.columns.response=answer", "DataError: data.columns.response is 'answer', which no row has"),
         ("data.partition.column=owner", "DataError: data.partition.column is 'owner', which row 1 does not have"),
-        ("data.partition.min_rows=11", "DataError: client site 0 has 10 training rows, at least 11 are needed"),
+        ("data.partition.min_rows=11", "DataError: client site 0 has 10 training rows; expected at least 11"),
         ("data.template=alpca", "DataError: data.template is 'alpca' (did you mean alpaca?)"),
         ("data.options.train_rows=5", "DataError: data.options has train_rows"),
-        ("model=./none", "ModelError: there is no model directory ./none"),
-        ("model=builtin:huge", "ModelError: builtin:huge is not shipped"),
-        ("model.device=abacus", "ModelError: model.device=abacus is no device"),
+        ("model=./none", "ModelError: model directory ./none does not exist"),
+        ("model=builtin:huge", "ModelError: builtin:huge does not exist"),
+        ("model.device=abacus", "ModelError: model.device=abacus is not a device"),
         (
             'adapter.targets=["q_prj"]',
-            "ModelError: adapter.targets has q_prj, which match nothing; there is down_proj",
+            "ModelError: adapter.targets has q_prj, which match no module; choose from down_proj",
         ),
         ("privacy.noise_key=x", "PrivacyError: privacy.noise_key is not 32 lower-case hex digits"),
     ],
@@ -139,7 +139,7 @@ def test_a_data_set_of_the_hub_without_network_is_answered(
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     said = refused("run", recipe, "data=nobody/nothing")
-    assert said.startswith("DataError: nobody/nothing is no embedded source")
+    assert said.startswith("DataError: nobody/nothing is not an embedded source")
     assert "check the name and the network" in said
 
 
@@ -149,7 +149,7 @@ def test_a_model_of_the_hub_without_network_is_answered(
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     said = refused("run", recipe, "model=nobody/nothing")
     assert said.startswith("ModelError: cannot load the ")
-    assert "or a hub id with the network up or the model in the cache" in said
+    assert "or a hub id with a network connection or the model in the cache" in said
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_client_and_round(
@@ -296,4 +296,4 @@ def test_a_real_process_ends_with_status_1_and_one_sentence(recipe: Path, tmp_pa
         capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=300, check=False,
     )  # fmt: skip
     assert ended.returncode == 1
-    assert message(ended.stdout, ended.stderr).startswith("DataError: nobody/nothing is no embedded source")
+    assert message(ended.stdout, ended.stderr).startswith("DataError: nobody/nothing is not an embedded source")

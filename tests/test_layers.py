@@ -28,6 +28,7 @@ LAYERS: list[set[str]] = [
     {"methods"},
     {"runs"},
     {"serving"},
+    {"commands"},
     {"cli", "__init__"},
     {"__main__"},
 ]
@@ -53,7 +54,7 @@ OUTSIDERS = {
     "flwr_datasets": {"data.partition"},
     "dp_accounting": {"privacy.mechanisms"},
     "matplotlib": {"reports.plots"},
-    "tqdm": {"cli"},
+    "tqdm": {"commands.progress"},
     "fastapi": {"serving.app", "serving.service"},
     "prometheus_client": {"serving.metrics"},
     "pydantic": {"serving.requests", "serving.validation"},

@@ -53,7 +53,6 @@ UNTESTED = {
     "serving/test_streaming.py",
     "serving/test_validation.py",
     "zeroth/directions/test_kernels.py",
-    "zeroth/test_seed_log.py",
     "split/test_passes.py",
     "distillation/test_passes.py",
     "runs/test_preview.py",

@@ -24,9 +24,9 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "zeroth"))
 
 import plain_hsp1 as plain
 from kilofed.zeroth.directions import cuda, reference
-from kilofed.zeroth.directions.oracles import official_direction
 from kilofed.zeroth.directions.pool import SeedPool
 from kilofed.zeroth.directions.spec import load_vectors
+from kilofed.zeroth.directions.unstructured import official_direction
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 KEY = 0xFEDCBA9876543210

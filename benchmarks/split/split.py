@@ -24,7 +24,7 @@ from torch import Tensor
 from kilofed.config import tables
 from kilofed.config.fields import Value
 from kilofed.config.recipe import Recipe
-from kilofed.costs.counter import Bench
+from kilofed.costs.counter import CostCounter
 from kilofed.engines.inprocess import InProcess
 from kilofed.engines.opener import Opener
 from kilofed.federation.cohort import Cohort, Engine
@@ -127,7 +127,7 @@ def read(model: str, rows: int) -> Iterator[reconstruction.Recovered]:
     """The base model of the recipe; the server's own text is another party's."""
     sites = Sites(plan(model, {}))
     known, secret = (sites.corpus.train_examples(client)[:rows] for client in (0, 1))
-    yield from reconstruction.every_cut(sites.store.model(sites.recipe.model), known, secret)
+    yield from reconstruction.recover_at_every_cut(sites.store.model(sites.recipe.model), known, secret)
 
 
 def stream(model: str, steps: int) -> dict[str, float]:
@@ -165,7 +165,7 @@ def stream(model: str, steps: int) -> dict[str, float]:
 def activations(asked: Recipe) -> int:
     """Bytes that the largest batch of the client's part holds."""
     sites = Sites(asked)
-    bench = Bench(asked.adapter, asked.train, ())
+    bench = CostCounter(asked.adapter, asked.train, ())
     work = sites.method.costs().client(preview_of(sites, bench), 0)
     spec = sites.method.client_model(asked, 0)
     assert work

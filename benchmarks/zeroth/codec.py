@@ -1,9 +1,9 @@
-"""Bytes per client and round: slopes up, coefficients down, headers and checksums included.
+"""Bytes per client and round: projected gradients up, coefficients down, headers and checksums included.
 
     python benchmarks/zeroth/codec.py [--quick] [--json]
 
-Synthetic traffic of the paper's setting: 10 clients a round, tau = 200 steps each, slopes from Student's t with five
-degrees of freedom, order uniform. The error is that of the shared state beside the exact sums, relative, after the last
+Synthetic traffic of the paper's setting: 10 clients a round, tau = 200 steps each, gradients from Student's t with five
+degrees of freedom, order uniform. The error is that of the shared state relative to the exact sums, after the last
 round. The paper's format costs K * 4 + 4 bytes down and 1,600 up.
 """
 
@@ -25,11 +25,11 @@ def measure(num_seeds: int, bits: int, num_rounds: int, seed: int) -> dict[str, 
     up, down = [], []
     for step in range(num_rounds):
         for i in range(CLIENTS):
-            slopes, order = rng.standard_t(5, size=TAU), pool.sample(step, i, TAU)
-            message = encode_scalars(slopes, bits=bits)
+            gradients, order = rng.standard_t(5, size=TAU), pool.sample(step, i, TAU)
+            message = encode_scalars(gradients, bits=bits)
             up.append(len(message))
             np.add.at(exact, order, decode_scalars(message) / CLIENTS)
-            np.add.at(unquantised, order, slopes / CLIENTS)
+            np.add.at(unquantised, order, gradients / CLIENTS)
         server, message = advance(server, exact, bits=bits)
         client = receive(client, message)
         down.append(len(message))

@@ -17,8 +17,8 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from kilofed.zeroth.directions.oracles import official_rebuild
 from kilofed.zeroth.directions.pool import SeedPool
+from kilofed.zeroth.directions.unstructured import official_rebuild
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 POOLS = (1024, 4096, 65536)

@@ -3,7 +3,7 @@
     python benchmarks/zeroth/zeroth_learning.py [--quick] [--json] [--tasks pydocs,...] [--seeds 3] [--data DIR] [--keep FILE]
 
 Rows. `structured`: FedKSeed as shipped, on the pool HSP-1. `exact`: the same with a float32 wire. `gaussian`: the same
-walk along K independent normal directions, models averaged in float64, nothing quantised and no bytes counted. `fresh`:
+steps along K independent normal directions, models averaged in float64, nothing quantised and no bytes counted. `fresh`:
 MeZO, a new normal direction in every step. All take the same batches, the same number of forwards and the same learning
 rate. `fedavg-lora` sees the same examples by gradients. Held-out loss and accuracy are over all clients' rows;
 intervals are 95 % over seeds (Student's t).
@@ -180,7 +180,7 @@ def method(sites: Sites) -> Play:
 
 
 def gaussian(sites: Sites, task: Task, variant: str) -> Play:
-    """Walks in place along normal directions; the walked models are averaged by their examples."""
+    """Steps in place along normal directions; the models are averaged weighted by their examples."""
     spec = sites.recipe
     model = sites.store.model(spec.model).eval()
     held = loading.trained(model)
@@ -193,11 +193,11 @@ def gaussian(sites: Sites, task: Task, variant: str) -> Play:
         for client in sites.client_ids():
             examples = sites.corpus.train_examples(client)
             loading.write_trained(model, state)
-            stretch = training.batches(
+            batches = training.batches(
                 examples, replace(spec.train, batch_size=task.batch_size), first=(number - 1) * task.steps,
                 count=task.steps, order=lambda purpose, client=client: generator(spec.seed, 0, client, purpose),
             )  # fmt: skip
-            walk(model, held, stretch, seeds(spec.seed, number, client, num_seeds), task.lr)
+            take_steps(model, held, batches, seeds(spec.seed, number, client, num_seeds), task.lr)
             for name, tensor in loading.read_trained(model).items():
                 total[name].add_(tensor, alpha=len(examples))
             weight += len(examples)
@@ -216,11 +216,11 @@ def seeds(seed: int, round: int, client: int, num_seeds: int) -> Iterator[int]:
         yield number if num_seeds else number + (1 << 20)
 
 
-def walk(
-    model: torch.nn.Module, held: dict[str, torch.nn.Parameter], stretch: Iterator, names: Iterator[int], lr: float
+def take_steps(
+    model: torch.nn.Module, held: dict[str, torch.nn.Parameter], batches: Iterator, names: Iterator[int], lr: float
 ) -> None:
     with torch.inference_mode():
-        for examples, name in zip(stretch, names, strict=False):
+        for examples, name in zip(batches, names, strict=False):
             source = torch.Generator().manual_seed(name)
             direction = [torch.randn(p.shape, generator=source) for p in held.values()]
             batch = training.collate(examples)
@@ -229,9 +229,9 @@ def walk(
                 for parameter, z in zip(held.values(), direction, strict=True):
                     parameter.add_(z, alpha=move)
                 losses.append(float(training.loss(model, batch)))
-            slope = (losses[0] - losses[1]) / (2 * EPS)
+            gradient = (losses[0] - losses[1]) / (2 * EPS)
             for parameter, z in zip(held.values(), direction, strict=True):
-                parameter.add_(z, alpha=EPS - lr * slope)
+                parameter.add_(z, alpha=EPS - lr * gradient)
 
 
 Kept = dict[tuple[str, str, int], list[Point]]

@@ -3,9 +3,9 @@
     python benchmarks/zeroth/zeroth_step.py [--quick] [--json]
 
 Models have LLaMA's architecture and random weights. Time: a step and two bare forwards of the same model and batch run
-in turn; the ratio is the median over pairs. Memory: a process that only runs forwards and one that only walks, each its
-own, largest resident set (VmHWM) of the whole process. A step makes every weight anew for both of its forwards, so
-few tokens per step cost more beside them; the paper walks with one example of up to 1,024 tokens.
+in turn; the ratio is the median over pairs. Memory: peak resident set (VmHWM) of one process that only runs forwards and
+of one that only takes steps. A step rebuilds every weight for both of its forwards, so its overhead is largest for few
+tokens per step; the paper uses one example of up to 1,024 tokens.
 """
 
 import argparse
@@ -30,7 +30,7 @@ SHAPES = {
     "116M": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 2048},
     "341M": {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 2816},
 }
-STEPS = two_point.Steps(eps=5e-4, lr=1e-7)
+STEPS = two_point.StepSettings(eps=5e-4, lr=1e-7)
 
 
 def build(shape: str, dtype: str) -> LlamaForCausalLM:
@@ -50,12 +50,12 @@ def batch_of(tokens: int) -> training.TokenBatch:
     return training.TokenBatch(ids, torch.ones_like(ids), labels)
 
 
-def walker(model: LlamaForCausalLM, batch: training.TokenBatch) -> Callable[[], float]:
+def step_runner(model: LlamaForCausalLM, batch: training.TokenBatch) -> Callable[[], float]:
     """One step from a point whose coefficients are all in use, as in the middle of a run."""
-    stream = two_point.Stream(model, loading.trained(model), NUM_SEEDS)
+    perturbed = two_point.PerturbedModel(model, loading.trained(model), NUM_SEEDS)
     a = np.random.default_rng(0).normal(scale=1e-5, size=NUM_SEEDS).astype(np.float32)
     point = two_point.Point((SeedPool(NUM_SEEDS, 7).at(a),))
-    return lambda: two_point.slope(stream, point, 11, batch, STEPS)[1]
+    return lambda: two_point.projected_gradient(perturbed, point, 11, batch, STEPS)[1]
 
 
 def forwards(model: LlamaForCausalLM, batch: training.TokenBatch) -> Callable[[], float]:
@@ -76,7 +76,7 @@ def time_rows(lengths: list[int], pairs: int) -> list[dict[str, object]]:
     model = build("116M", "float32")
     rows = []
     for tokens in lengths:
-        step, bare = walker(model, batch_of(tokens)), forwards(model, batch_of(tokens))
+        step, bare = step_runner(model, batch_of(tokens)), forwards(model, batch_of(tokens))
         timed(step), timed(bare)
         found = [(timed(step), timed(bare)) for _ in range(pairs)]
         rows.append(
@@ -100,7 +100,7 @@ def peak(shape: str, dtype: str, what: str, tokens: int) -> int:
 
 def child(shape: str, dtype: str, what: str, tokens: str) -> None:
     model, batch = build(shape, dtype), batch_of(int(tokens))
-    run = walker(model, batch) if what == "step" else forwards(model, batch)
+    run = step_runner(model, batch) if what == "step" else forwards(model, batch)
     for _ in range(3):
         run()
     print(environment.own_peak_memory())

@@ -75,7 +75,7 @@ def test_sites_are_counted_in_round_1_and_weighed_in_round_2(
     assert first["num_messages"] == 1
     assert tell(1, 1)["flops"] == 2 * first["flops"]
     assert tell(3, 1)["num_messages"] == 1
-    monkeypatch.setattr(environment, "forget_peak", lambda: True)
+    monkeypatch.setattr(environment, "reset_peak_memory", lambda: True)
     monkeypatch.setattr(environment, "own_peak_memory", lambda: 12345)
     assert tell(1, 2) == {**tell(1, 3), "flops": 2 * first["flops"], "peak_memory_bytes": 12345}
     assert measured.spent[3].peak_memory_bytes > 1 << 20  # It had no second round yet.
@@ -87,7 +87,7 @@ def test_where_the_peak_cannot_be_forgotten_that_of_round_1_stands(
 ) -> None:
     sites = Sites(tiny_recipe)
     measured = measurement.MeasuredSites(sites.site, tmp_path)
-    monkeypatch.setattr(environment, "forget_peak", lambda: False)
+    monkeypatch.setattr(environment, "reset_peak_memory", lambda: False)
     for round in (1, 2):
         ask = Payload(sites.store.start(tiny_recipe.model), address("fit", "mean", round, 0))
         measured.handle(0, ask.encode())

@@ -77,7 +77,7 @@ def test_rows_are_read_and_tokenised_once_and_only_when_asked_for(recipe: Recipe
     assert corpus.test_examples(1) is corpus.test_examples(1)
     assert corpus.train_examples(2, recipe.model) is first
     assert tokenizers.asked == [recipe.model.path]
-    with pytest.raises(DataError, match="there is no file or folder"):
+    with pytest.raises(DataError, match="file or folder"):
         _ = Corpus(recipe, tokenizers).shares
 
 

@@ -64,7 +64,7 @@ def learnt(tokenizer: PreTrainedTokenizerBase, example: Example) -> str:
     return text(tokenizer, [label for label in example.labels if label != IGNORED])
 
 
-def test_only_the_response_and_the_end_token_are_learnt(plain: PreTrainedTokenizerBase) -> None:
+def test_only_the_response_and_the_end_token_are_targets(plain: PreTrainedTokenizerBase) -> None:
     example = one(plain, {"instruction": "say", "context": "now", "response": "yes"}, "response")
     assert text(plain, example.input_ids) == "<bos>say\nnow\nyes<eos>"
     assert learnt(plain, example) == "yes<eos>"
@@ -100,7 +100,7 @@ def test_the_question_of_the_embedded_pair_ends_without_a_space_and_its_answer_b
     assert example.references == ["so"]
 
 
-def test_the_first_of_several_references_is_learnt_and_all_are_right(plain: PreTrainedTokenizerBase) -> None:
+def test_the_first_of_several_references_is_the_target_and_all_are_references(plain: PreTrainedTokenizerBase) -> None:
     example = one(plain, {"instruction": "say", "response": ["yes", "aye"]}, "response")
     assert learnt(plain, example) == "yes<eos>"
     assert example.references == ["yes", "aye"]
@@ -113,20 +113,20 @@ def test_mapped_columns_are_read(plain: PreTrainedTokenizerBase) -> None:
     assert text(plain, example.input_ids) == "<bos>d\ni\no<eos>"
 
 
-def test_an_instruction_in_the_context_column_is_not_said_twice(plain: PreTrainedTokenizerBase) -> None:
+def test_an_instruction_in_the_context_column_is_not_repeated(plain: PreTrainedTokenizerBase) -> None:
     spec = replace(SPEC, columns=ColumnsSpec(instruction="context"))
     example = one(plain, {"context": "User: hi", "response": "yes"}, "response", spec)
     assert text(plain, example.input_ids) == "<bos>User: hi\nyes<eos>"
 
 
-def test_running_text_is_learnt_whole(plain: PreTrainedTokenizerBase) -> None:
+def test_plain_text_is_a_target_throughout(plain: PreTrainedTokenizerBase) -> None:
     example = one(plain, {"text": "abc"}, "text")
     assert text(plain, example.input_ids) == "<bos>abc<eos>"
     assert learnt(plain, example) == "abc<eos>"
     assert example.references == []
 
 
-def test_running_text_has_its_ends_also_where_the_tokeniser_can_chat(chat: PreTrainedTokenizerBase) -> None:
+def test_plain_text_has_start_and_end_tokens_also_with_a_chat_template(chat: PreTrainedTokenizerBase) -> None:
     assert text(chat, one(chat, {"text": "abc"}, "text").input_ids) == "<bos>abc<|end|>"
 
 
@@ -140,19 +140,19 @@ def test_chat_template_learns_assistant_turns_up_to_their_end_token(chat: PreTra
     assert example.references == ["2"]
 
 
-def test_plain_talk_learns_assistant_turns_and_an_end_token_each(plain: PreTrainedTokenizerBase) -> None:
+def test_a_plain_conversation_has_assistant_turns_and_end_tokens_as_targets(plain: PreTrainedTokenizerBase) -> None:
     example = one(plain, {"messages": TALK}, "messages")
     assert text(plain, example.input_ids) == ("<bos>User: one?\nAssistant: 1<eos>\nUser: two?\nAssistant: 2<eos>")
     assert learnt(plain, example) == "1<eos>2<eos>"
 
 
-def test_plain_talk_without_end_token_learns_the_line_end(bare: PreTrainedTokenizerBase) -> None:
+def test_a_plain_conversation_without_end_token_has_line_ends_as_targets(bare: PreTrainedTokenizerBase) -> None:
     example = one(bare, {"messages": TALK}, "messages")
     assert text(bare, example.input_ids) == "User: one?\nAssistant: 1\nUser: two?\nAssistant: 2\n"
     assert learnt(bare, example) == "1\n2\n"
 
 
-def test_a_system_turn_and_a_last_user_turn_are_never_learnt(chat: PreTrainedTokenizerBase) -> None:
+def test_a_system_turn_and_a_last_user_turn_are_never_targets(chat: PreTrainedTokenizerBase) -> None:
     talk = [{"role": "system", "content": "be brief"}, *TALK, {"role": "user", "content": "three?"}]
     example = one(chat, {"messages": talk}, "messages")
     assert learnt(chat, example) == "1<|end|>2<|end|>"
@@ -230,7 +230,7 @@ def test_a_row_without_answer_is_left_out_aloud(
         assert len(renderer(rows)) == len(renderer(rows)) == 1
         assert renderer.num_empty == 2
     assert [r.getMessage() for r in caplog.records] == [
-        "1 of 2 rows have no answer and are left out: fill in data.columns.response, or drop them"
+        "1 of 2 rows have no answer and are skipped; fill in data.columns.response, or drop them"
     ] * 2
 
 
@@ -240,7 +240,7 @@ def test_a_token_that_no_position_predicts_is_nothing_to_learn(bare: PreTrainedT
 
 
 @pytest.mark.parametrize("kind", ["plain", "chat"])
-def test_prompt_of_a_talk_is_the_prompt_part_of_its_example(
+def test_the_prompt_of_a_conversation_is_the_prompt_of_its_example(
     plain: PreTrainedTokenizerBase, chat: PreTrainedTokenizerBase, kind: str
 ) -> None:
     tokenizer = {"plain": plain, "chat": chat}[kind]
@@ -290,7 +290,7 @@ def refused(tokenizer: PreTrainedTokenizerBase, row: dict[str, object], kind: st
 @pytest.mark.parametrize(
     "talk", ["hello", None, [{"role": "user"}], [{"from": "human", "value": "x"}], [{"role": "user", "content": None}]]
 )
-def test_a_malformed_talk_is_refused_with_what_was_seen(plain: PreTrainedTokenizerBase, talk: object) -> None:
+def test_a_malformed_conversation_is_refused_with_what_was_seen(plain: PreTrainedTokenizerBase, talk: object) -> None:
     message = refused(plain, {"messages": talk}, "messages")
     assert str(talk) in message
     assert "expected a list of {role, content}" in message
@@ -308,7 +308,7 @@ def test_a_template_that_raises_is_answered_in_a_sentence(chat: PreTrainedTokeni
     try:
         chat.chat_template = "{{ raise_exception('System role not supported') }}"
         message = refused(chat, {"messages": [{"role": "system", "content": "x"}, *TALK]}, "messages")
-        assert "refuses a talk of system, user (System role not supported)" in message
+        assert "refuses a conversation of system, user (System role not supported)" in message
     finally:
         chat.chat_template = CHAT
 
@@ -341,7 +341,7 @@ def test_a_long_row_is_tokenised_without_a_word(
 @given(
     prompt=st.text(max_size=40), answer=st.text(min_size=1, max_size=40), most=st.integers(8, 60), ends=st.booleans()
 )
-def test_every_example_fits_and_learns_only_what_it_holds(
+def test_every_example_fits_and_its_targets_are_its_tokens(
     plain: PreTrainedTokenizerBase,
     bare: PreTrainedTokenizerBase,
     prompt: str,
@@ -389,11 +389,11 @@ def test_classes_are_the_labels_of_the_training_rows_sorted_or_those_agreed() ->
 @pytest.mark.parametrize(
     ("train", "test", "agreed", "message"),
     [
-        (["yes", "no"], ["no", "maybe"], (), r"held-out row 2: the label 'maybe' is not one of the 2 agreed ones"),
+        (["yes", "no"], ["no", "maybe"], (), r"held-out row 2: the label 'maybe' is not one of the 2 labels"),
         (["yes", "noo"], [], ("yes", "no"), r"row 2: the label 'noo' .* \(did you mean no\?\)"),
         (["yes", "yes"], [], (), "all rows have the label 'yes'; expected at least two labels in column label"),
         ([None, ""], [], (), "no row has a label"),
-        (["a"], [], ("a", "b", "a"), r"data\.labels names a label twice"),
+        (["a"], [], ("a", "b", "a"), r"data\.labels has a label twice"),
     ],
 )
 def test_labels_that_do_not_fit_are_refused(
@@ -422,4 +422,4 @@ def test_a_row_without_label_is_left_out_aloud(
 ) -> None:
     rows = [{"text": "a", "label": "no"}, {"text": "b", "label": None}, {"text": "", "label": "yes"}]
     assert [e.label for e in Renderer(plain, LABELLED, "label", ("no", "yes"))(rows)] == [0, 1]
-    assert "1 of 3 rows have no label and are left out: fill in data.columns.label" in caplog.text
+    assert "1 of 3 rows have no label and are skipped; fill in data.columns.label" in caplog.text

@@ -71,7 +71,7 @@ def test_no_draw_loses_or_doubles_a_row(number: int, clients: int, labels: int, 
     except DataError as error:
         shares, said = [], str(error)
     if not shares:
-        assert "take fewer clients" in said
+        assert "use fewer clients" in said
         return
     counts = Counter(held(shares))
     assert set(counts.values()) == {1}
@@ -98,7 +98,7 @@ def test_labels_that_no_client_gets_are_counted_aloud(caplog: pytest.LogCaptureF
     shares = divide(rows(made(100, 10)), spec("pathological", classes=2, num_clients=3), 0)
     missing = 100 - len(held(shares))
     assert missing >= 40
-    assert f"{missing} of 100 training rows belong to nobody: 3 clients with 2 labels each" in caplog.text
+    assert f"{missing} of 100 training rows are assigned to no client: 3 clients with 2 labels each" in caplog.text
 
 
 def test_a_small_alpha_skews_labels_more_than_a_large_one() -> None:
@@ -143,7 +143,7 @@ def test_a_list_of_owners_is_an_owner_of_its_own() -> None:
 def test_a_row_without_owner_is_named(owner: str | None) -> None:
     train: list[Row] = [*made(6), {"text": "x", "client": owner}]
     assert refusal(rows(train), spec("column", column="client")).startswith(
-        "row 7 has nothing in data.partition.column"
+        "row 7 has no value in data.partition.column"
     )
 
 
@@ -153,11 +153,11 @@ def test_held_out_rows_without_the_column_are_refused() -> None:
     assert "which held-out row 1 does not have" in message
 
 
-def test_held_out_rows_of_nobody_are_left_out_aloud(caplog: pytest.LogCaptureFixture) -> None:
+def test_held_out_rows_of_no_client_are_skipped_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
     test: list[Row] = [*made(6), *({"text": str(i), "client": f"far {i}"} for i in range(9))]
     shares = divide(rows(made(), test), spec("column", column="client"), 0)
     assert sum(len(share.test) for share in shares) == 6
-    assert "9 held-out rows are left out" in caplog.text
+    assert "9 held-out rows are skipped" in caplog.text
     assert "far 0, far 1, far 2, far 3, far 4 and 4 more" in caplog.text
 
 
@@ -193,7 +193,7 @@ def test_clients_without_held_out_rows_are_named_in_one_line(caplog: pytest.LogC
     train: list[Row] = [{"text": str(i), "client": f"c{i}"} for i in range(8)]
     assert len(divide(rows(train), spec("column", column="client"), 0)) == 8
     assert [record.getMessage() for record in caplog.records] == [
-        "trained but not scored, having no held-out rows: c0, c1, c2, c3, c4 and 3 more"
+        "clients without held-out rows are trained but not evaluated: c0, c1, c2, c3, c4 and 3 more"
     ]
 
 
@@ -210,7 +210,7 @@ def test_more_clients_than_rows_are_refused_with_both_numbers() -> None:
 def test_a_client_without_enough_rows_is_named() -> None:
     train: list[Row] = [*made(6), {"text": "x", "client": "small"}]
     message = refusal(rows(train), spec("column", column="client", min_rows=2))
-    assert message.startswith("client small has 1 training rows, at least 2 are needed")
+    assert message.startswith("client small has 1 training rows; expected at least 2")
 
 
 def test_a_client_with_equal_rows_only_cannot_hold_any_out() -> None:
@@ -227,7 +227,7 @@ def test_a_client_with_equal_rows_only_cannot_hold_any_out() -> None:
         ("column", {"column": "lable"}, "data.partition.kind=iid"),
     ],
 )
-def test_what_cannot_be_divided_is_refused_in_a_sentence(kind: Kind, changes: dict[str, object], said: str) -> None:
+def test_impossible_partitions_are_refused(kind: Kind, changes: dict[str, object], said: str) -> None:
     assert said in refusal(rows(made()), spec(kind, **changes))
 
 

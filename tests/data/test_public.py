@@ -44,7 +44,7 @@ def test_rows_without_text_are_refused(to_classify: Renderer) -> None:
         examples([{"words": "ab"}], CLASSIFY, to_classify, CLASSES)
 
 
-def test_running_text_serves_beside_answers(words: PreTrainedTokenizerBase) -> None:
+def test_plain_text_serves_as_public_rows_of_answers(words: PreTrainedTokenizerBase) -> None:
     spec = DataSpec(template="plain", columns=ColumnsSpec(response="answer"))
     renderer = Renderer(words, spec, "response")
     answered = examples([{"instruction": "a", "answer": "bc"}], spec, renderer, ())

@@ -121,7 +121,7 @@ def test_a_saved_dataset_dict_gives_its_splits(tmp_path: Path, caplog: pytest.Lo
     datasets.DatasetDict(splits).save_to_disk(str(tmp_path / "saved"))
     found = read(spec(tmp_path / "saved"), 0)
     assert (found.train, found.test) == ([{"client": "a", "text": "train"}], [{"client": "a", "text": "test"}])
-    assert "not read: dev" in caplog.text
+    assert "are not read: dev" in caplog.text
 
 
 def test_data_test_may_be_a_file_or_a_folder_with_a_test_file(tmp_path: Path) -> None:
@@ -165,7 +165,7 @@ def test_row_hash_depends_on_content_and_seed_alone() -> None:
 def test_columns_that_nothing_uses_are_named_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     rows: list[Row] = [{**row, "id": 1, "note": "x"} for row in ROWS]
     read(spec(write_jsonl(tmp_path / "a.jsonl", rows)), 0)
-    assert [record.getMessage().split(";")[0] for record in caplog.records] == ["columns that nothing uses: id, note"]
+    assert [record.getMessage().split(";")[0] for record in caplog.records] == ["unused columns: id, note"]
 
 
 @pytest.mark.parametrize(
@@ -228,7 +228,7 @@ def test_a_file_cut_in_half_is_answered_with_the_last_line_that_was_whole(tmp_pa
     path = write_jsonl(tmp_path / "a.jsonl.gz", rows)
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     message = refusal(spec(path))
-    assert "breaks off after line" in message
+    assert "is truncated after line" in message
     assert 100 < int(message.split("after line ")[1].split()[0]) < 1900
 
 
@@ -237,9 +237,9 @@ def test_a_corrupted_gzip_is_answered_in_a_sentence(tmp_path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[14:20] = b"\xff" * 6
     path.write_bytes(content)
-    assert "breaks off" in refusal(spec(path))
+    assert "is truncated" in refusal(spec(path))
     path.write_text("not gzip at all", "utf-8")
-    assert "breaks off after line 0" in refusal(spec(path))
+    assert "is truncated after line 0" in refusal(spec(path))
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.csv"])
@@ -254,7 +254,7 @@ def test_text_that_is_not_utf8_is_named_by_line(tmp_path: Path, name: str) -> No
 def test_an_empty_file_is_refused(tmp_path: Path, name: str) -> None:
     path = tmp_path / name
     path.write_bytes(gzip.compress(b"") if name.endswith(".gz") else b"")
-    assert "holds no rows" in refusal(spec(path))
+    assert "has no rows" in refusal(spec(path))
 
 
 def test_an_empty_test_file_is_refused(tmp_path: Path) -> None:
@@ -271,7 +271,7 @@ def test_a_csv_line_with_too_few_fields_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("text", "said"),
-    [('instruction,response\nsay,"ja', "is not CSV"), ("text,text\na,b\n", "names a column twice: text, text")],
+    [('instruction,response\nsay,"ja', "is not CSV"), ("text,text\na,b\n", "has a column twice: text, text")],
 )
 def test_a_csv_that_is_none_is_refused(tmp_path: Path, text: str, said: str) -> None:
     path = tmp_path / "a.csv"
@@ -313,7 +313,7 @@ def test_a_file_that_cannot_be_read_is_answered_in_a_sentence(tmp_path: Path, na
 
 @pytest.mark.parametrize("source", ["no/such/file.jsonl", "./nothing", "missing.csv", "~/nothing-here", "a/b/c"])
 def test_a_missing_file_is_refused_without_asking_the_hub(source: str) -> None:
-    assert refusal(spec(source)).startswith(f"there is no file or folder {source}")
+    assert refusal(spec(source)).startswith(f"file or folder {source} does not exist")
 
 
 def test_a_file_of_an_unknown_kind_says_what_can_be_read(tmp_path: Path) -> None:
@@ -324,13 +324,13 @@ def test_a_file_of_an_unknown_kind_says_what_can_be_read(tmp_path: Path) -> None
 
 def test_a_folder_without_rows_says_what_it_holds(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("x", "utf-8")
-    assert "it holds notes.txt" in refusal(spec(tmp_path))
+    assert "it has notes.txt" in refusal(spec(tmp_path))
 
 
 def test_a_saved_data_set_that_is_not_whole_is_refused(tmp_path: Path) -> None:
     path = write_saved(tmp_path / "saved", ROWS)
     next(path.glob("*.arrow")).unlink()
-    assert "is not a whole data set" in refusal(spec(path))
+    assert "is not a complete data set" in refusal(spec(path))
 
 
 def test_a_hub_id_without_network_says_what_was_tried(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -338,13 +338,13 @@ def test_a_hub_id_without_network_says_what_was_tried(monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     message = refusal(spec("nobody/nothing-v1.5"))
-    assert "nobody/nothing-v1.5 is no embedded source (families, gazetteer, pydocs), no file or folder here" in message
+    assert "nobody/nothing-v1.5 is not an embedded source (families, gazetteer, pydocs), file or folder" in message
     assert "check the name and the network" in message
 
 
 def test_options_are_for_those_who_take_them(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", ROWS)
-    assert "a file has no options" in refusal(spec(path, options={"train_rows": 3}))
+    assert "which has no options" in refusal(spec(path, options={"train_rows": 3}))
     assert "did you mean name?" in refusal(spec("nobody/nothing", options={"nam": "x"}))
     assert "did you mean num_clients?" in refusal(spec("gazetteer", options={"num_client": 3}))
     assert "data.source=gazetteer" in refusal(spec("gazetteer", options={"num_clients": "three"}))
@@ -390,5 +390,5 @@ def test_public_rows_of_a_file_leave_the_clients_theirs(tmp_path: Path) -> None:
 
 
 def test_a_public_share_that_leaves_one_side_none_is_refused() -> None:
-    with pytest.raises(DataError, match="leaves one side none"):
+    with pytest.raises(DataError, match="leaves one side without rows"):
         set_aside(Rows([{"text": "a"}, {"text": "b"}], [], ""), DataSpec(public_share=0.1), 0)

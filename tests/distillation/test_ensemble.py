@@ -1,4 +1,4 @@
-"""Identities of averaging and teaching: all words is no loss, one client is itself, one's own scores teach nothing."""
+"""Identities of ensemble distillation: k = V loses nothing, one client is itself, own scores change nothing."""
 
 import math
 from pathlib import Path
@@ -42,8 +42,8 @@ def stirred(model: nn.Module, seed: int) -> nn.Module:
 
 
 def scored(model: nn.Module, rows: list[Example], k: int = 0, weighting: ensemble.Weighting = "uniform") -> Scores:
-    words = ensemble.choose(model, rows, k, 2) if k else None
-    return ensemble.score(model, rows, words, temperature=2.0, batch_size=2, weighting=weighting)
+    tokens = ensemble.choose_tokens(model, rows, k, 2) if k else None
+    return ensemble.score(model, rows, tokens, temperature=2.0, batch_size=2, weighting=weighting)
 
 
 def taught(model: nn.Module, rows: list[Example], teacher: Scores) -> dict[str, Tensor]:
@@ -57,12 +57,12 @@ def taught(model: nn.Module, rows: list[Example], teacher: Scores) -> dict[str, 
 
 
 @pytest.mark.parametrize("k", [0, 8])
-def test_own_scores_teach_a_language_model_nothing(speaker: nn.Module, k: int) -> None:
+def test_own_scores_do_not_change_a_language_model(speaker: nn.Module, k: int) -> None:
     moved = taught(speaker, TOKENS, scored(speaker, TOKENS, k))
     assert max(float(change.abs().max()) for change in moved.values()) < 1e-6
 
 
-def test_own_scores_teach_a_classifier_nothing(tiny_encoder: Path) -> None:
+def test_own_scores_do_not_change_a_classifier(tiny_encoder: Path) -> None:
     # Dropout would make the pupil another model than its teacher.
     model = stirred(loading.load_model(ModelSpec(str(tiny_encoder)), AdapterSpec(rank=2), 0, ("a", "b", "c")), 1)
     for module in model.modules():
@@ -72,11 +72,11 @@ def test_own_scores_teach_a_classifier_nothing(tiny_encoder: Path) -> None:
     assert max(float(change.abs().max()) for change in moved.values()) < 1e-5
 
 
-def test_all_words_chosen_teach_what_full_scores_teach(tiny_model: Path, speaker: nn.Module) -> None:
+def test_all_tokens_chosen_equal_full_scores(tiny_model: Path, speaker: nn.Module) -> None:
     other = stirred(loading.load_model(ModelSpec(str(tiny_model)), AdapterSpec(rank=2), 0), 2)
-    words = ensemble.choose(other, TOKENS, V, 2)
-    assert words.shape == (5, V)
-    chosen = ensemble.score(other, TOKENS, words, temperature=2.0, batch_size=2)
+    tokens = ensemble.choose_tokens(other, TOKENS, V, 2)
+    assert tokens.shape == (5, V)
+    chosen = ensemble.score(other, TOKENS, tokens, temperature=2.0, batch_size=2)
     full, every = taught(speaker, TOKENS, scored(other, TOKENS)), taught(speaker, TOKENS, chosen)
     for name, change in full.items():
         assert change.any()
@@ -93,12 +93,12 @@ def test_a_step_lowers_the_distance_to_the_teacher(tiny_model: Path, speaker: nn
 
 def test_buckets_hold_all_mass_and_the_next_token(speaker: nn.Module) -> None:
     found = scored(speaker, TOKENS, 4)
-    assert found.words_NK is not None
+    assert found.tokens_NK is not None
     torch.testing.assert_close(found.log_probs_NB.exp().sum(1), torch.ones(5))
-    assert [word in row for word, row in zip([6, 7, 8, 10, 30], found.words_NK.tolist(), strict=True)] == [True] * 5
+    assert [token in row for token, row in zip([6, 7, 8, 10, 30], found.tokens_NK.tolist(), strict=True)] == [True] * 5
 
 
-def test_batches_do_not_change_what_is_said(speaker: nn.Module) -> None:
+def test_batch_size_does_not_change_scores(speaker: nn.Module) -> None:
     one = ensemble.score(speaker, TOKENS, None, temperature=1.0, batch_size=1)
     torch.testing.assert_close(
         one.log_probs_NB, ensemble.score(speaker, TOKENS, None, temperature=1.0, batch_size=3).log_probs_NB
@@ -107,50 +107,50 @@ def test_batches_do_not_change_what_is_said(speaker: nn.Module) -> None:
 
 def test_an_ensemble_of_one_is_that_one(speaker: nn.Module, classifier: nn.Module) -> None:
     for own in (scored(speaker, TOKENS, 8), scored(classifier, ROWS)):
-        guide = torch.full(own.log_probs_NB.shape, -1.0, dtype=torch.float64)
-        found = ensemble.ensemble(guide, ensemble.share(guide, own), None)
+        server = torch.full(own.log_probs_NB.shape, -1.0, dtype=torch.float64)
+        found = ensemble.ensemble(server, ensemble.contribution(server, own), None)
         torch.testing.assert_close(found.float(), own.log_probs_NB)
 
 
 def test_an_ensemble_is_the_softmax_of_mean_logits() -> None:
     logits = torch.randn(3, 4, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    guide = logits[0].log_softmax(1)
-    parts = [ensemble.share(guide, Scores(one.log_softmax(1), None, 5, torch.ones(4))) for one in logits]
-    found = ensemble.ensemble(guide, torch.stack(parts).mean(0), None)
+    server = logits[0].log_softmax(1)
+    parts = [ensemble.contribution(server, Scores(one.log_softmax(1), None, 5, torch.ones(4))) for one in logits]
+    found = ensemble.ensemble(server, torch.stack(parts).mean(0), None)
     torch.testing.assert_close(found, logits.mean(0).log_softmax(1))
 
 
 def test_who_did_not_score_a_row_does_not_move_its_mean() -> None:
     logits = torch.randn(3, 2, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     weights = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 0.0]])
-    guide = torch.randn(2, 5, dtype=torch.float64).log_softmax(1)
+    server = torch.randn(2, 5, dtype=torch.float64).log_softmax(1)
     every = [Scores(one.log_softmax(1), None, 5, w) for one, w in zip(logits, weights, strict=True)]
-    mean = torch.stack([ensemble.share(guide, one) for one in every]).mean(0)
-    found = ensemble.ensemble(guide, mean, weights.mean(0))
+    mean = torch.stack([ensemble.contribution(server, one) for one in every]).mean(0)
+    found = ensemble.ensemble(server, mean, weights.mean(0))
     torch.testing.assert_close(found[0], logits[:2, 0].mean(0).log_softmax(0), rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(found[1], guide[1])
+    torch.testing.assert_close(found[1], server[1])
 
 
-def test_noise_that_drowns_the_counts_leaves_the_guide() -> None:
-    guide = torch.randn(2, 5, dtype=torch.float64).log_softmax(1)
-    torch.testing.assert_close(ensemble.ensemble(guide, guide + 9.0, torch.tensor([-0.5, 0.0])), guide)
+def test_weights_lost_in_noise_leave_the_global_scores() -> None:
+    server = torch.randn(2, 5, dtype=torch.float64).log_softmax(1)
+    torch.testing.assert_close(ensemble.ensemble(server, server + 9.0, torch.tensor([-0.5, 0.0])), server)
 
 
 @pytest.mark.parametrize(("wire", "most"), [("float32", 1e-6), ("float16", 4e-3), ("int8", ensemble.STEP / 2 + 1e-9)])
-def test_what_travels_is_near_what_was_said(wire: ensemble.Wire, most: float) -> None:
-    said = torch.linspace(-ensemble.RANGE, 0, 999)[None]
-    back = ensemble.decode(ensemble.encode(said, wire), wire)
-    assert float((back - said).abs().max()) <= most
+def test_encoding_rounds_by_less_than_a_step(wire: ensemble.Wire, most: float) -> None:
+    sent = torch.linspace(-ensemble.RANGE, 0, 999)[None]
+    back = ensemble.decode(ensemble.encode(sent, wire), wire)
+    assert float((back - sent).abs().max()) <= most
 
 
 def test_the_mean_of_int8_codes_is_the_code_of_the_mean() -> None:
-    said = torch.tensor([[-1.0, -4.0], [-3.0, -9.0]])
-    codes = ensemble.encode(said, "int8").double()
-    assert float((ensemble.decode(codes.mean(0)[None], "int8") - said.mean(0)).abs().max()) <= ensemble.STEP / 2
+    sent = torch.tensor([[-1.0, -4.0], [-3.0, -9.0]])
+    codes = ensemble.encode(sent, "int8").double()
+    assert float((ensemble.decode(codes.mean(0)[None], "int8") - sent.mean(0)).abs().max()) <= ensemble.STEP / 2
 
 
-def test_no_mass_travels_as_the_least_that_there_is() -> None:
-    assert ensemble.encode(torch.tensor([[-math.inf]]), "float16").item() == losses.LEAST
+def test_probability_zero_is_encoded_as_the_smallest_value() -> None:
+    assert ensemble.encode(torch.tensor([[-math.inf]]), "float16").item() == losses.MIN_LOG_PROB
 
 
 def test_a_sure_model_counts_more(classifier: nn.Module) -> None:

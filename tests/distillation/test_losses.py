@@ -12,17 +12,17 @@ from kilofed.errors import ModelError
 BOTH = pytest.mark.parametrize("kl", [losses.forward_kl, losses.reverse_kl])
 
 
-def scores(seed: int, positions: int = 5, words: int = 11) -> Tensor:
-    return 3 * torch.randn(positions, words, generator=torch.Generator().manual_seed(seed))
+def scores(seed: int, positions: int = 5, tokens: int = 11) -> Tensor:
+    return 3 * torch.randn(positions, tokens, generator=torch.Generator().manual_seed(seed))
 
 
-def test_forward_kl_of_two_words_by_hand() -> None:
+def test_forward_kl_of_two_tokens_by_hand() -> None:
     teacher, student = torch.tensor([[0.25, 0.75]]).log(), torch.tensor([[0.5, 0.5]]).log()
     expected = 0.25 * math.log(0.25 / 0.5) + 0.75 * math.log(0.75 / 0.5)
     assert losses.forward_kl(teacher, student).item() == pytest.approx(expected, rel=1e-6)
 
 
-def test_reverse_kl_of_two_words_by_hand() -> None:
+def test_reverse_kl_of_two_tokens_by_hand() -> None:
     teacher, student = torch.tensor([[0.25, 0.75]]).log(), torch.tensor([[0.5, 0.5]]).log()
     expected = 0.5 * math.log(0.5 / 0.25) + 0.5 * math.log(0.5 / 0.75)
     assert losses.reverse_kl(teacher, student).item() == pytest.approx(expected, rel=1e-6)
@@ -30,7 +30,7 @@ def test_reverse_kl_of_two_words_by_hand() -> None:
 
 @BOTH
 @pytest.mark.parametrize("k", [0, 1, 4, 11])
-def test_equal_distributions_are_zero_apart_however_many_words_are_known(kl, k: int) -> None:
+def test_equal_distributions_are_zero_apart_for_any_k(kl, k: int) -> None:
     logits = scores(0)
     teacher = losses.top_k(logits, k, 2.0) if k else logits
     assert kl(teacher, logits + 7.0, 2.0).abs().max() < 1e-5  # A constant moves no probability.
@@ -46,7 +46,7 @@ def test_top_k_of_the_whole_vocabulary_is_the_full_kl(kl, temperature: float) ->
 
 
 @BOTH
-def test_fewer_words_never_show_more_difference(kl) -> None:
+def test_smaller_k_never_gives_a_larger_kl(kl) -> None:
     teacher, student = scores(1), scores(2)
     by_k = torch.stack([kl(losses.top_k(teacher, k), student) for k in range(1, 12)])
     assert (by_k.diff(dim=0) >= -1e-6).all()
@@ -103,7 +103,7 @@ def test_no_gradient_reaches_the_teacher(kl, k: int) -> None:
     assert student.grad is not None
 
 
-def test_the_rest_of_an_api_is_what_its_best_words_leave() -> None:
+def test_the_rest_of_an_api_is_one_minus_its_top_tokens() -> None:
     full = losses.top_k(scores(13), 4)
     given = losses.from_log_probs(full.ids_NK, full.log_probs_NK, 11)
     torch.testing.assert_close(given.rest_N, full.rest_N, rtol=1e-4, atol=1e-5)
@@ -145,8 +145,8 @@ def test_packed_scores_come_back_within_a_step(packing: losses.Packing, most: fl
     assert (back.log_probs_NK - teacher.log_probs_NK).abs().max() < most
     assert torch.equal(back.rest_N.isfinite(), teacher.rest_N.isfinite())
     torch.testing.assert_close(back.log_probs_NK.exp().sum(1) + back.rest_N.exp(), torch.ones(5))
-    narrow = sum(t.numel() * t.element_size() for t in packed.values()) - 5 * 2 * k
-    assert narrow == {"float16": 5 * 2 * (k + 1), "int8": 5 * (k + 1 + 8)}[packing]
+    id_dtype = sum(t.numel() * t.element_size() for t in packed.values()) - 5 * 2 * k
+    assert id_dtype == {"float16": 5 * 2 * (k + 1), "int8": 5 * (k + 1 + 8)}[packing]
 
 
 def test_a_large_vocabulary_keeps_its_word_numbers() -> None:
@@ -158,14 +158,14 @@ def test_a_large_vocabulary_keeps_its_word_numbers() -> None:
 
 def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(ModelError, match="one tokeniser"):
-        losses.forward_kl(scores(0), scores(0, words=12))
+        losses.forward_kl(scores(0), scores(0, tokens=12))
     with pytest.raises(ModelError, match="one tokeniser"):
         losses.reverse_kl(losses.top_k(scores(0), 3), scores(0, positions=4))
     with pytest.raises(ModelError, match="temperature 1, the loss is at 2"):
         losses.forward_kl(losses.top_k(scores(0), 3), scores(0), 2.0)
     packed = losses.pack(losses.top_k(scores(0), 3), "float16")
     for broken in ({}, {**packed, "values": packed["values"][:, 1:]}):
-        with pytest.raises(ModelError, match="not packed scores"):
+        with pytest.raises(ModelError, match="packed teacher scores are invalid"):
             losses.unpack(broken, 11)
     with pytest.raises(ModelError, match="not below 4"):
         losses.unpack(packed, 4)

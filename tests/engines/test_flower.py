@@ -64,7 +64,7 @@ def test_an_actor_that_cannot_start_says_why(tiny_recipe: Recipe, tmp_path: Path
     gone = replace(tiny_recipe, model=replace(tiny_recipe.model, path=str(tmp_path / "gone")))
     text = json.dumps(to_table(gone))
     with closing(open_engine(EngineSpec("flower", timeout=300), [0, 1], text, tmp_path, Sites(gone).handle)) as engine:
-        with pytest.raises(ModelError, match=r"^there is no model directory .*gone"):
+        with pytest.raises(ModelError, match=r"^model directory .*gone does not exist"):
             list(engine.exchange({0: Payload(scalars=address("fit", "mean", 1, 0)).encode()}))
 
 

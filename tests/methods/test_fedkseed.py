@@ -1,4 +1,4 @@
-"""FedKSeed collapses to FedAvg of the walked models; what is quantised, disclosed or rolled changes no more than it says."""
+"""FedKSeed collapses to FedAvg of the clients' models; quantisation, disclosure and new pools do only what they state."""
 
 import math
 
@@ -16,7 +16,7 @@ from kilofed.models import loading, training
 from kilofed.payload import Payload
 from kilofed.privacy.mechanisms import Mechanism
 from kilofed.zeroth import codec, seed_log, two_point
-from kilofed.zeroth.seed_log import Order, Report
+from kilofed.zeroth.seed_log import Report, Request
 
 FULL = {"adapter.kind": "full"}
 EXACT = {"bits_up": 32, "bits_down": 32, "overrides": FULL}
@@ -27,17 +27,17 @@ def delivered(federation) -> dict[str, torch.Tensor]:
     return loading.read_trained(federation.sites.method.deliver(federation.server))
 
 
-def test_the_server_model_is_fedavg_of_the_walked_models(federate) -> None:
+def test_the_server_model_is_fedavg_of_the_clients_models(federate) -> None:
     found = federate("fedkseed", rounds=1, bits_up=32, bits_down=32, overrides=UNEVEN)
     method, seed, weights, ends = found.sites.method, found.server.seed, [], []
-    stream, pool = method.stream(found.server.model), method.pool(seed, 0)
+    perturbed, pool = method.perturbed(found.server.model), method.pools.pool(seed, 0)
     start = two_point.Point((pool.at(np.zeros(64, np.float32)),))
     for number in found.sites.client_ids():
         client = found.sites.site(number).client
         stretch = training.batches(client.data, TrainSpec(batch_size=1), first=0, count=3, order=client.order)
         seeds = pool.sample(1, number, 3).tolist()
-        done = two_point.walk(stream, start, seeds, stretch, two_point.Steps(method.eps, method.lr))
-        ends.append({name: tensor.double().clone() for name, tensor in stream.weights(done.end)})
+        done = two_point.take_steps(perturbed, start, seeds, stretch, two_point.StepSettings(method.eps, method.lr))
+        ends.append({name: tensor.double().clone() for name, tensor in perturbed.weights(done.end)})
         weights.append(len(client.data))
     assert len(set(weights)) > 1
     for name, tensor in delivered(found).items():
@@ -70,7 +70,7 @@ def test_fine_quantisation_is_float32_on_the_wire(federate) -> None:
         assert (tensor - delivered(fine)[name]).norm() <= 1e-3 * (tensor - start[name]).norm() + 1e-6
 
 
-def test_numbers_on_the_grid_lose_nothing() -> None:
+def test_numbers_on_the_grid_are_exact() -> None:
     exact = np.arange(-31, 33, dtype=np.float64) / 1024
     state, delta = codec.advance(codec.State.zeros(64), exact, bits=8)
     assert np.array_equal(state.values, exact.astype(np.float32))
@@ -83,46 +83,26 @@ def test_numbers_on_the_grid_lose_nothing() -> None:
 def test_deltas_and_whole_states_lead_to_the_same_state(federate) -> None:
     found = federate("fedkseed", rounds=3, epoch=2, fresh=True, overrides={**FULL, "rounds": 3})
     server, method = found.server, found.sites.method
-    method.begin(server.state, 4)
-    point = method.point(server.seed, server.state)
+    method.pools.begin(server.state, 4)
+    point = method.pools.point(server.seed, server.state)
     for held in [(-1, -1), (0, 0), (0, 1), (0, 2), (1, 0), (1, 1)]:
         client = found.sites.site(0).client
         client.state = {}
         if held[0] >= 0:  # What a client that left after that round has on its disk.
             past = federate("fedkseed", rounds=2 * held[0] + held[1], epoch=2, overrides={**FULL, "rounds": 3})
             client.state = {k: t for k, t in past.server.state.items() if k.startswith("state.")}
-        method._receive(client, Order(1, messages=method._messages(server.state, held)))
-        reached = method.point(server.seed, client.state, epochs=2)
+        method._receive(client, Request(1, updates=method.pools.updates(server.state, held)))
+        reached = method.pools.point(server.seed, client.state, num_pools=2)
         assert all(np.array_equal(a.a, b.a) for a, b in zip(reached.chain, point.chain, strict=True))
 
 
-def test_pools_that_roll_start_where_the_last_one_ended(federate) -> None:
+def test_a_new_pool_starts_from_the_weights_of_the_last_one(federate) -> None:
     found = federate("fedkseed", rounds=2, epoch=1, **EXACT)
     one = federate("fedkseed", rounds=1, **EXACT)
-    chain = found.sites.method.point(found.server.seed, found.server.state).chain
+    chain = found.sites.method.pools.point(found.server.seed, found.server.state).chain
     assert len(chain) == 2
     assert chain[0].pool.key != chain[1].pool.key
-    assert np.array_equal(chain[0].a, one.sites.method.point(one.server.seed, one.server.state).chain[0].a)
-
-
-def test_equal_interest_is_uniform_and_unequal_is_the_papers_formula() -> None:
-    assert np.allclose(seed_log.probabilities(seed_log.interest(np.full(64, 3.0), np.ones(64), "pro")), 1 / 64)
-    sizes, counts = np.array([6.0, 2.0, 0.0, 4.0]), np.array([2.0, 1.0, 0.0, 3.0])
-    a = sizes / (counts + 1)  # The history of a seed begins with a zero.
-    n = (a - a.min()) / (a.max() + 1e-10 - a.min())
-    expected = np.exp(n) / np.exp(n).sum()
-    assert np.allclose(seed_log.probabilities(seed_log.interest(sizes, counts, "pro")), expected, atol=1e-12)
-    fair = seed_log.interest(sizes, counts, "pro-unbiased")  # Means 3, 2, 4/3; 2 where nothing is known.
-    assert np.allclose(fair, [1, 0.4, 0.4, 0], atol=1e-9)
-
-
-def test_chances_arrive_within_a_thirtieth_of_a_nat() -> None:
-    interests = np.random.default_rng(0).random(256)
-    interests[:2] = 0, 1
-    weights = seed_log.integer_chances(seed_log.encode_levels(interests))
-    off = np.log(weights / weights.sum()) - np.log(seed_log.probabilities(interests))
-    assert np.abs(off - off.mean()).max() < 1 / 30 + 2e-3
-    assert seed_log.integer_chances(b"") is None
+    assert np.array_equal(chain[0].a, one.sites.method.pools.point(one.server.seed, one.server.state).chain[0].a)
 
 
 @pytest.mark.parametrize("sampling", ["pro", "pro-unbiased"])
@@ -146,7 +126,7 @@ def test_a_client_with_another_base_model_is_named(federate) -> None:
         method.walk(client, asks[2])
 
 
-def test_other_weights_stop_the_run_even_where_failures_are_skipped(federate) -> None:
+def test_wrong_weights_stop_the_run_even_where_failures_are_skipped(federate) -> None:
     found = federate("fedkseed", rounds=1, fresh=True, overrides=FULL)
     ids, sites = found.sites.client_ids(), found.sites
 
@@ -165,41 +145,30 @@ def test_other_weights_stop_the_run_even_where_failures_are_skipped(federate) ->
         sites.method.round(found.server, cohort)
 
 
-def test_charts_show_every_coefficient_in_order_and_chances_that_sum_to_k(federate) -> None:
+def test_charts_show_every_coefficient_in_order_and_probabilities_that_sum_to_k(federate) -> None:
     found = federate("fedkseed", sampling="pro", overrides=FULL)
     walked, chances = found.sites.method.presentation().charts(found.server, [])
     sizes = [y for _, y in walked.lines["coefficients"]]
     assert len(sizes) == 64
     assert sizes == sorted(sizes, reverse=True)
-    assert sizes[0] == np.abs(found.sites.method.values(found.server.state, 0)).max() > 0
+    assert sizes[0] == np.abs(found.sites.method.pools.coefficients(found.server.state, 0)).max() > 0
     assert sum(y for _, y in chances.lines["pro"]) == pytest.approx(64)
     uniform = federate("fedkseed", overrides=FULL)
     assert len(uniform.sites.method.presentation().charts(uniform.server, [])) == 1
 
 
-def test_slopes_that_cannot_be_believed_are_refused_and_named(federate) -> None:
+def test_gradients_out_of_range_are_refused_and_their_client_named(federate) -> None:
     method = federate("fedkseed", rounds=0, max_slope=1e4, overrides=FULL).sites.method
     good, steep = Report(9, 1.0, (), np.ones(3)).pack(6), Report(9, 1.0, (), np.full(3, 1e5)).pack(32)
-    for broken, words in ((steep, "slope of size 100000"), (good[:-1], "checksum"), (b"", "cut off")):
+    for broken, words in ((steep, "gradient of magnitude 100000"), (good[:-1], "checksum"), (b"", "truncated")):
         with pytest.raises(PayloadError, match=words):
-            method.report(broken)
+            method.pools.report(broken)
     cohort = Cohort([0, 1], InProcess([0, 1], lambda *_: b""), Ledger(), Mechanism(), round=1)
     replies = {0: Payload({"b": seed_log.to_tensor(good)}), 1: Payload({"b": seed_log.to_tensor(steep)})}
-    assert method._accepted(replies, cohort) == {0: good}
-    assert "refused: a slope of size 100000" in cohort.failures[1]
+    assert method._valid_reports(replies, cohort) == {0: good}
+    assert "refused: a gradient of magnitude 100000" in cohort.failures[1]
     with pytest.raises(TooFewReplies):
-        method._accepted({1: replies[1]}, cohort)
-
-
-def test_a_report_keeps_what_it_says() -> None:
-    report = Report(12, 1.5, (1, 3), np.array([1.0, 0.0, -2.0, 0.0]))
-    back = Report.unpack(report.pack(32), num_steps=4, max_slope=10)
-    assert (back.weight, back.loss, back.skipped) == (12, 1.5, (1, 3))
-    assert np.array_equal(back.slopes, report.slopes)
-    sums = back.sums(np.array([5, 6, 5, 7]), 64)
-    assert sums[0, 5] == -1
-    assert sums[1, 5] == 3
-    assert sums[2].tolist()[5:8] == [2, 0, 0]
+        method._valid_reports({1: replies[1]}, cohort)
 
 
 @pytest.mark.parametrize(
@@ -213,7 +182,7 @@ def test_a_report_keeps_what_it_says() -> None:
         ({"steps": 0}, "steps is 0"),
     ],
 )
-def test_fields_that_mean_nothing_are_refused(fields: dict[str, float], words: str) -> None:
+def test_fields_out_of_range_are_refused(fields: dict[str, float], words: str) -> None:
     with pytest.raises(KilofedError, match=words):
         FedKSeed(**fields)  # type: ignore[arg-type]
 

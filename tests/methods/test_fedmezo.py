@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from kilofed.errors import KilofedError, PrivacyError
-from kilofed.methods.fedmezo import FedMeZO, personalities
+from kilofed.methods.fedmezo import FedMeZO, relative_deviations
 
 
 def test_phi_sums_to_zero_is_bounded_by_one_and_follows_the_quality() -> None:
-    phi = personalities({0: 1.0, 3: 2.0, 7: 6.0, 9: 2.5})
+    phi = relative_deviations({0: 1.0, 3: 2.0, 7: 6.0, 9: 2.5})
     assert math.fsum(phi.values()) == pytest.approx(0, abs=1e-12)
     assert max(map(abs, phi.values())) == 1
     assert phi[7] == 1
@@ -19,8 +19,8 @@ def test_phi_sums_to_zero_is_bounded_by_one_and_follows_the_quality() -> None:
 
 @pytest.mark.parametrize("value", [0.0, 0.1, 3e7])
 def test_equal_clients_have_phi_zero(value: float) -> None:
-    assert set(personalities(dict.fromkeys(range(7), value)).values()) == {0.0}
-    assert personalities({}) == {}
+    assert set(relative_deviations(dict.fromkeys(range(7), value)).values()) == {0.0}
+    assert relative_deviations({}) == {}
 
 
 def test_with_range_zero_every_kind_of_rate_is_frozen(federate) -> None:
@@ -35,7 +35,7 @@ def test_with_rate_zero_nothing_is_learnt(federate) -> None:
     assert all(torch.equal(tensor, end[name]) for name, tensor in start.items())
 
 
-def test_personal_rates_begin_when_something_is_known(federate) -> None:
+def test_personal_rates_start_once_their_signal_is_known(federate) -> None:
     rates = {"lr": 1e-2, "lr_range": 5e-3}
     for kind, rounds, varied in (("round-wise", 0, False), ("round-wise", 1, True), ("five-round", 1, False)):
         found = federate("fedmezo", rounds=rounds, rates=kind, **rates)
@@ -48,7 +48,7 @@ def test_personal_rates_begin_when_something_is_known(federate) -> None:
     assert max(given, key=given.__getitem__) == max(distances, key=distances.__getitem__)
 
 
-def test_rates_that_look_at_single_clients_are_refused_under_privacy(federate) -> None:
+def test_rates_from_single_replies_are_refused_under_central_privacy(federate) -> None:
     central = {"privacy.kind": "central", "privacy.noise_key": "ab" * 16}
     with pytest.raises(PrivacyError):
         federate("fedmezo", rates="model-diff", lr_range=0.0, overrides=central)
@@ -62,6 +62,6 @@ def test_rates_that_look_at_single_clients_are_refused_under_privacy(federate) -
         ({"rates": "random", "lr_range": 1.0}, "lr_range"),
     ],
 )
-def test_fields_that_mean_nothing_are_refused(fields: dict[str, object], words: str) -> None:
+def test_fields_out_of_range_are_refused(fields: dict[str, object], words: str) -> None:
     with pytest.raises(KilofedError, match=words):
         FedMeZO(**fields)  # type: ignore[arg-type]

@@ -148,7 +148,7 @@ def test_public_rows_that_judge_are_not_taught_and_no_client_holds_any(federate)
 def test_teaching_whole_rows_reaches_prompts_too(federate) -> None:
     some, every = (federate("fedpt", rounds=0, tokens=kind) for kind in ("answers", "all"))
     counts = [
-        sum(training.collate([e]).num_learnt for e in f.sites.method.public_rows(f.server)[0]) for f in (some, every)
+        sum(training.collate([e]).num_targets for e in f.sites.method.public_rows(f.server)[0]) for f in (some, every)
     ]
     assert counts[1] > counts[0]
 

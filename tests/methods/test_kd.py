@@ -1,4 +1,4 @@
-"""KD-FedLLM: what collapses to what, clients with other models, and what it refuses."""
+"""KD-FedLLM: identities, clients with other models, refused inputs."""
 
 import json
 from pathlib import Path
@@ -40,25 +40,25 @@ def replies(found, round: int = 1) -> tuple[Payload, dict[int, Payload]]:
 
 
 @pytest.mark.parametrize("overrides", [{}, CLASSIFY], ids=["tokens", "classes"])
-def test_the_ensemble_of_one_client_is_what_it_says(federate, overrides: dict[str, Value]) -> None:
+def test_the_ensemble_of_one_client_is_its_own_scores(federate, overrides: dict[str, Value]) -> None:
     found = federate("kd", rounds=0, overrides=overrides, wire="float32", fresh=True)
     ask, answers = replies(found)
     teacher = found.sites.method.teacher(ask, answers[2])
     torch.testing.assert_close(teacher.log_probs_NB.float(), answers[2].tensors["log_probs"], rtol=1e-5, atol=1e-5)
 
 
-def test_sending_all_words_is_sending_the_best_of_all(federate) -> None:
-    """With k one below V a single word is in the bucket of all others, so nothing is hidden."""
+def test_top_k_of_all_tokens_equals_full_scores(federate) -> None:
+    """With k one below V the bucket of all other tokens holds a single token, so nothing is lost."""
     full = federate("kd", wire="float32", top_k=0, public_rows=2)
-    most = federate("kd", wire="float32", top_k=258, public_rows=2)
+    almost = federate("kd", wire="float32", top_k=258, public_rows=2)
     beyond = federate("kd", wire="float32", top_k=9999, public_rows=2)
     assert beyond.content == full.content
     for name, tensor in full.server.state.items():
-        torch.testing.assert_close(most.server.state[name], tensor, rtol=1e-2, atol=1e-4)
+        torch.testing.assert_close(almost.server.state[name], tensor, rtol=1e-2, atol=1e-4)
 
 
-def test_a_client_that_learns_nothing_teaches_nothing(federate) -> None:
-    # By plain gradient steps, as Adam makes steps of rounding errors too.
+def test_clients_that_do_not_train_do_not_change_the_server(federate) -> None:
+    # SGD, since Adam also turns rounding errors into full steps.
     still = federate("kd", overrides={"train.lr": 0.0, "train.optimizer": "sgd"}, guide_steps=0, wire="float32")
     start = federate("kd", rounds=0).server.state
     for name, tensor in start.items():
@@ -79,7 +79,7 @@ def first_message(found) -> Message:
     return message
 
 
-def test_only_what_is_said_of_public_rows_travels(federate) -> None:
+def test_only_scores_of_public_rows_are_sent(federate) -> None:
     found = federate("kd", rounds=1, public_rows=2)
     message = first_message(found)
     assert sorted(message.reply.tensors) == ["log_probs"]
@@ -88,19 +88,19 @@ def test_only_what_is_said_of_public_rows_travels(federate) -> None:
     assert message.reply.tensors["log_probs"].shape == (num, 9)
 
 
-@pytest.mark.parametrize(("wire", "most"), [("float16", 0.01), ("int8", ensemble.STEP)])
-def test_the_wire_moves_what_is_said_by_less_than_a_step(federate, wire: str, most: float) -> None:
-    said = []
+@pytest.mark.parametrize(("wire", "bound"), [("float16", 0.01), ("int8", ensemble.STEP)])
+def test_the_wire_format_rounds_by_less_than_a_step(federate, wire: str, bound: float) -> None:
+    scores = []
     for sent in ("float32", wire):
         found = federate("kd", rounds=0, wire=sent, fresh=True)
         ask, answers = replies(found)
-        said.append(found.sites.method.teacher(ask, answers[0]).log_probs_NB)
-    sure = said[0] > -ensemble.RANGE
-    assert 0 < float((said[0] - said[1])[sure].abs().max()) <= most
+        scores.append(found.sites.method.teacher(ask, answers[0]).log_probs_NB)
+    in_range = scores[0] > -ensemble.RANGE
+    assert 0 < float((scores[0] - scores[1])[in_range].abs().max()) <= bound
 
 
 @pytest.mark.parametrize("words", [{"weighting": "entropy"}, {"weighting": "confidence"}, {"score_share": 0.5}])
-def test_counts_are_sent_where_clients_count_differently(federate, words: dict[str, Value]) -> None:
+def test_weights_are_sent_where_they_differ_between_positions(federate, words: dict[str, Value]) -> None:
     found = federate("kd", **words)
     message = first_message(found)
     assert sorted(message.reply.tensors) == ["counts", "log_probs"]
@@ -126,7 +126,7 @@ def test_a_classifying_client_may_have_another_tokeniser(federate, tiny_encoder:
     assert found.metrics[-1]["train_loss"] > 0
 
 
-def test_another_vocabulary_is_refused_where_tokens_are_learnt(federate, tiny_model: Path, tmp_path: Path) -> None:
+def test_another_vocabulary_is_refused_for_language_models(federate, tiny_model: Path, tmp_path: Path) -> None:
     other = _with_another_word(tiny_model, tmp_path)
     with pytest.raises(ModelError, match="has another vocabulary than"):
         federate("kd", rounds=1, overrides={"method.models": {"0": str(other)}}, fresh=True)
@@ -138,7 +138,7 @@ def test_another_label_set_is_refused(federate, tiny_recipe: Recipe) -> None:
     names = ["site 0", "site 1", "site 2", "site 3"]
     for labels, message in (
         ([*names, "site 4"], "its model scores 5 classes, the server's 4"),
-        ([names[1], names[0], *names[2:]], "are not those of the server"),
+        ([names[1], names[0], *names[2:]], "differ from the server's"),
     ):
         sites = Sites(changed(found.recipe, {"data.labels": list(labels)}))
         client = sites.site(0).client
@@ -162,7 +162,7 @@ def test_no_public_rows_are_refused(federate) -> None:
 
 
 def test_a_client_with_logits_that_are_not_finite_is_named_and_left_out(federate, tmp_path: Path) -> None:
-    """A word that is in public rows alone makes the logits of one client's own model NaN."""
+    """A token that occurs in public rows only makes the logits of one client's model NaN."""
     public = tmp_path / "public.jsonl"
     public.write_text("".join(json.dumps({"instruction": f"~ {n}"}) + "\n" for n in range(3)), "utf-8")
     found = federate("kd", rounds=0, overrides={**CLASSIFY, "data.public": str(public)}, public_rows=0, fresh=True)

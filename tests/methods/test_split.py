@@ -52,7 +52,7 @@ def test_all_parameters_are_trained_with_the_head_at_the_client_as_without_a_cut
 
 @pytest.mark.slow
 @pytest.mark.parametrize("labels", ["server", "client"])
-def test_a_round_in_which_parts_are_averaged_half_way_is_two_rounds(federate, labels: str) -> None:
+def test_a_round_with_an_average_after_half_its_steps_is_two_rounds(federate, labels: str) -> None:
     sgd = {"train.optimizer": "sgd"}  # It remembers nothing that a new round would forget.
     words = {"labels": labels, "server_part": "averaged"}
     once = federate("split", rounds=1, overrides={**sgd, "train.steps": 4}, average_every=2, **words)
@@ -111,7 +111,7 @@ def test_int8_activations_take_a_quarter_of_the_bytes_and_bfloat16_half(federate
 
 @pytest.mark.slow
 @pytest.mark.parametrize("labels", ["server", "client"])
-def test_narrow_numbers_learn_almost_the_same(federate, labels: str) -> None:
+def test_16_and_8_bit_activations_train_almost_the_same(federate, labels: str) -> None:
     words = {"labels": labels, "server_part": "averaged"}
     sgd = {"train.optimizer": "sgd", "train.lr": 0.1, "train.steps": 4}
     start = federate("split", rounds=0, overrides=sgd, **words).server.state
@@ -125,9 +125,7 @@ def test_narrow_numbers_learn_almost_the_same(federate, labels: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("words", [{}, {"labels": "client"}, {"labels": "client", "server_part": "joint"}])
-def test_narrow_numbers_and_averages_half_way_outlive_the_process(
-    federate, words: dict[str, str], tmp_path: Path
-) -> None:
+def test_residuals_and_averages_survive_a_restart(federate, words: dict[str, str], tmp_path: Path) -> None:
     all_of_it = {**words, "activations": "int8", "gradients": "int8", "average_every": 1}
     how = {"adapter.dropout": 0.2, "train.max_grad_norm": 0.5}
     whole = federate("split", rounds=1, overrides=how, **all_of_it)
@@ -163,7 +161,7 @@ def leaving_after(num: int) -> type[Leaves]:
         pytest.param({"server_part": "joint", "labels": "client"}, 2, marks=pytest.mark.slow),
     ],
 )
-def test_a_client_lost_in_its_first_batch_leaves_no_trace(federate, words: dict[str, str], num: int) -> None:
+def test_a_client_lost_in_its_first_batch_has_no_effect(federate, words: dict[str, str], num: int) -> None:
     sgd = {"train.optimizer": "sgd", "train.lr": 0.1}
     found = federate("split", rounds=1, overrides=sgd, engine=leaving_after(num), **words)
     without = federate("split", rounds=1, overrides=sgd, engine=leaving_after(0), **words)
@@ -208,10 +206,10 @@ class Sends(InProcess):
         (lambda r: Payload({**r.tensors, "rows": r.tensors["rows"] * torch.nan}, r.scalars), "NaN or infinite"),
         (lambda r: Payload({**r.tensors, "rows": r.tensors["rows"][1:]}, r.scalars), "expected"),
         (lambda r: Payload({**r.tensors, "labels": r.tensors["labels"][1:]}, r.scalars), "labels for"),
-        (lambda r: Payload({n: t for n, t in r.tensors.items() if n != "lengths"}, r.scalars), "no lengths"),
+        (lambda r: Payload({n: t for n, t in r.tensors.items() if n != "lengths"}, r.scalars), "no valid lengths"),
     ],
 )
-def test_a_reply_that_is_no_batch_is_named_and_left_out(
+def test_an_invalid_reply_is_named_and_its_client_dropped(
     federate, wrong: Callable[[Payload], Payload], why: str
 ) -> None:
     found = federate("split", rounds=0, fresh=True)
@@ -250,7 +248,7 @@ def test_a_cut_that_leaves_a_side_empty_is_refused(federate, cut: int) -> None:
         federate("split", cut=cut)
 
 
-def test_what_cannot_be_split_is_refused_with_what_to_do(federate) -> None:
+def test_settings_that_cannot_be_split_are_refused(federate) -> None:
     with pytest.raises(RecipeError, match=r"set method\.labels=client"):
         federate("split", overrides=FULL)
     with pytest.raises(RecipeError, match=r"set 1 and a smaller train\.batch_size"):
@@ -259,13 +257,13 @@ def test_what_cannot_be_split_is_refused_with_what_to_do(federate) -> None:
         federate("split", overrides={"privacy.kind": "central"})
 
 
-def test_the_report_says_what_the_server_can_read(federate) -> None:
+def test_the_report_has_the_reconstruction_attacks(federate) -> None:
     found = federate("split")
     rows = [row for client in range(4) for row in found.sites.corpus.test_examples(client)]
     (chart,) = found.sites.method.presentation().charts(found.server, rows)
     assert set(chart.lines) == {"linear inverter", "nearest embedding"}
     assert [x for x, _ in chart.lines["linear inverter"]] == [1]
-    assert "tokens off the activations" in chart.words
+    assert "tokens from the activations" in chart.words
     assert found.sites.method.presentation().charts(found.server, []) == []
 
 

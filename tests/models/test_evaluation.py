@@ -89,7 +89,7 @@ def test_answers_of_a_padded_batch_are_the_single_answers(base: nn.Module, token
     assert len(set(together)) > 1
 
 
-def test_an_answer_is_the_greedy_walk(base: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
+def test_an_answer_is_greedy_decoding(base: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
     ids = [1, 90, 91]
     with torch.inference_mode():
         for _ in range(6):

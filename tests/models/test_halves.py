@@ -1,4 +1,4 @@
-"""A model that was cut says what the whole model says; and a client's part has nothing of the server's."""
+"""A cut model computes what the whole model computes, and a client's part has no tensor of the server's."""
 
 import json
 import subprocess
@@ -145,7 +145,7 @@ def test_a_part_that_lacks_something_below_the_cut_says_so(tmp_path: Path) -> No
     blocks = halves.find_blocks(part)[1]
     part.set_submodule("transformer.wpe", halves._Absent("transformer.wpe", blocks))  # type: ignore[arg-type]
     rows = batch(classes=False)
-    with pytest.raises(ModelError, match=r"transformer\.wpe works before the cut"):
+    with pytest.raises(ModelError, match=r"transformer\.wpe runs before the cut"):
         Halves(part, 1).below(rows.input_ids, rows.attention_mask)
 
 

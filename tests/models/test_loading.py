@@ -74,13 +74,13 @@ def test_what_is_read_is_a_copy(spec: ModelSpec) -> None:
     assert torch.equal(logits(model), before)
 
 
-def test_narrow_weights_are_read_as_float32(spec: ModelSpec) -> None:
+def test_16_bit_weights_are_read_as_float32(spec: ModelSpec) -> None:
     model = loading.load_model(replace(spec, dtype="bfloat16"), FULL, 0)
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     assert {t.dtype for t in loading.read_trained(model).values()} == {torch.float32}
 
 
-def test_adapters_on_a_narrow_base_are_float32(spec: ModelSpec) -> None:
+def test_adapters_on_a_16_bit_base_are_float32(spec: ModelSpec) -> None:
     model = loading.load_model(replace(spec, dtype="bfloat16"), LORA, 0)
     assert {p.dtype for p in loading.trained(model).values()} == {torch.float32}
 
@@ -164,7 +164,7 @@ def test_named_targets_alone_get_an_adapter(spec: ModelSpec) -> None:
 
 def test_targets_that_match_nothing_list_what_exists(spec: ModelSpec) -> None:
     with pytest.raises(
-        ModelError, match=r"adapter\.targets has c_attn, which match nothing; there is .*q_proj, up_proj"
+        ModelError, match=r"adapter\.targets has c_attn, which match no module; choose from .*q_proj, up_proj"
     ):
         loading.load_model(spec, replace(LORA, targets=("q_proj", "c_attn")), 0)
 
@@ -179,16 +179,16 @@ def test_gpt2s_own_kind_of_linear_layer_gets_adapters() -> None:
 @pytest.mark.parametrize(
     ("path", "message"),
     [
-        ("builtin:huge", "builtin:huge is not shipped; there is builtin:small and builtin:large"),
-        ("./no/such/model", r"there is no model directory \./no/such/model; check model\.path"),
+        ("builtin:huge", "builtin:huge does not exist; expected builtin:small or builtin:large"),
+        ("./no/such/model", r"model directory \./no/such/model does not exist; check model\.path"),
     ],
 )
-def test_a_model_that_is_not_there_is_said(path: str, message: str) -> None:
+def test_a_missing_model_is_named(path: str, message: str) -> None:
     with pytest.raises(ModelError, match=message):
         loading.load_base(ModelSpec(path))
 
 
-def test_a_directory_without_a_model_is_said(tmp_path: Path) -> None:
+def test_a_directory_without_a_model_is_named(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"cannot load the model of .*expected a local model directory"):
         loading.load_base(ModelSpec(str(tmp_path)))
     with pytest.raises(ModelError, match=r"cannot load the tokeniser of"):

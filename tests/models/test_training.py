@@ -61,16 +61,16 @@ def model(tiny_model: Path) -> nn.Module:
 # Batches.
 
 
-def test_padding_is_masked_and_not_learnt() -> None:
+def test_padding_is_masked_and_has_no_target() -> None:
     rows = [Example([5, 6, 7], [IGNORED, 6, 7], [5], []), Example([8], [8], [], [])]
     batch = training.collate(rows)
     assert isinstance(batch, training.TokenBatch)
     assert batch.input_ids.tolist() == [[5, 6, 7], [8, 0, 0]]
     assert batch.attention_mask.tolist() == [[1, 1, 1], [1, 0, 0]]
     assert batch.labels.tolist() == [[IGNORED, 6, 7], [8, IGNORED, IGNORED]]
-    assert batch.num_learnt == 2  # The 8 has nothing before it that could predict it.
+    assert batch.num_targets == 2  # The 8 has nothing before it that could predict it.
     assert batch.targets_N.tolist() == [6, 7]
-    assert batch.kept_K.tolist() == [0, 1]
+    assert batch.positions_K.tolist() == [0, 1]
 
 
 def test_one_row_is_a_batch_of_its_own_kind() -> None:
@@ -99,7 +99,7 @@ def test_every_example_is_met_once_per_epoch(rows: int, size: int) -> None:
         assert met[0] != met[1] != met[2]
 
 
-def test_any_stretch_of_the_walk_can_be_walked_again() -> None:
+def test_any_part_of_the_sequence_of_batches_can_be_repeated() -> None:
     data, spec = examples(10), TrainSpec(batch_size=4)
     whole = list(training.batches(data, spec, first=0, count=20, order=order))
     for first, count in ((0, 1), (2, 5), (7, 13), (19, 1)):
@@ -163,7 +163,7 @@ def test_the_loss_is_transformers_own(tiny_model: Path) -> None:
     torch.testing.assert_close(training.loss(base, batch), theirs, rtol=1e-6, atol=1e-6)
 
 
-def test_what_a_prompt_holds_is_not_learnt(model: nn.Module) -> None:
+def test_a_prompt_has_no_targets(model: nn.Module) -> None:
     def gradient(row: Example) -> torch.Tensor:
         """Of the loss with respect to the last layer's output, position by position."""
         kept: list[torch.Tensor] = []
@@ -211,7 +211,7 @@ def test_distance_is_the_sum_of_squares(model: nn.Module) -> None:
     assert training.distance_sq(model, start).item() == pytest.approx(0.25 * sum(p.numel() for p in own), rel=1e-5)
 
 
-def test_a_fit_counts_what_it_learnt(model: nn.Module) -> None:
+def test_a_fit_counts_its_targets(model: nn.Module) -> None:
     data = examples(6)
     found = fit(model, [data[:4], data[4:]], SGD)
     assert (found.num_steps, found.num_examples) == (2, 6)
@@ -260,7 +260,7 @@ def test_weights_that_the_last_step_made_infinite_are_a_failure(model: nn.Module
         fit(model, [examples(4)], replace(SGD, lr=math.inf))
 
 
-def test_rows_with_nothing_to_predict_are_said(model: nn.Module) -> None:
+def test_rows_without_targets_are_refused(model: nn.Module) -> None:
     with pytest.raises(NonFiniteLoss, match="the loss is nan"):
         fit(model, [[Example([5], [5], [], [])]], SGD)
 
@@ -300,8 +300,10 @@ def test_one_client_and_one_round_of_fedavg_is_a_bare_loop_bit_for_bit(tiny_reci
     if kind == "lora":
         plain = loading.add_adapter(plain, recipe.adapter, recipe.seed)  # type: ignore[arg-type]
     data, spec = sites.corpus.train_examples(0), recipe.train
-    walk = training.batches(data, spec, first=0, count=9, order=lambda purpose: generator(recipe.seed, 0, 0, purpose))
-    bare_loop(plain, list(walk), spec.lr)
+    batches = training.batches(
+        data, spec, first=0, count=9, order=lambda purpose: generator(recipe.seed, 0, 0, purpose)
+    )
+    bare_loop(plain, list(batches), spec.lr)
     expected = read_trained(plain)
     assert set(server.state) == set(expected)
     assert all(torch.equal(server.state[name], expected[name]) for name in expected)
@@ -314,12 +316,12 @@ def test_the_loss_over_classes_is_that_of_transformers(tiny_encoder: Path) -> No
     assert isinstance(batch, training.ClassBatch)
     theirs = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=batch.classes).loss
     torch.testing.assert_close(training.loss(model, batch), theirs)
-    assert batch.num_learnt == 2
+    assert batch.num_targets == 2
 
 
 def test_a_row_without_a_class_does_not_count(tiny_encoder: Path) -> None:
     model = loading.load_classifier(ModelSpec(str(tiny_encoder)), "mean", 0, ("a", "b", "c"))
     known = [Example([5, 6, 7], [], [], [], 2)]
     batch = training.collate([*known, Example([8, 9, 10], [], [], [], IGNORED)])
-    assert batch.num_learnt == 1
+    assert batch.num_targets == 1
     torch.testing.assert_close(training.loss(model, batch), training.loss(model, training.collate(known)))

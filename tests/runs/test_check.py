@@ -95,7 +95,7 @@ def test_several_faults_are_all_found_at_once_and_each_once(tiny_recipe: Recipe)
 def test_adapter_targets_that_match_nothing_list_what_exists(tiny_recipe: Recipe) -> None:
     bad = of(check(changed(tiny_recipe, {"adapter.targets": ["q_prj"]})), "bad")
     assert list(bad) == ["adapter"]
-    assert "q_prj, which match nothing; there is down_proj" in bad["adapter"]
+    assert "q_prj, which match no module; choose from down_proj" in bad["adapter"]
     assert "q_proj" in bad["adapter"]
 
 
@@ -119,7 +119,9 @@ def test_what_is_missing_is_one_bad_finding(tiny_recipe: Recipe, key: str, value
 def test_a_device_that_is_not_there_is_bad(tiny_recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     bad = of(check(changed(tiny_recipe, {"model.device": "cuda:1"})), "bad")
-    assert bad == {"device": "model.device=cuda:1, but there are 0 CUDA devices here: use cpu or another"}
+    assert bad == {
+        "device": "model.device=cuda:1 is not available; this machine has 0 CUDA devices, use one of them or cpu"
+    }
 
 
 def test_padding_with_the_end_token_is_a_warning_with_its_consequence(tiny_recipe: Recipe, model: Path) -> None:
@@ -174,7 +176,7 @@ def test_a_mask_that_hides_every_answer_is_bad(tiny_recipe: Recipe, rows: Callab
 def test_some_rows_without_answer_are_a_warning(tiny_recipe: Recipe, rows: Callable[[list[Row]], str]) -> None:
     source = rows([asked(i, "" if i % 4 == 0 else "yes") for i in range(40)])
     warn = of(check(changed(tiny_recipe, {"data.source": source})), "warn")
-    assert "rows have no answer and are left out" in warn["data"]
+    assert "rows have no answer and are skipped" in warn["data"]
 
 
 @pytest.mark.parametrize(("length", "level"), [(50, "good"), (150, "good"), (400, "warn")])
@@ -259,7 +261,7 @@ def test_columns_that_nothing_uses_are_a_warning_each_time(
 ) -> None:
     recipe = changed(tiny_recipe, {"data.source": rows([asked(i, note="x") for i in range(20)])})
     for _ in range(2):
-        assert "columns that nothing uses: note" in of(check(recipe), "warn")["data"]
+        assert "unused columns: note" in of(check(recipe), "warn")["data"]
 
 
 def test_a_mapped_column_that_is_absent_is_bad(tiny_recipe: Recipe) -> None:

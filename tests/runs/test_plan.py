@@ -16,7 +16,7 @@ from kilofed.config.fields import Table
 from kilofed.config.recipe import AdapterSpec, ModelSpec, TrainSpec
 from kilofed.config.tables import from_table
 from kilofed.costs import environment
-from kilofed.costs.counter import Bench
+from kilofed.costs.counter import CostCounter
 from kilofed.errors import KilofedError
 from kilofed.federation.workload import WHOLE, Pass, PassKind, Work
 from kilofed.reports.reading import dig
@@ -89,7 +89,7 @@ def test_what_seeds_and_slopes_take_is_foreseen_closely(tiny_table: Table, tmp_p
 
 def test_seconds_follow_from_device_and_link(tiny_table: Table) -> None:
     sites = Sites(from_table(tiny_table))
-    bench = Bench(sites.recipe.adapter, sites.recipe.train, ())  # It counts a pass once.
+    bench = CostCounter(sites.recipe.adapter, sites.recipe.train, ())  # It counts a pass once.
     slow = plan.forecast(sites, DEVICE, bench=bench)
     fast = plan.forecast(sites, replace(DEVICE, flops=4e9), bench=bench)
     assert slow.compute_seconds == pytest.approx(4 * fast.compute_seconds)
@@ -103,7 +103,7 @@ def test_seconds_follow_from_device_and_link(tiny_table: Table) -> None:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"method": {"name": "kd"}}, "there are none: name them with data.public"),
+        ({"method": {"name": "kd"}}, "there are none; set data.public"),
         ({"method": {"name": "split", "cut": 2}}, "method.cut is 2, and the model has 2 blocks: expected 1 to 1"),
         ({"method": {"name": "fedkseed"}, "train": {"schedule": "linear"}}, "one constant learning rate"),
     ],
@@ -158,7 +158,7 @@ def test_a_model_that_looks_at_its_numbers_runs_without_a_forecast(
     monkeypatch.setattr(PassKind, "prepare", lambda *_: looks)
     table = changed(tiny_table, {"evaluate": {"costs": True, "generate": 0, "controls": [], "every": 2}})
     (found,) = plan.plan({"one": from_table(table)}, DEVICE)
-    assert f"cannot foresee what {tiny_table['model']['path']} computes" in found.refused
+    assert f"cannot forecast the costs of {tiny_table['model']['path']}" in found.refused
     done = kilofed.run(from_table(table), out=tmp_path / "run")
     assert "plan" not in json.loads((done.folder / "run.json").read_text("utf-8"))
     assert "the run goes on without a forecast" in caplog.text
@@ -181,7 +181,7 @@ def test_rounds_beyond_those_looked_at_are_taken_to_be_like_them(
 @pytest.mark.parametrize("part", [WHOLE, *(PartOfModel(1, part) for part in get_args(PartName))], ids=str)
 @pytest.mark.parametrize("kind", ["lora", "full"])
 def test_four_probes_tell_the_operations_of_any_batch(part: PassKind, kind: str, tiny_model: Path) -> None:
-    bench = Bench(AdapterSpec(kind=kind, rank=2), TrainSpec(), ())
+    bench = CostCounter(AdapterSpec(kind=kind, rank=2), TrainSpec(), ())
     spec = ModelSpec(str(tiny_model))
     one = Pass(3, 37, 11, learns=True, kind=part)
     assert bench.operations([one, replace(one, times=2.0)], spec) == pytest.approx(
@@ -190,7 +190,7 @@ def test_four_probes_tell_the_operations_of_any_batch(part: PassKind, kind: str,
 
 
 def test_activations_grow_with_the_batch_and_vanish_with_it(tiny_model: Path) -> None:
-    bench, spec = Bench(AdapterSpec(rank=2), TrainSpec(), ()), ModelSpec(str(tiny_model))
+    bench, spec = CostCounter(AdapterSpec(rank=2), TrainSpec(), ()), ModelSpec(str(tiny_model))
     one = Pass(2, 32, 32, learns=True)
     small, large = (bench.activations([replace(one, rows=rows)], spec) for rows in (2, 8))
     look = bench.activations([replace(one, learns=False)], spec)

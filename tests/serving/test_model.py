@@ -114,7 +114,7 @@ def test_what_cannot_be_served_is_refused(tmp_path: Path, folder: Path, tiny_rec
         open_served_model(str(tmp_path / "none"))
     with pytest.raises(RunError, match="adapter without its base model"):
         open_served_model(str(folder / "adapter"))
-    with pytest.raises(ModelError, match="builtin:huge is not shipped"):
+    with pytest.raises(ModelError, match="builtin:huge does not exist"):
         open_served_model("builtin:huge")
     with pytest.raises(DataError, match="alpacca"):
         open_served_model(str(folder), template="alpacca")

@@ -1,4 +1,4 @@
-"""Hidden states in few bytes: what comes back, and what is left over."""
+"""Encoded hidden states: decoding errors and error feedback."""
 
 import pytest
 import torch
@@ -15,57 +15,60 @@ def test_padding_is_left_out_and_comes_back_as_zeros() -> None:
     mask = activation_codec.mask_of(torch.tensor([3, 1, 2], dtype=torch.int32))
     assert mask.tolist() == [[1, 1, 1], [1, 0, 0], [1, 1, 0]]
     hidden = torch.arange(18.0).reshape(3, 3, 2) + 1
-    packed = activation_codec.pack(hidden, mask)
+    packed = activation_codec.unpad(hidden, mask)
     assert packed.shape == (6, 2)
-    assert torch.equal(activation_codec.unpack(packed, mask), hidden * mask[:, :, None])
+    assert torch.equal(activation_codec.pad(packed, mask), hidden * mask[:, :, None])
 
 
 def test_float32_comes_back_as_it_is() -> None:
-    tensors, left = activation_codec.shrink(rows(), "float32")
-    assert torch.equal(activation_codec.grow(tensors, 50, 24), rows())
+    tensors, left = activation_codec.encode(rows(), "float32")
+    assert torch.equal(activation_codec.decode(tensors, 50, 24), rows())
     assert not left.any()
 
 
 def test_bfloat16_keeps_eight_bits_of_each_number() -> None:
-    tensors, _ = activation_codec.shrink(rows(), "bfloat16")
-    torch.testing.assert_close(activation_codec.grow(tensors, 50, 24), rows(), rtol=2**-8, atol=0)
+    tensors, _ = activation_codec.encode(rows(), "bfloat16")
+    torch.testing.assert_close(activation_codec.decode(tensors, 50, 24), rows(), rtol=2**-8, atol=0)
 
 
 def test_int8_errs_by_less_than_a_step_of_its_row() -> None:
-    tensors, _ = activation_codec.shrink(rows(), "int8")
+    tensors, _ = activation_codec.encode(rows(), "int8")
     assert tensors["rows"].dtype == torch.int8
-    errors = (activation_codec.grow(tensors, 50, 24) - rows()).abs().amax(1)
+    errors = (activation_codec.decode(tensors, 50, 24) - rows()).abs().amax(1)
     assert (errors <= 0.76 * rows().abs().amax(1) / 127).all()  # Half a step, and what the scale's rounding clips.
 
 
-def test_what_int8_leaves_over_reaches_the_next_message() -> None:
+def test_the_rounding_error_of_int8_is_added_to_the_next_message() -> None:
     left, wanted, sent = None, torch.zeros(24), torch.zeros(24)
     for number in range(20):
         given = rows(8).roll(number, 0)
-        tensors, left = activation_codec.shrink(given, "int8", left)
-        wanted, sent = wanted + given.sum(0), sent + activation_codec.grow(tensors, 8, 24).sum(0)
+        tensors, left = activation_codec.encode(given, "int8", left)
+        wanted, sent = wanted + given.sum(0), sent + activation_codec.decode(tensors, 8, 24).sum(0)
         torch.testing.assert_close(sent + left, wanted, rtol=1e-4, atol=1e-1)
     without = sum(
-        activation_codec.grow(activation_codec.shrink(rows(8).roll(n, 0), "int8")[0], 8, 24).sum(0) for n in range(20)
+        activation_codec.decode(activation_codec.encode(rows(8).roll(n, 0), "int8")[0], 8, 24).sum(0)
+        for n in range(20)
     )
     assert float((wanted - sent).norm()) < 0.3 * float((wanted - without).norm())
 
 
 def test_rows_of_zeros_and_of_nan_stay_so() -> None:
     given = torch.stack([torch.zeros(4), torch.full((4,), torch.nan), torch.tensor([0.0, torch.inf, 0.0, 0.0])])
-    back = activation_codec.grow(activation_codec.shrink(given, "int8")[0], 3, 4)
+    back = activation_codec.decode(activation_codec.encode(given, "int8")[0], 3, 4)
     assert back[0].tolist() == [0.0] * 4
     assert not back[1].isfinite().any()
     assert not back[2].isfinite().all()
 
 
 def test_what_is_missing_or_of_another_shape_is_refused() -> None:
-    tensors, _ = activation_codec.shrink(rows(), "int8")
+    tensors, _ = activation_codec.encode(rows(), "int8")
     for wrong in (
         {},
         {"rows": tensors["rows"][1:]},
         {"rows": tensors["rows"]},
         {**tensors, "scales": tensors["scales"][1:]},
     ):
-        with pytest.raises(PayloadError, match=r"it sent (hidden states of|int8 hidden states without 50 scales)"):
-            activation_codec.grow(wrong, 50, 24)
+        with pytest.raises(
+            PayloadError, match=r"the reply has (hidden states of|int8 hidden states without 50 scales)"
+        ):
+            activation_codec.decode(wrong, 50, 24)

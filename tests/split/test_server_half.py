@@ -1,4 +1,4 @@
-"""The server's side of a cut: what it believes, whose loss counts how much, and what is undone."""
+"""The server's half: validation of batches, client weights in a joint step, undone steps."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +12,7 @@ from kilofed.errors import NonFiniteLoss, PayloadError
 from kilofed.models import halves, loading, training
 from kilofed.models.halves import Halves
 from kilofed.split import activation_codec, server_half
-from kilofed.split.server_half import Sent, Sharing, Tail
+from kilofed.split.server_half import ClientBatch, ServerHalf, Sharing
 
 SGD = TrainSpec(optimizer="sgd", lr=0.5)
 
@@ -30,27 +30,27 @@ def model(tiny_model: Path) -> torch.nn.Module:
 
 
 @pytest.fixture
-def made(model: torch.nn.Module) -> Callable[[Sharing], Tail]:
+def make_server(model: torch.nn.Module) -> Callable[[Sharing], ServerHalf]:
     """A server's side whose first step has begun."""
     names = loading.trained_names(model)
     held = loading.read_trained(model)
     own = {n: held[n] for n, full in names.items() if not halves.held_by_client(model, full, cut=1, head=False)}
 
-    def make(sharing: Sharing) -> Tail:
-        made = Tail(model, 1, own, SGD, sharing, lambda purpose: torch.Generator().manual_seed(0))
-        made.begin(0, SGD.lr)
-        return made
+    def make(sharing: Sharing) -> ServerHalf:
+        make_server = ServerHalf(model, 1, own, SGD, sharing, lambda purpose: torch.Generator().manual_seed(0))
+        make_server.begin_step(0, SGD.lr)
+        return make_server
 
     return make
 
 
-def sent(model: torch.nn.Module, one: training.Batch) -> Sent:
+def sent(model: torch.nn.Module, one: training.Batch) -> ClientBatch:
     hidden = Halves(model, 1).below(one.input_ids, one.attention_mask).detach()
-    tensors, _ = activation_codec.shrink(activation_codec.pack(hidden, one.attention_mask), "float32")
-    return server_half.read(tensors | server_half.lengths(one) | server_half.labels(one), 16, labels=True)
+    tensors, _ = activation_codec.encode(activation_codec.unpad(hidden, one.attention_mask), "float32")
+    return server_half.decode_batch(tensors | server_half.lengths(one) | server_half.labels(one), 16, labels=True)
 
 
-def test_what_a_client_writes_the_server_reads(model: torch.nn.Module) -> None:
+def test_batches_round_trip(model: torch.nn.Module) -> None:
     one = batch(0, [5, 3])
     read = sent(model, one)
     assert torch.equal(read.mask_BT, one.attention_mask)
@@ -59,29 +59,31 @@ def test_what_a_client_writes_the_server_reads(model: torch.nn.Module) -> None:
     assert not read.batch.input_ids.any()
     assert not read.hidden_BTD[1, 3:].any()
     without = {"rows": torch.zeros(8, 16), **server_half.lengths(one)}
-    assert server_half.read(without, 16, labels=False).batch is None
+    assert server_half.decode_batch(without, 16, labels=False).batch is None
     classes = training.ClassBatch(one.input_ids, one.attention_mask, torch.tensor([4, 1]))
-    found = server_half.read(without | server_half.labels(classes), 16, labels=True).batch
+    found = server_half.decode_batch(without | server_half.labels(classes), 16, labels=True).batch
     assert isinstance(found, training.ClassBatch)
     assert found.classes.tolist() == [4, 1]
     with pytest.raises(PayloadError, match="0 labels for 8 tokens in 2 rows"):
-        server_half.read(without, 16, labels=True)
+        server_half.decode_batch(without, 16, labels=True)
 
 
-def test_the_loss_is_that_of_the_whole_model(model: torch.nn.Module, made: Callable[[Sharing], Tail]) -> None:
+def test_the_loss_is_that_of_the_whole_model(
+    model: torch.nn.Module, make_server: Callable[[Sharing], ServerHalf]
+) -> None:
     one = batch(0, [6, 4])
     for sharing in ("averaged", "sequential", "joint"):
-        answer = made(sharing).learn({0: sent(model, one)})[0]
+        answer = make_server(sharing).train({0: sent(model, one)})[0]
         assert answer.loss == float(training.loss(model, one).detach())
         assert answer.gradient_BTD.shape == (2, 6, 16)
 
 
-def test_in_a_joint_step_clients_count_alike_and_get_their_own_gradients(
-    model: torch.nn.Module, made: Callable[[Sharing], Tail]
+def test_in_a_joint_step_clients_have_equal_weights_and_get_their_own_gradients(
+    model: torch.nn.Module, make_server: Callable[[Sharing], ServerHalf]
 ) -> None:
     both = {0: sent(model, batch(0, [9])), 1: sent(model, batch(1, [4, 5, 3]))}
-    joint, averaged = made("joint"), made("averaged")
-    together, alone = joint.learn(both), averaged.learn(both)
+    joint, averaged = make_server("joint"), make_server("averaged")
+    together, alone = joint.train(both), averaged.train(both)
     for client in both:
         assert together[client].loss == pytest.approx(alone[client].loss, rel=1e-6)
         torch.testing.assert_close(together[client].gradient_BTD, alone[client].gradient_BTD, rtol=1e-4, atol=1e-7)
@@ -92,37 +94,39 @@ def test_in_a_joint_step_clients_count_alike_and_get_their_own_gradients(
 
 
 def test_only_a_step_whose_gradient_may_be_lost_is_undone(
-    model: torch.nn.Module, made: Callable[[Sharing], Tail]
+    model: torch.nn.Module, make_server: Callable[[Sharing], ServerHalf]
 ) -> None:
     first, second = (sent(model, batch(seed, [6, 5])) for seed in (0, 1))
-    start, one = made("sequential").result({}), made("sequential")
-    one.learn({7: first})
+    start, one = make_server("sequential").result({}), make_server("sequential")
+    one.train({7: first})
     after = one.result({})
-    one.learn({8: second})
+    one.train({8: second})
     one.drop(8)
     assert all(torch.equal(tensor, after[name]) for name, tensor in one.result({}).items())
-    one.received(7)
+    one.acknowledge(7)
     one.drop(7)
     assert all(torch.equal(tensor, after[name]) for name, tensor in one.result({}).items())
-    two = made("sequential")
-    two.learn({7: first})
+    two = make_server("sequential")
+    two.train({7: first})
     two.drop(7)
     assert all(torch.equal(tensor, start[name]) for name, tensor in two.result({}).items())
 
 
-def test_a_lost_copy_does_not_count(model: torch.nn.Module, made: Callable[[Sharing], Tail]) -> None:
+def test_a_lost_copy_does_not_count(model: torch.nn.Module, make_server: Callable[[Sharing], ServerHalf]) -> None:
     both = {0: sent(model, batch(0, [9])), 1: sent(model, batch(1, [4, 5]))}
-    lost, alone = made("averaged"), made("averaged")
-    lost.learn(both)
+    lost, alone = make_server("averaged"), make_server("averaged")
+    lost.train(both)
     lost.drop(0)
-    alone.learn({1: both[1]})
+    alone.train({1: both[1]})
     assert all(torch.equal(t, alone.result({1: 2.0})[name]) for name, t in lost.result({1: 2.0}).items())
-    nobody = made("averaged")
+    nobody = make_server("averaged")
     assert nobody.result({}).keys() == lost.result({1: 1.0}).keys()
 
 
-def test_a_loss_that_is_no_number_is_named(model: torch.nn.Module, made: Callable[[Sharing], Tail]) -> None:
+def test_a_loss_that_is_not_finite_is_named(
+    model: torch.nn.Module, make_server: Callable[[Sharing], ServerHalf]
+) -> None:
     one = sent(model, batch(0, [5]))
-    broken = Sent(one.hidden_BTD * torch.nan, one.mask_BT, one.batch)
+    broken = ClientBatch(one.hidden_BTD * torch.nan, one.mask_BT, one.batch)
     with pytest.raises(NonFiniteLoss, match="on a batch of client 3 is nan"):
-        made("sequential").learn({3: broken})
+        make_server("sequential").train({3: broken})

@@ -89,7 +89,7 @@ def test_the_grid_follows_the_movement_both_ways():
         state = moved
 
 
-def test_a_standstill_costs_next_to_nothing():
+def test_a_delta_without_change_takes_few_bytes():
     state, _ = advance(State.zeros(4096), np.arange(4096.0) % 32)
     moved, message = advance(state, np.arange(4096.0) % 32)
     assert np.array_equal(moved.levels, state.levels)
@@ -100,8 +100,8 @@ def test_a_standstill_costs_next_to_nothing():
 def test_a_round_costs_less_than_promised(num_seeds, limit):
     rng, exact, state = np.random.default_rng(0), np.zeros(num_seeds), State.zeros(num_seeds)
     for _ in range(10):
-        slopes = rng.standard_t(5, size=(10, 200))
-        up = [encode_scalars(row) for row in slopes]
+        gradients = rng.standard_t(5, size=(10, 200))
+        up = [encode_scalars(row) for row in gradients]
         for message in up:
             np.add.at(exact, rng.integers(num_seeds, size=200), decode_scalars(message) / 10)
         state, down = advance(state, exact)
@@ -129,39 +129,39 @@ PINNED = {
 
 
 @given(data=st.binary(max_size=64))
-def test_noise_is_refused(data):
+def test_random_bytes_are_refused(data):
     for read in (decode_scalars, lambda d: receive(State.zeros(4), d)):
         with pytest.raises(PayloadError):
             read(data)
 
 
 @given(where=st.integers(0, 10_000), flip=st.integers(1, 255))
-def test_a_damaged_byte_is_noticed(where, flip):
+def test_a_damaged_byte_is_detected(where, flip):
     message = bytearray(encode_scalars(np.arange(100.0)))
     message[where % len(message)] ^= flip
-    with pytest.raises(PayloadError, match="not a whole message"):
+    with pytest.raises(PayloadError, match="is damaged"):
         decode_scalars(bytes(message))
 
 
 @given(body=st.binary(max_size=40), kind=st.integers(0, 5), count=st.integers(0, 1000))
 def test_whole_messages_with_nonsense_inside_are_refused_or_read(body, kind, count):
-    from kilofed.zeroth.codec import _seal
+    from kilofed.zeroth.codec import _assemble
 
     for read in (decode_scalars, lambda d: receive(State.zeros(count), d)):
         try:
-            read(_seal(kind, count, b"", body))
+            read(_assemble(kind, count, b"", body))
         except PayloadError:
             continue
 
 
-def test_deltas_out_of_step_are_refused():
+def test_deltas_to_clients_out_of_sync_are_refused():
     state, message = advance(State.zeros(3), [1.0, 2.0, 3.0])
-    for held, said in (
+    for held, words in (
         (None, "holds nothing"),
         (state, "holds version 1 of 3"),
         (State.zeros(4), "holds version 0 of 4"),
     ):
-        with pytest.raises(PayloadError, match=f"a delta from version 0 of 3 numbers, but this client {said}"):
+        with pytest.raises(PayloadError, match=f"a delta from version 0 of 3 numbers, but this client {words}"):
             receive(held, message)
 
 

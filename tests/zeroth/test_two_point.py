@@ -1,4 +1,4 @@
-"""Zeroth-order steps: slopes against gradients, w0 untouched, 16-bit models with float32 vectors, tied weights."""
+"""Two-point steps: projected gradients against autograd, w0 unchanged, float32 vectors in 16-bit models, tied weights."""
 
 import copy
 import math
@@ -15,7 +15,7 @@ from kilofed.models import loading, training
 from kilofed.zeroth import two_point
 from kilofed.zeroth.directions.pool import SeedPool
 from kilofed.zeroth.directions.spec import DirectionsError
-from kilofed.zeroth.two_point import Point, Steps, Stream
+from kilofed.zeroth.two_point import PerturbedModel, Point, StepSettings
 
 K = 64
 POOL = SeedPool(K, 7)
@@ -27,8 +27,8 @@ def tiny(tiny_model) -> nn.Module:
     return loading.load_model(ModelSpec(str(tiny_model)), AdapterSpec(kind="full"), 0)
 
 
-def stream_of(model: nn.Module) -> Stream:
-    return Stream(model, loading.trained(model), K)
+def perturbed_of(model: nn.Module) -> PerturbedModel:
+    return PerturbedModel(model, loading.trained(model), K)
 
 
 def origin(a: dict[int, float] | None = None) -> Point:
@@ -46,23 +46,23 @@ def same(one: list[torch.Tensor], other: list[torch.Tensor]) -> bool:
     return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
-def test_a_streamed_forward_is_that_of_the_rebuilt_model(tiny: nn.Module) -> None:
-    stream, point = stream_of(tiny), origin({3: 0.02, 40: -0.05})
+def test_a_perturbed_forward_equals_that_of_the_merged_model(tiny: nn.Module) -> None:
+    perturbed, point = perturbed_of(tiny), origin({3: 0.02, 40: -0.05})
     batch, before = training.collate(BATCH), bits(tiny)
-    rebuilt = stream_of(copy.deepcopy(tiny)).settle(point)
-    with torch.inference_mode(), stream.at(point) as model:
-        streamed = training.loss(model, batch)
-    assert streamed == training.loss(rebuilt, batch)
-    assert streamed != training.loss(tiny, batch)
+    merged = perturbed_of(copy.deepcopy(tiny)).merge(point)
+    with torch.inference_mode(), perturbed.at(point) as model:
+        perturbed_loss = training.loss(model, batch)
+    assert perturbed_loss == training.loss(merged, batch)
+    assert perturbed_loss != training.loss(tiny, batch)
     assert same(bits(tiny), before)
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in tiny.modules())
 
 
 def test_tied_weights_are_one_slot_and_move_together(tiny: nn.Module) -> None:
-    stream = stream_of(tiny)
+    perturbed = perturbed_of(tiny)
     assert tiny.lm_head.weight is tiny.model.embed_tokens.weight
-    assert sum("embed_tokens" in slot.name or "lm_head" in slot.name for slot in stream.layout.slots) == 1
-    with stream.at(origin({1: 0.5})):
+    assert sum("embed_tokens" in slot.name or "lm_head" in slot.name for slot in perturbed.layout.slots) == 1
+    with perturbed.at(origin({1: 0.5})):
         seen = []
         for module in (tiny.model.embed_tokens, tiny.lm_head):
             hook = module.register_forward_pre_hook(lambda m, _: seen.append(m.weight.clone()))
@@ -74,34 +74,37 @@ def test_tied_weights_are_one_slot_and_move_together(tiny: nn.Module) -> None:
 
 
 @pytest.mark.parametrize("k", [0, 33])
-def test_the_slope_tends_to_the_directional_derivative(tiny: nn.Module, k: int) -> None:
+def test_the_projected_gradient_tends_to_the_directional_derivative(tiny: nn.Module, k: int) -> None:
     batch = training.collate(BATCH)
     training.loss(tiny, batch).backward()
     exact = 0.0
-    for slot in stream_of(tiny).layout.slots:
+    for slot in perturbed_of(tiny).layout.slots:
         p = loading.trained(tiny)[slot.name]
         z = POOL.direction(k, p.numel(), first_block=slot.first_block)
         exact += float((p.grad.flatten() * z).sum())
     tiny.zero_grad(set_to_none=True)
     off = [
-        abs(two_point.slope(stream_of(tiny), origin(), k, batch, Steps(eps, 0.0))[0] - exact) for eps in (1e-2, 1e-3)
+        abs(two_point.projected_gradient(perturbed_of(tiny), origin(), k, batch, StepSettings(eps, 0.0))[0] - exact)
+        for eps in (1e-2, 1e-3)
     ]
     assert off[1] < 0.1 * off[0]
     assert off[1] < 2e-3 * (1 + abs(exact))
 
 
-def test_steps_with_rate_zero_change_nothing(tiny: nn.Module) -> None:
+def test_steps_with_learning_rate_zero_change_nothing(tiny: nn.Module) -> None:
     before, point = bits(tiny), origin({5: 0.01})
-    found = two_point.walk(stream_of(tiny), point, [n % K for n in range(100)], [BATCH] * 100, Steps(1e-3, 0.0))
+    found = two_point.take_steps(
+        perturbed_of(tiny), point, [n % K for n in range(100)], [BATCH] * 100, StepSettings(1e-3, 0.0)
+    )
     assert same(bits(tiny), before)
     assert np.array_equal(found.end.chain[-1].a, point.chain[-1].a)
-    assert np.abs(found.slopes).min() > 0
+    assert np.abs(found.gradients).min() > 0
 
 
-def test_walking_goes_downhill(tiny: nn.Module) -> None:
-    batch, stream = training.collate(BATCH), stream_of(tiny)
-    found = two_point.walk(stream, origin(), list(range(K)), [BATCH] * K, Steps(1e-3, 2e-3))
-    with torch.inference_mode(), stream.at(found.end) as model:
+def test_steps_lower_the_loss(tiny: nn.Module) -> None:
+    batch, perturbed = training.collate(BATCH), perturbed_of(tiny)
+    found = two_point.take_steps(perturbed, origin(), list(range(K)), [BATCH] * K, StepSettings(1e-3, 2e-3))
+    with torch.inference_mode(), perturbed.at(found.end) as model:
         assert training.loss(model, batch) < training.loss(tiny, batch) or training.loss(model, batch) < found.loss
 
 
@@ -112,13 +115,17 @@ def test_a_loss_that_is_not_finite_is_skipped_and_counted(tiny: nn.Module) -> No
         calls.append(1)
         return training.loss(model, batch) * (math.nan if len(calls) == 3 else 1.0)
 
-    found = two_point.walk(stream_of(tiny), origin(), [1, 2, 3], [BATCH] * 3, Steps(1e-3, 1e-3, objective=broken))
+    found = two_point.take_steps(
+        perturbed_of(tiny), origin(), [1, 2, 3], [BATCH] * 3, StepSettings(1e-3, 1e-3, objective=broken)
+    )
     assert found.skipped == (1,)
-    assert found.slopes[1] == 0 != found.slopes[2]
+    assert found.gradients[1] == 0 != found.gradients[2]
     assert found.end.chain[-1].a[2] == 0
     assert math.isfinite(found.loss)
     with pytest.raises(NonFiniteLoss, match="none of 2 steps"):
-        two_point.walk(stream_of(tiny), origin(), [1, 2], [BATCH] * 2, Steps(1e-3, 1e-3, max_slope=1e-12))
+        two_point.take_steps(
+            perturbed_of(tiny), origin(), [1, 2], [BATCH] * 2, StepSettings(1e-3, 1e-3, max_gradient=1e-12)
+        )
 
 
 class Small(nn.Module):
@@ -135,14 +142,14 @@ class Small(nn.Module):
 def test_vectors_of_a_16_bit_model_move_in_float32() -> None:
     torch.manual_seed(0)
     model = Small().to(torch.bfloat16)
-    stream, x = stream_of(model), torch.randn(4, 32).to(torch.bfloat16)
+    perturbed, x = perturbed_of(model), torch.randn(4, 32).to(torch.bfloat16)
     # bfloat16 has no number between 1 and 1.0078, so this step would vanish from the norm.
-    near = {name: tensor.clone() for name, tensor in stream.weights(origin({0: 1e-4}))}["norm.weight"]
+    near = {name: tensor.clone() for name, tensor in perturbed.weights(origin({0: 1e-4}))}["norm.weight"]
     assert near.dtype == torch.float32
     assert not torch.equal(near, torch.ones(32))
     point = origin({2: 0.03})
-    weights = {name: tensor.double() for name, tensor in stream.weights(point)}
-    with torch.inference_mode(), stream.at(point):
+    weights = {name: tensor.double() for name, tensor in perturbed.weights(point)}
+    with torch.inference_mode(), perturbed.at(point):
         found = model(x)
     wide = nn.functional.layer_norm(x.double(), (32,), weights["norm.weight"], weights["norm.bias"]).to(torch.bfloat16)
     exact = wide.double() @ weights["linear.weight"].T + weights["linear.bias"]
@@ -152,19 +159,21 @@ def test_vectors_of_a_16_bit_model_move_in_float32() -> None:
 
 def test_an_eps_that_vanishes_in_16_bits_is_refused() -> None:
     model = Small().to(torch.bfloat16)
-    with pytest.raises(DirectionsError, match=r"eps is 1e-08, which moves .* linear\.weight in bfloat16: raise eps"):
-        stream_of(model).check_eps(POOL, 1e-8)
-    stream_of(model).check_eps(POOL, 1e-2)
-    stream_of(Small()).check_eps(POOL, 1e-8)
+    with pytest.raises(
+        DirectionsError, match=r"eps is 1e-08, which changes only .* linear\.weight in bfloat16: raise eps"
+    ):
+        perturbed_of(model).check_eps(POOL, 1e-8)
+    perturbed_of(model).check_eps(POOL, 1e-2)
+    perturbed_of(Small()).check_eps(POOL, 1e-8)
 
 
 def test_a_chain_of_positions_is_one_rebuild_after_the_other() -> None:
     model, other = Small(), SeedPool(K, 8)
-    stream = stream_of(model)
+    perturbed = perturbed_of(model)
     first, second = POOL.at(np.full(K, 0.01, np.float32)), other.at(np.full(K, -0.02, np.float32))
-    folded = stream_of(copy.deepcopy(model))
-    folded.settle(Point((first,)))
-    both = {name: tensor.clone() for name, tensor in stream.weights(Point((first, second)))}
+    folded = perturbed_of(copy.deepcopy(model))
+    folded.merge(Point((first,)))
+    both = {name: tensor.clone() for name, tensor in perturbed.weights(Point((first, second)))}
     for name, tensor in folded.weights(Point((second,))):
         assert torch.equal(tensor, both[name])
 
@@ -172,8 +181,8 @@ def test_a_chain_of_positions_is_one_rebuild_after_the_other() -> None:
 def test_the_digest_tells_any_weight_or_name_apart() -> None:
     torch.manual_seed(1)
     model = Small()
-    stream, digest = stream_of(model), stream_of(model).digest(origin())
-    assert stream_of(copy.deepcopy(model)).digest(origin()) == digest
-    assert stream.digest(origin({0: 1e-3})) != digest
+    perturbed, digest = perturbed_of(model), perturbed_of(model).digest(origin())
+    assert perturbed_of(copy.deepcopy(model)).digest(origin()) == digest
+    assert perturbed.digest(origin({0: 1e-3})) != digest
     model.linear.bias.data[0] += 1e-6
-    assert stream.digest(origin()) != digest
+    assert perturbed.digest(origin()) != digest

@@ -1,1 +1,1 @@
-"""Operations, seconds and memory: measured, and foreseen on models without numbers."""
+"""Operations, seconds and memory: measured, and forecast on models without weights."""

@@ -1,4 +1,4 @@
-"""Where a run ran: versions, device, git state, and how much memory it took at most."""
+"""Environment of a run: versions, device, git commit and peak memory."""
 
 import ctypes
 import gc
@@ -17,7 +17,7 @@ PACKAGES = ("kilofed", "torch", "transformers", "peft", "safetensors", "numpy", 
 
 
 def describe(device: str) -> dict[str, str]:
-    """Names and versions, all text; nothing about the user or the host's name."""
+    """Names and versions, all text; nothing about the user or the host name."""
     return {
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.machine()}",
@@ -29,29 +29,29 @@ def describe(device: str) -> dict[str, str]:
 
 
 def peak_memory() -> int:
-    """Largest resident size of this process so far and of its finished children, in bytes."""
+    """Peak resident set size of this process so far and of its finished children, in bytes."""
     unit = 1 if sys.platform == "darwin" else 1024
     who = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
     return max(resource.getrusage(one).ru_maxrss for one in who) * unit
 
 
 def own_peak_memory() -> int:
-    """Largest resident size of this process alone so far, in bytes; on Linux without what it inherited from its parent."""
+    """Peak resident set size of this process only, in bytes; on Linux without the value inherited from its parent."""
     status = Path("/proc/self/status")
-    if status.exists():  # Linux hands ru_maxrss on from a parent to what it starts.
+    if status.exists():  # On Linux a child process inherits ru_maxrss.
         found = re.search(r"VmHWM:\s+(\d+) kB", status.read_text("ascii", "replace"))
         if found:
             return int(found[1]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def forget_peak() -> bool:
-    """Give free memory back and let `own_peak_memory` begin anew from here; False where the system cannot."""
+def reset_peak_memory() -> bool:
+    """Return free memory to the system and reset `own_peak_memory`; False if the system cannot."""
     try:
         gc.collect()
         ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5", "ascii")
-    except (OSError, AttributeError):  # Linux with glibc has both.
+    except (OSError, AttributeError):  # Only Linux with glibc has both.
         return False
     return True
 
@@ -72,12 +72,12 @@ def _device(device: str) -> str:
 
 
 def _git() -> str:
-    """Commit of the source tree that kilofed runs from, `+` if it has changes; empty for an installed package."""
+    """Commit of the source tree that kilofed runs from, with `+` if it has changes; empty for an installed package."""
     here = Path(__file__).resolve().parent
     try:
         top = _ask_git(here, "rev-parse", "--show-toplevel")
         if not (Path(top) / "src" / "kilofed").is_dir():
-            return ""  # Installed inside somebody else's checkout.
+            return ""  # Installed inside the checkout of another project.
         return _ask_git(here, "rev-parse", "HEAD") + ("+" if _ask_git(here, "status", "--porcelain") else "")
     except (OSError, subprocess.SubprocessError):
         return ""
@@ -89,11 +89,11 @@ def _ask_git(folder: Path, *words: str) -> str:
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that can still be taken on `device`."""
+    """Bytes of memory available on `device`."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     meminfo = Path("/proc/meminfo")
     if meminfo.exists():
         lines = dict(line.split(":", 1) for line in meminfo.read_text("ascii").splitlines())
         return int(lines["MemAvailable"].split()[0]) * 1024
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")  # Only Linux says what is free.
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")  # Only Linux reports what is available.

@@ -1,7 +1,7 @@
-"""What work costs: floating-point operations by torch's counter, seconds, and the process's largest memory.
+"""Measured costs: floating-point operations by torch's counter, seconds, and the process's peak memory.
 
 Matrix products, convolutions and attention are counted, forward and backward, two operations per multiplication and
-addition; element-wise work and the rebuild of seed-pool weights are not, as is usual.
+addition; element-wise operations and the rebuild of seed-pool weights are not, as is usual.
 """
 
 import json
@@ -36,7 +36,7 @@ def _attention_backward(
     return int(sdpa_backward_flop_count(grad, query, key, value))  # type: ignore[no-untyped-call]
 
 
-# torch counts attention on GPUs alone.
+# torch counts attention on GPUs only.
 _ON_CPU = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
@@ -45,16 +45,16 @@ _ON_CPU = {
 
 @dataclass
 class Cost:
-    """Of one party in the first round."""
+    """Costs of one party in the first round."""
 
     flops: int = 0
     seconds: float = 0.0
     num_messages: int = 0
     peak_memory_bytes: int = 0
-    """Largest resident set of the process that did the work: at a client in the second round, else so far."""
+    """Peak resident set size of the process: at a client in the second round, else so far."""
 
     def add(self, other: "Cost") -> None:
-        """Count `other` in."""
+        """Add the costs of another message."""
         self.flops += other.flops
         self.seconds += other.seconds
         self.num_messages += other.num_messages
@@ -63,9 +63,9 @@ class Cost:
 
 @contextmanager
 def counted() -> Iterator[Cost]:
-    """The cost of the block, known when it is left.
+    """Count the cost of the block, available after it.
 
-    Small operations are slower under it, and last bits may differ: torch takes some operations apart to count them.
+    Small operations are slower inside, and last bits may differ: torch decomposes some operations to count them.
     """
     cost, began = Cost(num_messages=1), time.perf_counter()
     with FlopCounterMode(display=False, custom_mapping=_ON_CPU) as counter:
@@ -100,7 +100,7 @@ class MeasuredSites:
             self.spent.setdefault(number, Cost()).add(cost)
             self._write(number)
             return reply
-        self._afresh = self._afresh or environment.forget_peak()
+        self._afresh = self._afresh or environment.reset_peak_memory()
         reply = site.handle(body)
         if round == 2 and self._afresh and number in self.spent:
             self.spent[number].peak_memory_bytes = environment.own_peak_memory()
@@ -112,15 +112,15 @@ class MeasuredSites:
 
 
 def write(path: Path, cost: Cost) -> None:
-    """Keep `cost` in the file `path`, whose folder may be new."""
+    """Write `cost` to the file `path`; creates its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     replace_file(path, json.dumps(asdict(cost)).encode())
 
 
 def read(folder: Path) -> dict[str, object]:
-    """What clients and server cost in the first round of the run in `folder`; empty where it was not measured.
+    """Costs of clients and server in the first round of the run in `folder`; empty if not measured.
 
-    Figures of `client` are means over clients, its memory that of the hungriest client's process.
+    Figures of `client` are means over clients; its memory is the maximum over clients.
     """
     clients = [_read(path) for path in sorted((folder / "clients").glob(f"*/{FILE}"))]
     if not clients or not (folder / SERVER).exists():

@@ -1,4 +1,4 @@
-"""Rows into tokens: map columns, fill the prompt template, mask what is not learnt, cut to length."""
+"""Rows to tokenised examples: map columns, fill the prompt template, mask the prompt, truncate."""
 
 import json
 import logging
@@ -31,11 +31,11 @@ __all__ = [
 log = logging.getLogger("kilofed")
 
 IGNORED = -100
-"""Label of a token that is not learnt."""
+"""Label of a token that is not a target."""
 
 TEMPLATES: dict[str, tuple[str, str]] = {
-    # name: (prompt with a context, prompt without one); the response follows at once, after a space where the prompt
-    # does not end in one: such tokenisers as have words with their space in front then see the words that they know
+    # name: (prompt with a context, prompt without one); the response follows directly, after a space if the prompt does
+    # not end in white space, since many tokenisers have tokens of a word with its leading space
     "plain": ("{instruction}\n{context}\n", "{instruction}\n"),
     "alpaca": (
         "Below is an instruction that describes a task, paired with an input that provides further context. "
@@ -53,7 +53,7 @@ TEMPLATES: dict[str, tuple[str, str]] = {
 Turn = Mapping[str, object]
 """`role` and `content`, both text."""
 Piece = tuple[str, bool]
-"""A stretch of text and whether it is learnt."""
+"""A span of text and whether its tokens are targets."""
 
 
 class Example(NamedTuple):
@@ -61,33 +61,33 @@ class Example(NamedTuple):
 
     input_ids: list[int]
     labels: list[int]
-    """input_ids where learnt, IGNORED elsewhere; same length."""
+    """input_ids at targets, IGNORED elsewhere; same length."""
     prompt_ids: list[int]
-    """What a model is given when it is asked to answer; begins input_ids unless the row was cut."""
+    """The prompt for generation; a prefix of input_ids unless the row was truncated."""
     references: list[str]
-    """Right answers; empty for running text."""
+    """Reference answers; empty for plain text."""
     label: int | None = None
-    """Number of the row's class, IGNORED where it is not known; None where tokens are learnt. With a class, labels and
-    prompt_ids are empty."""
+    """Index of the row's class, IGNORED if unknown; None for a language model. With a class, labels and prompt_ids are
+    empty."""
 
     @property
-    def is_learnt(self) -> bool:
-        """Whether there is anything to learn from it."""
+    def has_targets(self) -> bool:
+        """Whether the row has a target token or a class."""
         if self.label is not None:
             return self.label != IGNORED
         return any(label != IGNORED for label in self.labels[1:])
 
 
 class Renderer:
-    """Rows to examples for one tokeniser, template and set of columns.
+    """Converts rows to examples for one tokeniser, template and set of columns.
 
     Args:
-        kind: what `layout` said of the rows.
-        classes: names of the classes, in the order of their numbers, for rows to classify.
+        kind: result of `layout` for the rows.
+        classes: names of the classes in the order of their indices, for classification.
 
     Raises:
-        DataError: a template that does not exist or does not fit, a malformed talk, a chat template that refuses a
-            talk or rewrites earlier turns.
+        DataError: the template does not exist or does not fit the rows, a conversation is malformed, or the chat template
+            refuses it or rewrites earlier turns.
     """
 
     def __init__(
@@ -97,20 +97,20 @@ class Renderer:
         self._classes = {name: number for number, name in enumerate(classes)}
         self.template = _template(tokenizer, spec, kind)
         self.num_cut = 0
-        """Examples so far that were longer than max_length."""
+        """Number of examples so far that were longer than max_length."""
         self.num_empty = 0
-        """Rows so far that had nothing to learn and were left out."""
+        """Number of rows so far that had no target and were skipped."""
         self._special = {token for token, word in tokenizer.added_tokens_decoder.items() if word.special}
         self._special |= set(tokenizer.all_special_ids)
 
     def __call__(self, rows: Iterable[Row]) -> list[Example]:
-        """Examples of all rows that have something to learn, in order; warns of the first that have not."""
+        """Examples of all rows that have a target, in order; warns once of rows that have none."""
         examples = [self._example(row) for row in rows]
-        learnt = [e for e in examples if e.is_learnt]
+        learnt = [e for e in examples if e.has_targets]
         if (num_empty := len(examples) - len(learnt)) and not self.num_empty:
             what, column = ("label", "label") if self.kind == "label" else ("answer", "response")
             log.warning(
-                "%d of %d rows have no %s and are left out: fill in data.columns.%s, or drop them",
+                "%d of %d rows have no %s and are skipped; fill in data.columns.%s, or drop them",
                 num_empty,
                 len(examples),
                 what,
@@ -120,9 +120,9 @@ class Renderer:
         return learnt
 
     def prompt(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
-        """Token ids that ask for the next answer of a talk; a template for single questions sees the last one only."""
+        """Token ids of the prompt for the next answer; templates for single questions use the last message only."""
         if self.kind == "messages" or self.template == "chat":
-            pieces, _ = self._talk([*messages, {"role": "assistant", "content": "-"}])
+            pieces, _ = self._conversation([*messages, {"role": "assistant", "content": "-"}])
         elif self.kind == "text":
             pieces = [(messages[-1]["content"], False), ("-", True)]
         else:
@@ -131,7 +131,7 @@ class Renderer:
         return self._cut(*self._tokens(pieces), []).prompt_ids
 
     def key(self, row: Row, *, answer: bool = True) -> str:
-        """What a model sees of a row, to tell whether two rows are one; without its answer if so asked."""
+        """What a model sees of a row, to find duplicates; without its answer if `answer` is false."""
         columns = self.spec.columns
         if self.kind == "label":
             return json.dumps([_text(row[columns.text]), _text(row[columns.label]) if answer else ""])
@@ -145,14 +145,14 @@ class Renderer:
         return json.dumps([asked, _references(row[columns.response]) if answer else []])
 
     def classed(self, text: str, name: str) -> Example:
-        """A text with the number of its class; IGNORED for no name. Raises DataError: not one of the classes."""
+        """A text with the index of its class; IGNORED if `name` is empty. Raises DataError: not one of the classes."""
         if name and name not in self._classes:
-            raise DataError(_unknown(name, self._classes))
+            raise DataError(_unknown_label(name, self._classes))
         ids = self.tokenizer.encode(text, verbose=False)
         if len(ids) > self.spec.max_length:
             self.num_cut += 1
             ids = self.tokenizer.encode(text, truncation=True, max_length=self.spec.max_length)
-        ids = ids or [self.tokenizer.pad_token_id]  # No text at all is still a row.
+        ids = ids or [self.tokenizer.pad_token_id]  # A row with empty text still counts.
         return Example(list(ids), [], [], [name] if name else [], self._classes.get(name, IGNORED))
 
     def _example(self, row: Row) -> Example:
@@ -165,18 +165,20 @@ class Renderer:
         return self._cut(ids, labels, prompt_end, references)
 
     def _pieces(self, row: Row) -> tuple[list[Piece], list[str]]:
-        """Stretches of text, and the right answers."""
+        """Spans of text, and the reference answers."""
         columns = self.spec.columns
         if self.kind == "text":
             return [(_text(row[columns.text]), True)], []
         if self.kind == "messages":
-            return self._talk(_turns(row[columns.messages]))
+            return self._conversation(_turns(row[columns.messages]))
         references = _references(row[columns.response])
         first = next(iter(references), "")
         instruction, context = _text(row[columns.instruction]), self._context(row)
         if self.template == "chat":
             asked = f"{instruction}\n\n{context}" if context else instruction
-            pieces, _ = self._talk([{"role": "user", "content": asked}, {"role": "assistant", "content": first}])
+            pieces, _ = self._conversation(
+                [{"role": "user", "content": asked}, {"role": "assistant", "content": first}]
+            )
             return (pieces if first else [(text, False) for text, _ in pieces]), references
         with_context, without = TEMPLATES[self.template]
         prompt = (with_context if context else without).format(instruction=instruction, context=context)
@@ -187,50 +189,52 @@ class Renderer:
         columns = self.spec.columns
         return "" if columns.context == columns.instruction else _text(row.get(columns.context))
 
-    def _talk(self, turns: Sequence[Turn]) -> tuple[list[Piece], list[str]]:
-        """A talk in which the assistant's turns are learnt; what follows the last of them is left out."""
+    def _conversation(self, turns: Sequence[Turn]) -> tuple[list[Piece], list[str]]:
+        """A conversation whose targets are the assistant's turns; turns after the last of them are dropped."""
         answers = [str(turn["content"]) for turn in turns if turn["role"] == "assistant"]
         return (self._chat(turns) if self.template == "chat" else self._plain(turns)), answers[-1:]
 
     def _chat(self, turns: Sequence[Turn]) -> list[Piece]:
         pieces: list[Piece] = []
-        done = ""
+        rendered = ""
         for number, turn in enumerate(turns):
             if turn["role"] != "assistant":
                 continue
             before, after = self._rendered(turns[:number], ask=True), self._rendered(turns[: number + 1], ask=False)
-            if not before.startswith(done) or not after.startswith(before):
-                raise DataError("the chat template rewrites earlier turns, so that answers cannot be told from prompts: "
+            if not before.startswith(rendered) or not after.startswith(before):
+                raise DataError("the chat template rewrites earlier turns, so that answers cannot be told from prompts; "
                                 "use data.template=plain")  # fmt: skip
-            pieces += [(before[len(done) :], False), (after[len(before) :], True)]
-            done = after
+            pieces += [(before[len(rendered) :], False), (after[len(before) :], True)]
+            rendered = after
         return pieces
 
     def _rendered(self, turns: Sequence[Turn], *, ask: bool) -> str:
         try:
-            talk = [{name: str(text) for name, text in turn.items()} for turn in turns]
-            return cast(str, self.tokenizer.apply_chat_template(talk, tokenize=False, add_generation_prompt=ask))
+            conversation = [{name: str(text) for name, text in turn.items()} for turn in turns]
+            return cast(
+                str, self.tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=ask)
+            )
         except TemplateError as error:
             roles = ", ".join(str(turn["role"]) for turn in turns) or "nobody"
             raise DataError(
-                f"the chat template refuses a talk of {roles} ({error}): mend the rows, or use data.template=plain"
+                f"the chat template refuses a conversation of {roles} ({error}); correct the rows, or use data.template=plain"
             ) from error
 
     def _plain(self, turns: Sequence[Turn]) -> list[Piece]:
-        # Without an end token, the line's end is what says that an answer is over.
-        closing = "\n" if self.tokenizer.eos_token_id is None else ""
+        # Without an end token, a line break marks the end of an answer.
+        end = "\n" if self.tokenizer.eos_token_id is None else ""
         pieces: list[Piece] = []
         asked = ""
         for turn in turns:
             if turn["role"] == "assistant":
-                pieces += [(asked + "Assistant: ", False), (f"{turn['content']}{closing}", True)]
-                asked = "" if closing else "\n"
+                pieces += [(asked + "Assistant: ", False), (f"{turn['content']}{end}", True)]
+                asked = "" if end else "\n"
             else:
                 asked += f"{str(turn['role']).capitalize()}: {turn['content']}\n"
         return pieces
 
     def _tokens(self, pieces: Sequence[Piece]) -> tuple[list[int], list[int], int]:
-        """Tokens, labels, and where the last learnt stretch begins."""
+        """Token ids, labels, and the position at which the last target span begins."""
         bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
         ids: list[int] = []
         labels: list[int] = []
@@ -239,24 +243,24 @@ class Renderer:
             ids, labels = [bos], [IGNORED]
         for text, learnt in pieces:
             piece = self.tokenizer.encode(text, add_special_tokens=False, verbose=False)
-            num_learnt = len(piece) if learnt else 0
+            num_targets = len(piece) if learnt else 0
             if learnt and self.template == "chat":
-                # The template may go on behind the end token, with a line break for instance; no model needs to say that.
-                num_learnt = 1 + max(
+                # The template may continue after the end token, for instance with a line break, which is not a target.
+                num_targets = 1 + max(
                     (i for i, token in enumerate(piece) if token in self._special), default=len(piece) - 1
                 )
             elif learnt and piece and eos is not None:
-                piece, num_learnt = [*piece, eos], len(piece) + 1
+                piece, num_targets = [*piece, eos], len(piece) + 1
             if learnt:
                 prompt_end = len(ids)
             ids += piece
-            labels += piece[:num_learnt] + [IGNORED] * (len(piece) - num_learnt)
+            labels += piece[:num_targets] + [IGNORED] * (len(piece) - num_targets)
         return ids, labels, prompt_end
 
     def _cut(self, ids: list[int], labels: list[int], prompt_end: int, references: list[str]) -> Example:
-        """At most max_length tokens: the prompt loses its left down to a quarter, then the answer its right."""
+        """Truncate to max_length tokens: the prompt from the left down to a quarter, then the answer from the right."""
         bos, most = self.tokenizer.bos_token_id, self.spec.max_length
-        lead = 1 if bos is not None and ids[:1] == [bos] else 0  # It stays in front.
+        lead = 1 if bos is not None and ids[:1] == [bos] else 0  # The start token is kept.
         room = most - lead
         prompt = ids[lead:prompt_end]
         prompt_ids = ids[:lead] + prompt[max(len(prompt) - room, 0) :]
@@ -267,42 +271,42 @@ class Renderer:
 
 
 def class_names(spec: DataSpec, rows: Rows) -> tuple[str, ...]:
-    """Names of the classes in the order of their numbers: data.labels, else those of the training rows sorted as text.
+    """Names of the classes in the order of their indices: data.labels, else those of the training rows, sorted.
 
-    Empty where nothing is classified.
+    Empty for language models.
 
     Raises:
         DataError: fewer than two classes, one named twice, or a row with a label that is not among them.
     """
     if spec.task != "classify":
         if spec.labels:
-            raise DataError("data.labels is for data.task=classify: set that too, or leave it out")
+            raise DataError("data.labels needs data.task=classify; set that too, or remove data.labels")
         return ()
     column = spec.columns.label
     found = {_text(row[column]) for row in rows.train} - {""}
     names = spec.labels or tuple(sorted(found))
     if len(set(names)) < len(names):
-        raise DataError("data.labels names a label twice: drop one")
+        raise DataError("data.labels has a label twice; remove one")
     if len(names) < 2:
         seen = f"all rows have the label {names[0]!r}" if names else "no row has a label"
-        raise DataError(f"{seen}; expected at least two labels in column {column}: check data.columns.label")
+        raise DataError(f"{seen}; expected at least two labels in column {column}; check data.columns.label")
     for what, some in (("row", rows.train), ("held-out row", rows.test)):
         for number, row in enumerate(some, 1):
             if (name := _text(row[column])) and name not in names:
-                raise DataError(f"{what} {number}: {_unknown(name, names)}")
+                raise DataError(f"{what} {number}: {_unknown_label(name, names)}")
     return names
 
 
-def _unknown(name: str, names: Iterable[str]) -> str:
+def _unknown_label(name: str, names: Iterable[str]) -> str:
     names = list(names)
     return (
-        f"the label {name!r} is not one of the {len(names)} agreed ones{nearest(name, names)}: mend the row, drop it, "
-        "or name all labels in data.labels"
+        f"the label {name!r} is not one of the {len(names)} labels{nearest(name, names)}; correct or drop the row, "
+        "or list all labels in data.labels"
     )
 
 
 def _template(tokenizer: "PreTrainedTokenizerBase", spec: DataSpec, kind: str) -> str:
-    """The template's name; empty for running text and for rows to classify."""
+    """The template's name; empty for plain text and classification."""
     name = spec.template
     if kind == "label":
         return ""
@@ -311,9 +315,11 @@ def _template(tokenizer: "PreTrainedTokenizerBase", spec: DataSpec, kind: str) -
     if name == "chat" and not tokenizer.chat_template:
         raise DataError(f"data.template is 'chat' but the tokeniser has none; use one of {', '.join(TEMPLATES)}")
     if kind == "text" and name:
-        raise DataError(f"data.template is {name!r} but the rows are running text, which has no prompt: leave it out")
+        raise DataError(
+            f"data.template is {name!r} but the rows are plain text, which has no prompt; remove data.template"
+        )
     if kind == "messages" and name not in ("", "chat", "plain"):
-        raise DataError(f"data.template is {name!r}, which is for single questions; messages take chat or plain")
+        raise DataError(f"data.template is {name!r}, which is for single questions; use chat or plain for messages")
     if kind == "text":
         return ""
     return name or ("chat" if tokenizer.chat_template else "plain")
@@ -324,7 +330,7 @@ def _text(value: object) -> str:
 
 
 def _references(value: object) -> list[str]:
-    """Right answers; the first is learnt."""
+    """Reference answers; the first is the target."""
     return [_text(one) for one in value] if isinstance(value, list | tuple) else [_text(value)]
 
 

@@ -1,4 +1,4 @@
-"""Who holds which rows: flwr-datasets partitioners over the training rows, held-out rows dealt alongside."""
+"""Partition of rows over clients: flwr-datasets partitioners for training rows, matching shares of held-out rows."""
 
 import contextlib
 import io
@@ -20,7 +20,7 @@ class Share:
     """One client's rows."""
 
     name: str
-    """The column's value, or the client's number."""
+    """The column's value, or `client N`."""
     train: list[Row]
     test: list[Row]
 
@@ -28,43 +28,47 @@ class Share:
 def divide(rows: Rows, spec: DataSpec, seed: int) -> list[Share]:
     """One share per client, in a fixed order: by name for a column, else by number.
 
-    Held-out rows follow the column where it names the owner; otherwise they are dealt evenly by a hash of their content.
-    Without held-out rows, each client keeps `spec.holdout` of its own rows apart, by the same hash; equal rows stay
+    Held-out rows are assigned by the column too; for other partitions they are spread evenly by a hash of their content.
+    Without held-out rows, each client holds out `spec.holdout` of its own rows by the same hash, which keeps equal rows
     together.
 
     Raises:
-        DataError: a missing column, more clients than rows, a client without rows to train on.
+        DataError: a missing column, more clients than rows, or a client without training rows.
     """
     part = spec.partition
     kind = part.kind
     if spec.task == "classify" and kind in ("dirichlet", "pathological") and part.column == PartitionSpec().column:
-        part = replace(part, column=spec.columns.label)  # Whose column is not named is what the skew is of.
+        part = replace(part, column=spec.columns.label)  # By default the skew is over labels.
     if kind == "auto":
         kind = "column" if part.column in rows.train[0] or part.column != PartitionSpec().column else "iid"
     shares = _by_column(rows, part) if kind == "column" else _by_partitioner(rows, part, kind, seed)
     for share in shares:
-        _enough(share, part.min_rows)
+        _check_size(share, part.min_rows)
     if not rows.test:
         shares = [_hold_out(share, spec.holdout) for share in shares]
         for share in shares:
-            _enough(share, 1)
+            _check_size(share, 1)
     if spec.max_test_rows:
         shares = [replace(share, test=sorted(share.test, key=row_hash)[: spec.max_test_rows]) for share in shares]
     if untested := [share.name for share in shares if not share.test]:
-        log.warning("trained but not scored, having no held-out rows: %s", _some(untested))
+        log.warning("clients without held-out rows are trained but not evaluated: %s", _shorten(untested))
     return shares
 
 
 def _by_column(rows: Rows, part: PartitionSpec) -> list[Share]:
     train, test = _grouped(rows.train, part, "row"), _grouped(rows.test, part, "held-out row")
-    if lost := sorted(set(test) - set(train)):
-        number = sum(len(test[name]) for name in lost)
-        log.warning("%d held-out rows are left out, no client has training rows of that name: %s", number, _some(lost))
+    if unmatched := sorted(set(test) - set(train)):
+        number = sum(len(test[name]) for name in unmatched)
+        log.warning(
+            "%d held-out rows are skipped: no client has training rows with that value of the column: %s",
+            number,
+            _shorten(unmatched),
+        )
     return [Share(name, train[name], test.get(name, [])) for name in sorted(train)]
 
 
 def _grouped(rows: Sequence[Row], part: PartitionSpec, what: str) -> dict[str, list[Row]]:
-    """Rows by owner; several owners of one row, as a list, are an owner of their own."""
+    """Rows by the value of the column; a list of values is one value of its own."""
     groups: dict[str, list[Row]] = {}
     for number, row in enumerate(rows, 1):
         owner = row.get(part.column)
@@ -77,45 +81,47 @@ def _grouped(rows: Sequence[Row], part: PartitionSpec, what: str) -> dict[str, l
 def _by_partitioner(rows: Rows, part: PartitionSpec, kind: str, seed: int) -> list[Share]:
     if part.num_clients > len(rows.train):
         raise DataError(
-            f"data.partition.num_clients is {part.num_clients}, but there are {len(rows.train)} training rows: "
-            "take fewer clients or more rows"
+            f"data.partition.num_clients is {part.num_clients}, but there are {len(rows.train)} training rows; "
+            "use fewer clients or more rows"
         )
     indices = _indices(rows.train, part, kind, seed)
     order = sorted(range(len(rows.test)), key=lambda i: row_hash(rows.test[i], seed))
-    dealt = [sorted(order[client :: len(indices)]) for client in range(len(indices))]
+    indices_by_client = [sorted(order[client :: len(indices)]) for client in range(len(indices))]
     return [
-        Share(f"client {client}", [rows.train[i] for i in own], [rows.test[i] for i in dealt[client]])
+        Share(f"client {client}", [rows.train[i] for i in own], [rows.test[i] for i in indices_by_client[client]])
         for client, own in enumerate(indices)
     ]
 
 
 def _indices(rows: Sequence[Row], part: PartitionSpec, kind: str, seed: int) -> list[list[int]]:
-    """Row numbers of each client, as the partitioner divides them."""
+    """Row numbers of each client."""
     labels = _labels(rows, part) if kind in ("dirichlet", "pathological") else []
     if kind == "pathological" and part.classes > len(set(labels)):
         raise DataError(
-            f"data.partition.classes is {part.classes}; expected at most {len(set(labels))}, as many labels as there are"
+            f"data.partition.classes is {part.classes}; expected at most {len(set(labels))}, the number of labels"
         )
     order = list(range(len(rows)))
-    random.Random(seed).shuffle(order)  # Some partitioners cut in order.
+    random.Random(seed).shuffle(order)  # Some partitioners split in row order.
     try:
-        dealt = _dealt(part, kind, [labels[row] for row in order] if labels else ["" for _ in order], seed)
+        indices_by_client = _partition(
+            part, kind, [labels[row] for row in order] if labels else ["" for _ in order], seed
+        )
     except ValueError as error:
         hint = f"alpha={part.alpha}, " if kind == "dirichlet" else ""
         raise DataError(
             f"{kind} cannot give each of {part.num_clients} clients {part.min_rows} of {len(rows)} rows "
-            f"({hint}min_rows={part.min_rows}): take fewer clients, or skew them less"
+            f"({hint}min_rows={part.min_rows}); use fewer clients, or less skew"
         ) from error
-    if (num_left := len(rows) - sum(map(len, dealt))) > 0:
+    if (num_unassigned := len(rows) - sum(map(len, indices_by_client))) > 0:
         log.warning(
-            "%d of %d training rows belong to nobody: %d clients with %d labels each do not cover all %d labels",
-            *(num_left, len(rows), part.num_clients, part.classes, len(set(labels))),
+            "%d of %d training rows are assigned to no client: %d clients with %d labels each do not cover all %d labels",
+            *(num_unassigned, len(rows), part.num_clients, part.classes, len(set(labels))),
         )
-    return [sorted(order[i] for i in own) for own in dealt]
+    return [sorted(order[i] for i in own) for own in indices_by_client]
 
 
-def _dealt(part: PartitionSpec, kind: str, labels: list[str], seed: int) -> list[list[int]]:
-    """Positions in `labels` of each client. Raises ValueError: the partitioner cannot."""
+def _partition(part: PartitionSpec, kind: str, labels: list[str], seed: int) -> list[list[int]]:
+    """Positions in `labels` of each client. Raises ValueError: the partitioner cannot satisfy its settings."""
     import datasets
 
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
@@ -123,25 +129,29 @@ def _dealt(part: PartitionSpec, kind: str, labels: list[str], seed: int) -> list
         from flwr_datasets import partitioner as library
 
         class Numbered(datasets.Dataset):  # type: ignore[misc]
-            """Its selections are row numbers: the library's own cost a millisecond or two for each client."""
+            """Selections are row numbers: selecting in the library takes a millisecond or two per client."""
 
             def select(self, indices: Iterable[int], **_: object) -> list[int]:
                 return [int(index) for index in indices]
 
         count, by = part.num_clients, "label"
-        made: library.Partitioner
+        partitioner: library.Partitioner
         if kind == "iid":
-            made = library.IidPartitioner(num_partitions=count)
+            partitioner = library.IidPartitioner(num_partitions=count)
         elif kind == "size":
-            made = library.LinearPartitioner(num_partitions=count)
+            partitioner = library.LinearPartitioner(num_partitions=count)
         elif kind == "dirichlet":
-            made = library.DirichletPartitioner(count, by, part.alpha, min_partition_size=part.min_rows, seed=seed)
+            partitioner = library.DirichletPartitioner(
+                count, by, part.alpha, min_partition_size=part.min_rows, seed=seed
+            )
         else:
-            # The first label goes round, so that every label has an owner where there are clients enough.
+            # The first label is assigned round robin, so that every label is used if there are enough clients.
             mode = "first-deterministic"
-            made = library.PathologicalPartitioner(count, by, part.classes, class_assignment_mode=mode, seed=seed)
-        made.dataset = Numbered.from_dict({by: labels})
-        return [made.load_partition(client) for client in range(count)]
+            partitioner = library.PathologicalPartitioner(
+                count, by, part.classes, class_assignment_mode=mode, seed=seed
+            )
+        partitioner.dataset = Numbered.from_dict({by: labels})
+        return [partitioner.load_partition(client) for client in range(count)]
 
 
 def _labels(rows: Sequence[Row], part: PartitionSpec) -> list[str]:
@@ -154,7 +164,7 @@ def _labels(rows: Sequence[Row], part: PartitionSpec) -> list[str]:
 def _no_column(part: PartitionSpec, what: str, row: Row) -> DataError:
     if part.column in row:
         return DataError(
-            f"{what} has nothing in data.partition.column={part.column}, which says whose it is: fill it in"
+            f"{what} has no value in data.partition.column={part.column}, which assigns it to a client; fill it in"
         )
     return DataError(
         f"data.partition.column is {part.column!r}, which {what} does not have{nearest(part.column, row)}\n"
@@ -167,20 +177,22 @@ def _hold_out(share: Share, holdout: float) -> Share:
     num_test = int(len(hashes) * holdout)
     if holdout and not num_test and len(hashes) > 1:
         num_test = 1
-    held = set(sorted(hashes)[:num_test])
-    train = [row for row, number in zip(share.train, hashes, strict=True) if number not in held]
-    return Share(share.name, train, [row for row, number in zip(share.train, hashes, strict=True) if number in held])
+    held_out = set(sorted(hashes)[:num_test])
+    train = [row for row, number in zip(share.train, hashes, strict=True) if number not in held_out]
+    return Share(
+        share.name, train, [row for row, number in zip(share.train, hashes, strict=True) if number in held_out]
+    )
 
 
-def _enough(share: Share, least: int) -> None:
+def _check_size(share: Share, least: int) -> None:
     if len(share.train) < least:
         raise DataError(
-            f"client {share.name} has {len(share.train)} training rows, at least {least} are needed: "
-            "take fewer clients, another partition, or a smaller data.partition.min_rows or data.holdout"
+            f"client {share.name} has {len(share.train)} training rows; expected at least {least}: "
+            "use fewer clients, another partition, or a smaller data.partition.min_rows or data.holdout"
         )
 
 
-def _some(names: Sequence[str]) -> str:
-    """The first few names and how many more there are."""
+def _shorten(names: Sequence[str]) -> str:
+    """The first five names and the number of others."""
     shown = ", ".join(names[:5])
     return f"{shown} and {len(names) - 5} more" if len(names) > 5 else shown

@@ -1,4 +1,4 @@
-"""Rows that anyone may see, as examples: in the columns of the private ones, with or without labels and answers."""
+"""Public rows as examples, in the columns of the private ones, with or without labels and answers."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -10,10 +10,10 @@ from kilofed.errors import DataError
 
 
 def examples(rows: Sequence[Row], spec: DataSpec, renderer: Renderer, classes: Sequence[str]) -> list[Example]:
-    """The public rows as examples; labels and answers are kept where there are some, running text needs none.
+    """The public rows as examples; labels and answers are kept if there are any.
 
     Raises:
-        DataError: no column that can be used, or a label that the private rows do not have.
+        DataError: the rows lack the needed columns, or have a label that the private rows do not have.
     """
     if not rows:
         return []
@@ -53,6 +53,5 @@ def _to_classify(
 
 def _no_column(have: set[str], wanted: str) -> DataError:
     return DataError(
-        f"the public rows have the columns {', '.join(sorted(have)) or 'none'}; expected {wanted}, "
-        "as data.columns names them"
+        f"the public rows have the columns {', '.join(sorted(have)) or 'none'}; expected {wanted}; set data.columns"
     )

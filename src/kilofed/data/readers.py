@@ -1,4 +1,4 @@
-"""Rows from wherever they lie: embedded sources, files, folders, saved data sets and the hub."""
+"""Read rows from embedded sources, files, folders, saved data sets and the hub."""
 
 import csv
 import gzip
@@ -23,38 +23,38 @@ Row = Mapping[str, object]
 
 FORMATS = ".jsonl, .jsonl.gz, .json, .csv or .parquet"
 HELD_OUT = (("test",), ("valid", "val"), ("dev", "eval"))
-"""How names of held-out files begin, the first kind that there is counts."""
+"""Prefixes of names of held-out files and splits; the first kind that exists is used."""
 HUB_OPTIONS = ("name", "revision")
 """Options of a hub id: the data set's configuration; a branch, tag or commit."""
 
 
 @dataclass(frozen=True)
 class Rows:
-    """What a source holds before it is divided among clients."""
+    """The rows of a source before they are partitioned over clients."""
 
     train: list[Row]
     test: list[Row]
     note: str
-    """What was read, in one line."""
+    """One line on what was read."""
 
 
 def read(spec: DataSpec, seed: int) -> Rows:
-    """The rows that `spec.source` names; warns of columns that nothing uses.
+    """The rows of `spec.source`; warns of unused columns.
 
     Raises:
-        DataError: missing file or column, broken line (by number), no rows, a hub id without network, options that
-            the source does not take.
+        DataError: a missing file or column, a broken line (with its number), no rows, a hub id without network, or an
+            unknown option.
     """
     train, test, note = _read(spec.source, spec.options, seed)
     if not train:
-        raise DataError(f"{spec.source} holds no rows; expected at least one")
+        raise DataError(f"{spec.source} has no rows; expected at least one")
     if spec.test:
         first, second, _ = _read(spec.test, {}, seed)
         test = second or first
         if not test:
-            raise DataError(f"data.test is {spec.test}, which holds no rows; expected at least one")
+            raise DataError(f"data.test is {spec.test}, which has no rows; expected at least one")
     needed = _needed(layout(spec.columns, train, spec.task), spec.columns)
-    _must_have(needed, test, "held-out row")
+    _check_columns(needed, test, "held-out row")
     if spec.source not in sources.names() and (names := unused_columns(spec, train)):
         log.warning("%s", unused_sentence(names))
     if spec.max_rows and len(train) > spec.max_rows:
@@ -64,24 +64,24 @@ def read(spec: DataSpec, seed: int) -> Rows:
 
 
 def set_aside(rows: Rows, spec: DataSpec, seed: int) -> tuple[Rows, list[Row]]:
-    """The rows that clients hold and those that the server holds: of `spec.public`, or a share of the training rows.
+    """The clients' rows and the public rows: those of `spec.public`, or a share of the training rows.
 
     Raises:
-        DataError: as `read`; the share is so small or large that one side has no rows.
+        DataError: as `read`; or the share leaves one side without rows.
     """
     if spec.public:
         first, second, _ = _read(spec.public, {}, seed)
         if not first and not second:
-            raise DataError(f"data.public is {spec.public}, which holds no rows; expected at least one")
+            raise DataError(f"data.public is {spec.public}, which has no rows; expected at least one")
         return rows, first or second
     if not spec.public_share:
         return rows, []
     number = round(spec.public_share * len(rows.train))
     if not 0 < number < len(rows.train):
         raise DataError(
-            f"data.public_share={spec.public_share:g} of {len(rows.train)} training rows leaves one side none: change it"
+            f"data.public_share={spec.public_share:g} of {len(rows.train)} rows leaves one side without rows; change it"
         )
-    # Another order than that of max_rows, so that the share is one of all kinds of rows.
+    # Not the order of max_rows, so that the share is representative.
     order = sorted(range(len(rows.train)), key=lambda at: row_hash(rows.train[at], -1 - seed))
     taken = sorted(order[:number])
     left = set(order[number:])
@@ -91,16 +91,16 @@ def set_aside(rows: Rows, spec: DataSpec, seed: int) -> tuple[Rows, list[Row]]:
 
 
 def row_hash(row: Row, seed: int = 0) -> int:
-    """A number that depends on the row's content and `seed` alone, the same on every machine."""
+    """A hash of the row's content and `seed`, the same on every machine."""
     text = json.dumps([seed, dict(row)], sort_keys=True, default=str)
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
 
 
 def layout(columns: ColumnsSpec, rows: Sequence[Row], task: str = "generate") -> str:
-    """`response`, `messages` or `text`: which of the mapped columns these rows have; `label` for rows to classify.
+    """`response`, `messages` or `text`, by the columns that the rows have; `label` for classification.
 
     Raises:
-        DataError: none of them, a mapped column that no row has, or a row without one that it needs.
+        DataError: none of them, a mapped column that no row has, or a row that lacks a needed column.
     """
     have = {name for row in rows for name in row}
     usual = vars(ColumnsSpec())
@@ -109,7 +109,7 @@ def layout(columns: ColumnsSpec, rows: Sequence[Row], task: str = "generate") ->
             raise DataError(f"data.columns.{role} is {name!r}, which no row has{nearest(name, have)}")
     for kind in ("label",) if task == "classify" else ("response", "messages", "text"):
         if (needed := _needed(kind, columns)) <= have:
-            _must_have(needed, rows, "row")
+            _check_columns(needed, rows, "row")
             return kind
     if task == "classify":
         raise DataError(
@@ -123,7 +123,7 @@ def layout(columns: ColumnsSpec, rows: Sequence[Row], task: str = "generate") ->
 
 
 def unused_columns(spec: DataSpec, rows: Sequence[Row]) -> list[str]:
-    """Columns that neither become tokens nor say whose a row is."""
+    """Columns that are neither tokenised nor used for the partition."""
     kind, part = layout(spec.columns, rows, spec.task), spec.partition
     used = _needed(kind, spec.columns)
     if kind == "response":
@@ -134,8 +134,8 @@ def unused_columns(spec: DataSpec, rows: Sequence[Row]) -> list[str]:
 
 
 def unused_sentence(names: Sequence[str]) -> str:
-    """What to say of columns that nothing uses."""
-    return f"columns that nothing uses: {', '.join(names)}; map them with data.columns.* or data.partition.column"
+    """A warning about unused columns."""
+    return f"unused columns: {', '.join(names)}; map them with data.columns.* or data.partition.column"
 
 
 def _needed(kind: str, columns: ColumnsSpec) -> set[str]:
@@ -148,7 +148,7 @@ def _needed(kind: str, columns: ColumnsSpec) -> set[str]:
     return by_kind[kind]
 
 
-def _must_have(needed: set[str], rows: Sequence[Row], what: str) -> None:
+def _check_columns(needed: set[str], rows: Sequence[Row], what: str) -> None:
     for number, row in enumerate(rows, 1):
         if missing := needed - row.keys():
             raise DataError(
@@ -158,7 +158,7 @@ def _must_have(needed: set[str], rows: Sequence[Row], what: str) -> None:
 
 
 def _read(source: str, options: Mapping[str, Value], seed: int) -> tuple[list[Row], list[Row], str]:
-    """Training rows, held-out rows and, from an embedded source, its own note."""
+    """Training rows, held-out rows and the note of an embedded source."""
     if source in sources.names():
         try:
             found = sources.load(source, seed=seed, **options)
@@ -169,12 +169,14 @@ def _read(source: str, options: Mapping[str, Value], seed: int) -> tuple[list[Ro
     if not path.exists() and not _looks_local(source, path):
         return *_read_hub(source, options), ""
     if options:
-        raise DataError(f"data.options has {', '.join(options)}, which {source} does not take: a file has no options")
+        raise DataError(
+            f"data.options has {', '.join(options)}, but {source} is a file, which has no options; remove them"
+        )
     if path.is_dir():
         return *_read_folder(path), ""
     if path.exists():
         return _read_file(path), [], ""
-    raise DataError(f"there is no file or folder {source} below {Path.cwd()}; check data.source and data.test")
+    raise DataError(f"file or folder {source} does not exist in {Path.cwd()}; check data.source and data.test")
 
 
 def _looks_local(source: str, path: Path) -> bool:
@@ -186,14 +188,16 @@ def _read_folder(path: Path) -> tuple[list[Row], list[Row]]:
         return _read_saved(path)
     files = sorted(f for f in path.iterdir() if _reader(f)) or sorted(f for f in path.rglob("*") if _reader(f))
     train = [file for file in files if file.name.lower().startswith("train")]
-    kinds = [[file for file in files if file.name.lower().startswith(begin)] for begin in HELD_OUT]
+    kinds = [[file for file in files if file.name.lower().startswith(prefix)] for prefix in HELD_OUT]
     test = next((kind for kind in kinds if kind), [])
     train = train or [file for file in files if not any(file in kind for kind in kinds)]
     if not train:
         names = ", ".join(sorted(item.name for item in path.iterdir())) or "nothing"
-        raise DataError(f"{path} has no {FORMATS} file to train on; it holds {names}")
+        raise DataError(f"{path} has no {FORMATS} file of training rows; it has {names}")
     if unread := [file.name for file in files if file not in train and file not in test]:
-        log.warning("%s: not read, being neither train nor test by name: %s", path, ", ".join(unread))
+        log.warning(
+            "%s: files whose names begin with neither train nor test are not read: %s", path, ", ".join(unread)
+        )
     return [row for file in train for row in _read_file(file)], [row for file in test for row in _read_file(file)]
 
 
@@ -203,21 +207,21 @@ def _read_saved(path: Path) -> tuple[list[Row], list[Row]]:
     try:
         return _splits(datasets.load_from_disk(str(path)))
     except (OSError, ValueError, KeyError) as error:
-        raise DataError(f"{path} is not a whole data set as save_to_disk writes it ({_first_line(error)})") from error
+        raise DataError(f"{path} is not a complete data set of save_to_disk ({_first_line(error)})") from error
 
 
 def _read_hub(source: str, options: Mapping[str, Value]) -> tuple[list[Row], list[Row]]:
     import datasets
 
-    if odd := sorted(set(options) - set(HUB_OPTIONS)):
-        raise DataError(f"data.options.{odd[0]} is not an option of a hub id{nearest(odd[0], HUB_OPTIONS)}")
+    if unknown := sorted(set(options) - set(HUB_OPTIONS)):
+        raise DataError(f"data.options.{unknown[0]} is not an option of a hub id{nearest(unknown[0], HUB_OPTIONS)}")
     hub.settle()
     try:
         return _splits(datasets.load_dataset(source, **options))
-    except Exception as error:  # The network fails in as many ways as there are libraries below.
+    except Exception as error:  # Every library below has its own exceptions for network failures.
         raise DataError(
-            f"{source} is no embedded source ({', '.join(sources.names())}), no file or folder here, and the hub did "
-            f"not give it ({type(error).__name__}: {_first_line(error)}): check the name and the network"
+            f"{source} is not an embedded source ({', '.join(sources.names())}), file or folder, and loading it from the hub "
+            f"failed ({type(error).__name__}: {_first_line(error)}); check the name and the network"
         ) from error
 
 
@@ -230,7 +234,7 @@ def _splits(found: object) -> tuple[list[Row], list[Row]]:
     train = next((name for name in names if name.startswith("train")), names[0] if len(names) == 1 else "")
     if not train:
         raise DataError(f"the data set has the splits {', '.join(names) or 'nothing'}; expected one called train")
-    test = next((name for begin in HELD_OUT for name in names if name.startswith(begin)), "")
+    test = next((name for prefix in HELD_OUT for name in names if name.startswith(prefix)), "")
     if unread := [name for name in names if name not in (train, test)]:
         log.warning("splits that are not read: %s", ", ".join(unread))
     return list(found[train]), list(found[test]) if test and test != train else []
@@ -250,16 +254,16 @@ def _read_file(path: Path) -> list[Row]:
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Numbered lines, decoded one by one so that an error has its line."""
+    """Numbered lines, decoded one by one so that an error names its line."""
     number = 0
     try:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
             for number, line in enumerate(file, 1):
                 yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
     except UnicodeDecodeError as error:
-        raise DataError(f"{path} line {number} is not UTF-8 text ({error}): save the file as UTF-8") from error
+        raise DataError(f"{path} line {number} is not UTF-8 text ({error}); save the file as UTF-8") from error
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise DataError(f"{path} breaks off after line {number} ({error}): fetch or write it again") from error
+        raise DataError(f"{path} is truncated after line {number} ({error}); download or write it again") from error
     except OSError as error:
         raise DataError(f"{path} cannot be read ({error.strerror or error})") from error
 
@@ -273,7 +277,7 @@ def _read_jsonl(path: Path) -> list[Row]:
 
 
 def _read_json(path: Path) -> list[Row]:
-    """A list of objects, or one object a line."""
+    """A list of objects, or one object per line."""
     lines = [line for _, line in _lines(path)]
     if not "".join(lines[:100]).lstrip().startswith("["):
         return _read_jsonl(path)
@@ -287,7 +291,7 @@ def _parse(path: Path, number: int, text: str) -> object:
     except json.JSONDecodeError as error:
         line = number + error.lineno - 1
         raise DataError(
-            f"{path} line {line} is not JSON ({error.msg} at column {error.colno}); mend or delete that line"
+            f"{path} line {line} is not JSON ({error.msg} at column {error.colno}); correct or delete that line"
         ) from error
 
 
@@ -305,17 +309,17 @@ def _read_csv(path: Path) -> list[Row]:
     try:
         header = next(reader, [])
         if len(set(header)) < len(header):
-            raise DataError(f"{path} names a column twice: {', '.join(header)}")
+            raise DataError(f"{path} has a column twice: {', '.join(header)}; rename one")
         for fields in reader:
             if fields and len(fields) != len(header):
                 raise DataError(
-                    f"{path} line {reader.line_num} has {len(fields)} fields, the header has {len(header)}: "
-                    "mend that line, or quote fields that hold commas"
+                    f"{path} line {reader.line_num} has {len(fields)} fields, the header has {len(header)}; "
+                    "correct that line, or quote fields that contain commas"
                 )
             if fields:
                 rows.append(dict(zip(header, fields, strict=True)))
     except csv.Error as error:
-        raise DataError(f"{path} line {reader.line_num} is not CSV ({error}); mend that line") from error
+        raise DataError(f"{path} line {reader.line_num} is not CSV ({error}); correct that line") from error
     finally:
         csv.field_size_limit(usual)
     return rows
@@ -330,7 +334,7 @@ def _read_parquet(path: Path) -> list[Row]:
             return cast(list[Row], file.read().to_pylist())
     except (OSError, pyarrow.ArrowException) as error:
         raise DataError(
-            f"{path} is not a whole parquet file ({_first_line(error)}): fetch or write it again"
+            f"{path} is not a complete parquet file ({_first_line(error)}); download or write it again"
         ) from error
 
 

@@ -1,1 +1,1 @@
-"""Learning from what other models say."""
+"""Knowledge distillation: losses, ensembles of teachers, cached teacher scores."""

@@ -1,11 +1,11 @@
-"""Distillation: forward and reverse KL from a teacher's scores, whole or the k best of them, packed for disk and wire.
+"""Distillation losses: forward and reverse KL to a teacher's full or top-k distribution, and top-k scores as few bytes.
 
-Shapes: N positions, V words, K scores kept of a position. Soft targets with temperature and its factor T^2: Hinton et
-al. 2015, arXiv:1503.02531, section 2.1. No gradient ever reaches a teacher.
+Shapes: N positions, V tokens of the vocabulary, K tokens kept of a position. Soft targets with temperature T and the
+factor T^2: Hinton et al. 2015, arXiv:1503.02531, section 2.1. No gradient reaches the teacher.
 
-Of a teacher of which only the K best are known, the mass of all other words is one more bucket: the student's mass on
-the same words is compared with it, however either spreads it. That is the KL of two coarser distributions, so it is
-never above the full KL, 0 where both are equal, and with K = V the full KL itself.
+With the top K tokens of a teacher, the probability of all other tokens is one more bucket, and is compared with the
+student's probability of the same tokens. That is the KL of two coarser distributions: at most the full KL, 0 where both
+are equal, and the full KL for K = V.
 """
 
 import math
@@ -21,28 +21,28 @@ from kilofed.errors import ModelError
 Direction = Literal["forward", "reverse"]
 Packing = Literal["float16", "int8"]
 
-LEAST = -60.0
-"""Log of the least probability; keeps a reverse KL finite where the teacher gives a word no mass."""
+MIN_LOG_PROB = -60.0
+"""Lower bound of log-probabilities; keeps a reverse KL finite where the teacher gives a token probability 0."""
 NO_MASS = -128
-"""The int8 code of a bucket without mass."""
+"""The int8 code of a bucket with probability 0."""
 STEPS = 254
-"""Steps between the least and the largest int8 code in use, -127 to 127."""
+"""Steps between the smallest and the largest int8 code in use, -127 to 127."""
 
 
 @dataclass(frozen=True)
 class TopK:
-    """A teacher's best words at N positions."""
+    """A teacher's top-k tokens at N positions."""
 
     ids_NK: Tensor
-    """Words, each once per position; int64."""
+    """Token ids, distinct at each position; int64."""
     log_probs_NK: Tensor
-    """Their log-probabilities among all words, float32."""
+    """Their log-probabilities over the whole vocabulary, float32."""
     rest_N: Tensor
-    """Log of the mass of all other words; -inf where there are none."""
-    num_words: int
+    """Log-probability of all other tokens together; -inf where there are none."""
+    vocab_size: int
     """V."""
     temperature: float = 1.0
-    """Temperature at which the log-probabilities were taken."""
+    """Temperature of the log-probabilities."""
 
     @property
     def k(self) -> int:
@@ -51,78 +51,78 @@ class TopK:
 
 
 def top_k(logits_NV: Tensor, k: int, temperature: float = 1.0) -> TopK:
-    """The `k` best words of full scores; `k` above V takes all. No gradient flows back."""
+    """The top `k` tokens of full logits; all tokens if `k` is above V. Detached."""
     log_probs_NV = _log_softmax(logits_NV.detach(), temperature)
     kept = log_probs_NV.topk(min(k, log_probs_NV.shape[1]), dim=1)
     rest_NV = log_probs_NV.scatter(1, kept.indices, -math.inf)
     return TopK(kept.indices, kept.values, rest_NV.logsumexp(1), log_probs_NV.shape[1], temperature)
 
 
-def from_log_probs(ids_NK: Tensor, log_probs_NK: Tensor, num_words: int) -> TopK:
-    """The scores that an API gives, log-probabilities at temperature 1; the rest is what they leave of 1.
+def from_log_probs(ids_NK: Tensor, log_probs_NK: Tensor, vocab_size: int) -> TopK:
+    """From the top log-probabilities of an API, at temperature 1; the rest is 1 minus their sum.
 
-    Rounded log-probabilities can sum to a little more than 1: then the rest has no mass.
+    Rounded probabilities can sum to slightly more than 1: then the rest is 0.
     """
     log_probs_NK = log_probs_NK.detach().float()
     left_N = (1 - log_probs_NK.double().exp().sum(1)).clamp(min=0)
-    return TopK(ids_NK.long(), log_probs_NK, left_N.log().float(), num_words)
+    return TopK(ids_NK.long(), log_probs_NK, left_N.log().float(), vocab_size)
 
 
 def spread(teacher: TopK) -> Tensor:
-    """Log-probabilities of all words, (N, V): each word that is not among the best gets an equal part of the rest."""
-    num_others = teacher.num_words - teacher.k
+    """Log-probabilities (N, V) that share the rest equally among the tokens outside the top k."""
+    num_others = teacher.vocab_size - teacher.k
     each_N = teacher.rest_N - math.log(num_others) if num_others else teacher.rest_N
-    return each_N[:, None].repeat(1, teacher.num_words).scatter(1, teacher.ids_NK, teacher.log_probs_NK)
+    return each_N[:, None].repeat(1, teacher.vocab_size).scatter(1, teacher.ids_NK, teacher.log_probs_NK)
 
 
 def forward_kl(teacher: Tensor | TopK, student_NV: Tensor, temperature: float = 1.0) -> Tensor:
-    """T^2 KL(teacher || student) at each position, in nats: the student covers all that the teacher might say.
+    """T^2 KL(teacher || student) at each position, in nats; mode-covering.
 
     Args:
-        teacher: logits (N, V), or the best of them.
+        teacher: logits (N, V), or their top k.
         student_NV: logits.
-        temperature: divides both; the factor T^2 keeps the size of the gradient. Above 0.
+        temperature: T, divides both logits; the factor T^2 keeps the scale of the gradient. Above 0.
 
     Returns:
         (N,), at least 0.
 
     Raises:
-        ModelError: other vocabularies, other numbers of positions, or scores taken at another temperature.
+        ModelError: the vocabularies, numbers of positions or temperatures differ.
     """
     log_p, log_q = _buckets(teacher, student_NV, temperature)
-    return temperature**2 * (log_p.exp() * (log_p.clamp(min=LEAST) - log_q.clamp(min=LEAST))).sum(1)
+    return temperature**2 * (log_p.exp() * (log_p.clamp(min=MIN_LOG_PROB) - log_q.clamp(min=MIN_LOG_PROB))).sum(1)
 
 
 def reverse_kl(teacher: Tensor | TopK, student_NV: Tensor, temperature: float = 1.0) -> Tensor:
-    """T^2 KL(student || teacher) at each position, in nats: the student says only what the teacher might say.
+    """T^2 KL(student || teacher) at each position, in nats; mode-seeking.
 
-    Arguments, result and errors as in `forward_kl`. A teacher's probability counts as at least exp(LEAST).
+    Arguments, result and errors as in `forward_kl`. The teacher's probabilities are at least exp(MIN_LOG_PROB).
     """
     log_p, log_q = _buckets(teacher, student_NV, temperature)
-    return temperature**2 * (log_q.exp() * (log_q.clamp(min=LEAST) - log_p.clamp(min=LEAST))).sum(1)
+    return temperature**2 * (log_q.exp() * (log_q.clamp(min=MIN_LOG_PROB) - log_p.clamp(min=MIN_LOG_PROB))).sum(1)
 
 
 KL = {"forward": forward_kl, "reverse": reverse_kl}
-"""The two by the name of their direction."""
+"""Both by the name of their direction."""
 
 
 def entropy(scores: Tensor | TopK) -> Tensor:
-    """Entropy at each position in nats, (N,); the rest of a TopK counts as one word."""
+    """Entropy at each position in nats, (N,); the rest of a TopK counts as one token."""
     if isinstance(scores, TopK):
         log_p = torch.cat([scores.log_probs_NK, scores.rest_N[:, None]], 1)
     else:
         log_p = _log_softmax(scores, 1.0)
-    return -(log_p.exp() * log_p.clamp(min=LEAST)).sum(1)
+    return -(log_p.exp() * log_p.clamp(min=MIN_LOG_PROB)).sum(1)
 
 
 def pack(teacher: TopK, packing: Packing) -> dict[str, Tensor]:
-    """The scores as few bytes: word numbers in the narrowest integers, log-probabilities in `packing`.
+    """Encode the scores in few bytes: token ids in the smallest integer type, log-probabilities in `packing`.
 
-    int8 codes are scaled per position between the least and the largest log-probability kept, so the error is at most
-    half a step, (largest - least) / 508. float16 rounds each value to 11 binary digits.
+    int8 codes are scaled per position between the smallest and the largest log-probability kept, so the error is at most
+    half a step, (largest - smallest) / 508. float16 rounds to 11 significant bits.
     """
-    narrow = torch.int16 if teacher.num_words <= 2**15 else torch.int32
-    ids = {"ids": teacher.ids_NK.to(narrow)}
+    id_dtype = torch.int16 if teacher.vocab_size <= 2**15 else torch.int32
+    ids = {"ids": teacher.ids_NK.to(id_dtype)}
     values = torch.cat([teacher.log_probs_NK, teacher.rest_N[:, None]], 1)
     if packing == "float16":
         return {**ids, "values": values.clamp(min=-65504.0).where(values.isfinite(), values).half()}
@@ -135,11 +135,11 @@ def pack(teacher: TopK, packing: Packing) -> dict[str, Tensor]:
     return {**ids, "values": codes, "scales": torch.cat([low, high], 1)}
 
 
-def unpack(packed: Mapping[str, Tensor], num_words: int, temperature: float = 1.0) -> TopK:
-    """The scores that `pack` wrote, made to sum to 1 again: rounding had moved them a little.
+def unpack(packed: Mapping[str, Tensor], vocab_size: int, temperature: float = 1.0) -> TopK:
+    """Decode the scores of `pack` and renormalize them to sum to 1, which rounding had changed slightly.
 
     Raises:
-        ModelError: not what `pack` writes.
+        ModelError: `packed` is not a result of `pack`.
     """
     try:
         ids, values = packed["ids"].long(), packed["values"]
@@ -151,40 +151,43 @@ def unpack(packed: Mapping[str, Tensor], num_words: int, temperature: float = 1.
             numbers = numbers.masked_fill(values == NO_MASS, -math.inf)
         else:
             numbers = values.float()
-        if numbers.shape != (len(ids), ids.shape[1] + 1) or (ids.numel() and not _within(ids, num_words)):
-            raise ValueError(f"shapes {tuple(ids.shape)} and {tuple(values.shape)}, or a word not below {num_words}")
+        if numbers.shape != (len(ids), ids.shape[1] + 1) or (ids.numel() and not _in_vocabulary(ids, vocab_size)):
+            raise ValueError(
+                f"shapes {tuple(ids.shape)} and {tuple(values.shape)}, or a token id not below {vocab_size}"
+            )
     except (KeyError, ValueError, RuntimeError, IndexError) as error:
-        raise ModelError(f"these are not packed scores ({error}); expected what `distill.pack` writes") from error
+        raise ModelError(f"packed teacher scores are invalid ({error}); expected a result of `losses.pack`") from error
     log_probs = numbers.log_softmax(1)
-    return TopK(ids, log_probs[:, :-1], log_probs[:, -1], num_words, temperature)
+    return TopK(ids, log_probs[:, :-1], log_probs[:, -1], vocab_size, temperature)
 
 
-def _within(ids: Tensor, num_words: int) -> bool:
-    return bool(ids.min() >= 0) and bool(ids.max() < num_words)
+def _in_vocabulary(ids: Tensor, vocab_size: int) -> bool:
+    return bool(ids.min() >= 0) and bool(ids.max() < vocab_size)
 
 
 def _buckets(teacher: Tensor | TopK, student_NV: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """Log-probabilities of teacher and student over the same buckets: all words, or the best and the rest."""
+    """Log-probabilities of teacher and student over the same buckets: all tokens, or the top k and the rest."""
     log_q = _log_softmax(student_NV, temperature)
     if isinstance(teacher, Tensor):
         if teacher.shape != student_NV.shape:
             raise ModelError(
-                f"the teacher scores {tuple(teacher.shape)} (positions, words), the student {tuple(student_NV.shape)}: "
-                "both need one tokeniser and the same positions"
+                f"the teacher's logits are {tuple(teacher.shape)} (positions, tokens), the student's "
+                f"{tuple(student_NV.shape)}; "
+                "use one tokeniser and the same rows for both"
             )
         return _log_softmax(teacher.detach(), temperature), log_q
-    if (len(teacher.ids_NK), teacher.num_words) != tuple(student_NV.shape):
+    if (len(teacher.ids_NK), teacher.vocab_size) != tuple(student_NV.shape):
         raise ModelError(
-            f"the teacher scores {(len(teacher.ids_NK), teacher.num_words)} (positions, words), the student "
-            f"{tuple(student_NV.shape)}: both need one tokeniser and the same positions"
+            f"the teacher's scores are {(len(teacher.ids_NK), teacher.vocab_size)} (positions, tokens), the student's "
+            f"{tuple(student_NV.shape)}; use one tokeniser and the same rows for both"
         )
     if teacher.temperature != temperature:
         raise ModelError(
-            f"the teacher's scores were taken at temperature {teacher.temperature:g}, the loss is at {temperature:g}: "
-            "take them again, or use that one"
+            f"the teacher's scores are at temperature {teacher.temperature:g}, the loss is at {temperature:g}; "
+            "use one temperature for both"
         )
     best_NK, kept_NK = teacher.log_probs_NK.detach(), log_q.gather(1, teacher.ids_NK)
-    if teacher.k == teacher.num_words:
+    if teacher.k == teacher.vocab_size:
         return best_NK, kept_NK
     others_N = log_q.scatter(1, teacher.ids_NK, -math.inf).logsumexp(1)
     return torch.cat([best_NK, teacher.rest_N.detach()[:, None]], 1), torch.cat([kept_NK, others_N[:, None]], 1)

@@ -1,4 +1,4 @@
-"""Scoring and learning of a teacher's scores, as passes whose cost can be foreseen."""
+"""Passes that score positions or distil from scores, for cost forecasts."""
 
 from dataclasses import dataclass
 
@@ -11,10 +11,10 @@ from kilofed.federation.workload import Pass, PassKind
 
 @dataclass(frozen=True)
 class Distilled(PassKind):
-    """A batch whose positions a teacher scores, or that are scored for one."""
+    """A batch that is scored, or trained on a teacher's scores."""
 
     num_tokens: int
-    """Tokens of each position that have a score of their own, at most the vocabulary."""
+    """Top-k of the scores; 0 for targets without a teacher."""
 
     def loss(self, out: Tensor, one: Pass) -> Tensor:
         if not self.num_tokens:
@@ -23,6 +23,6 @@ class Distilled(PassKind):
         num, k = len(flat), min(self.num_tokens, flat.shape[1])
         tokens = torch.zeros(num, k, dtype=torch.long)
         if not one.learns:
-            return ensemble.kept((flat / 2.0).log_softmax(1), tokens)
+            return ensemble.to_buckets((flat / 2.0).log_softmax(1), tokens)
         teacher = losses.TopK(tokens, torch.zeros(num, k), torch.zeros(num), flat.shape[1], 2.0)
         return losses.forward_kl(teacher, flat, 2.0).mean()

@@ -1,6 +1,6 @@
-"""What a teacher says of rows, kept in few bytes, and what a student minimises to say the same.
+"""A teacher's scores of rows, cached in few bytes, and the distillation loss of a student that uses them.
 
-Shapes as in `kilofed.distillation.losses`. A row's lesson is the teacher's scores at the tokens that the row has to learn.
+Shapes as in `kilofed.distillation.losses`. Scores are kept at the target tokens of each row.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,23 +13,23 @@ from kilofed.distillation import losses
 from kilofed.distillation.losses import Direction, Packing, TopK
 from kilofed.models import training
 
-ASKED = 16
-"""Rows that a teacher is asked about in one forward."""
+BATCH_SIZE = 16
+"""Rows per forward of the teacher."""
 Key = tuple[int, ...]
-"""A row's tokens."""
+"""A row's token ids."""
 
 
-class Lessons:
-    """Packed scores by row.
+class TeacherCache:
+    """A teacher's packed scores by row.
 
     Args:
         num_words: V of the teacher.
-        temperature: at which its scores are taken.
-        packing: how they are kept.
+        temperature: of the scores.
+        packing: format of the log-probabilities.
     """
 
-    def __init__(self, num_words: int, *, temperature: float = 1.0, packing: Packing = "float16") -> None:
-        self.num_words, self.temperature, self._packing = num_words, temperature, packing
+    def __init__(self, vocab_size: int, *, temperature: float = 1.0, packing: Packing = "float16") -> None:
+        self.vocab_size, self.temperature, self._packing = vocab_size, temperature, packing
         self._kept: dict[Key, Mapping[str, Tensor]] = {}
 
     def __len__(self) -> int:
@@ -37,67 +37,67 @@ class Lessons:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes that they take."""
+        """Bytes of all scores."""
         return sum(t.numel() * t.element_size() for packed in self._kept.values() for t in packed.values())
 
-    def keep(self, row: Example, scores: TopK) -> None:
-        """Put away what the teacher says of `row`, one position per learnt token."""
+    def add(self, row: Example, scores: TopK) -> None:
+        """Cache the scores of `row`, one position per target token."""
         self._kept[tuple(row.input_ids)] = losses.pack(scores, self._packing)
 
-    def of(self, batch: training.TokenBatch) -> TopK:
-        """What the teacher says of the learnt tokens of `batch`, row by row; raises KeyError for a row it never saw."""
+    def scores(self, batch: training.TokenBatch) -> TopK:
+        """The teacher's scores at the target tokens of `batch`, row by row. Raises KeyError: a row is not cached."""
         lengths = batch.attention_mask.sum(1).tolist()
         keys = [tuple(row[:length].tolist()) for row, length in zip(batch.input_ids, lengths, strict=True)]
-        found = [losses.unpack(self._kept[key], self.num_words, self.temperature) for key in keys]
+        unpacked = [losses.unpack(self._kept[key], self.vocab_size, self.temperature) for key in keys]
         device = batch.input_ids.device
         return TopK(
-            torch.cat([one.ids_NK for one in found]).to(device),
-            torch.cat([one.log_probs_NK for one in found]).to(device),
-            torch.cat([one.rest_N for one in found]).to(device),
-            self.num_words,
+            torch.cat([one.ids_NK for one in unpacked]).to(device),
+            torch.cat([one.log_probs_NK for one in unpacked]).to(device),
+            torch.cat([one.rest_N for one in unpacked]).to(device),
+            self.vocab_size,
             self.temperature,
         )
 
 
 @torch.no_grad()
-def ask(
-    teacher: nn.Module, rows: Sequence[Example], *, k: int, temperature: float = 1.0, batch_size: int = ASKED
-) -> Lessons:
-    """What `teacher` says of the learnt tokens of `rows`; no graph is made.
+def score(
+    teacher: nn.Module, rows: Sequence[Example], *, k: int, temperature: float = 1.0, batch_size: int = BATCH_SIZE
+) -> TeacherCache:
+    """Score the target tokens of `rows` with `teacher`, without gradients.
 
     Args:
-        k: scores kept per token; 0 keeps all.
+        k: tokens kept per position; 0 keeps all.
         batch_size: rows per forward.
     """
     device = next(teacher.parameters()).device
-    every = list({tuple(row.input_ids): row for row in rows}.values())
-    every.sort(key=lambda row: len(row.input_ids))
-    lessons: Lessons | None = None
-    for start in range(0, len(every), batch_size):
-        part = every[start : start + batch_size]
-        logits_NV, _ = training.token_logits(teacher, training.collate_tokens(part, device))
-        lessons = lessons or Lessons(logits_NV.shape[1], temperature=temperature)
+    unique = list({tuple(row.input_ids): row for row in rows}.values())
+    unique.sort(key=lambda row: len(row.input_ids))
+    cache: TeacherCache | None = None
+    for start in range(0, len(unique), batch_size):
+        batch_rows = unique[start : start + batch_size]
+        logits_NV, _ = training.token_logits(teacher, training.collate_tokens(batch_rows, device))
+        cache = cache or TeacherCache(logits_NV.shape[1], temperature=temperature)
         scores = losses.top_k(logits_NV, k or logits_NV.shape[1], temperature)
-        counts = [training.collate_tokens([row]).num_learnt for row in part]
-        for row, *own in zip(part, *(torch.split(t.cpu(), counts) for t in _tensors(scores)), strict=True):
-            lessons.keep(row, TopK(own[0], own[1], own[2], scores.num_words, temperature))
-    return lessons or Lessons(0, temperature=temperature)
+        counts = [training.collate_tokens([row]).num_targets for row in batch_rows]
+        for row, *own in zip(batch_rows, *(torch.split(t.cpu(), counts) for t in _tensors(scores)), strict=True):
+            cache.add(row, TopK(own[0], own[1], own[2], scores.vocab_size, temperature))
+    return cache or TeacherCache(0, temperature=temperature)
 
 
-def objective(lessons: Lessons, *, direction: Direction, own_answers: float = 0.0) -> training.Loss:
-    """What a student minimises: the mean KL to the lessons, mixed with the cross entropy of the rows' own answers.
+def objective(cache: TeacherCache, *, direction: Direction, own_answers: float = 0.0) -> training.Loss:
+    """A student's loss: mean KL to the teacher's scores, mixed with the cross entropy of the rows' targets.
 
-    The student's logits are cut to the teacher's words: what lies beyond is padding of the embedding.
+    The student's logits are truncated to the teacher's vocabulary: the others are padding of the embedding.
 
     Args:
-        own_answers: weight of the cross entropy, 0 to 1; the KL has the rest.
+        own_answers: weight of the cross entropy, 0 to 1; the KL has weight 1 - own_answers.
     """
 
     def loss(student: nn.Module, batch: training.Batch) -> Tensor:
         assert isinstance(batch, training.TokenBatch)
         logits_NV, targets_N = training.token_logits(student, batch)
-        logits_NV = logits_NV[:, : lessons.num_words]
-        value = losses.KL[direction](lessons.of(batch), logits_NV, lessons.temperature).mean()
+        logits_NV = logits_NV[:, : cache.vocab_size]
+        value = losses.KL[direction](cache.scores(batch), logits_NV, cache.temperature).mean()
         if not own_answers:
             return value
         return (1 - own_answers) * value + own_answers * nn.functional.cross_entropy(logits_NV, targets_N)

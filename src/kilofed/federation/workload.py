@@ -179,7 +179,7 @@ class TwoPointSteps(Costs):
 def shape(rows: Sequence[Example]) -> Pass:
     """A batch of `rows` as a Pass."""
     batch = training.collate(rows)
-    kept = len(batch.kept_K) if isinstance(batch, training.TokenBatch) else 0
+    kept = len(batch.positions_K) if isinstance(batch, training.TokenBatch) else 0
     num_rows, num_tokens = batch.input_ids.shape
     return Pass(num_rows, num_tokens, kept)
 

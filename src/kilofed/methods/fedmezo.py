@@ -1,8 +1,8 @@
 """FedMeZO: clients train LoRA factors by zeroth-order steps, the server averages (Ling et al. 2024, arXiv:2402.05926).
 
 Differs from the paper's code: a client's directions of one round are orthogonal (docs/seed-pool.md), weights do not
-drift, and the server computes personal learning rates for any number of clients. Rates that look at single clients
-(round-wise, five-round, model-diff) need the verb `call`; frozen and random ones are answered by `mean`.
+drift, and the server computes personal learning rates for any number of clients. Rates that depend on single clients'
+replies (round-wise, five-round, model-diff) need `call`; frozen and random ones use `mean`.
 """
 
 import hashlib
@@ -37,16 +37,16 @@ class FedMeZO(FedAvg):
     """FedAvg whose local training needs no gradients."""
 
     steps: Annotated[int, Ge(1)] = 30
-    """Two-forward steps per round and client; more drift, fewer rounds. The paper found 50 unstable late in a run."""
+    """Two-point steps per round and client; more drift, fewer rounds. The paper found 50 unstable late in a run."""
     batch_size: Annotated[int, Ge(1)] = 1
     """Examples per step."""
     eps: Annotated[float, Gt(0)] = 1e-3
-    """Distance of the two forwards; smaller follows curvature better until rounding drowns it."""
+    """Perturbation of the two-point estimate; smaller is less biased until rounding error dominates."""
     lr: Annotated[float, Ge(0)] = 1e-5
     """Learning rate of every client, or the middle of their rates."""
     rates: Literal["frozen", "random", "round-wise", "five-round", "model-diff"] = "frozen"
-    """frozen: lr for all; random: drawn anew each round; round-wise, five-round: by the mean loss of the last one or
-    five rounds; model-diff: by the distance of a client's update from the mean. Higher means faster."""
+    """frozen: lr for all clients; random: drawn every round; round-wise, five-round: by a client's mean loss over the
+    last one or five rounds; model-diff: by the distance of its update from the mean. A higher value raises the rate."""
     lr_range: Annotated[float, Ge(0)] = 5e-6
     """Personal rates lie within lr plus or minus this."""
 
@@ -64,7 +64,7 @@ class FedMeZO(FedAvg):
         else:
             replies = clients.call("fit", self._asks(server, clients.ids, down))
             reply = average(replies)
-            remember(server.state, replies, reply)
+            record_history(server.state, replies, reply)
         server.state.update(self.server_step(server, wire.arrive(server.state, reply.tensors)))
         return dict(reply.scalars)
 
@@ -73,43 +73,45 @@ class FedMeZO(FedAvg):
         return {client: Payload(down, {"lr": rates[client]}) for client in ids}
 
     def learning_rates(self, server: Server, ids: list[int]) -> dict[int, float]:
-        """Each client's learning rate in the round in hand, within lr plus or minus lr_range."""
+        """Each client's learning rate in the current round, within lr plus or minus lr_range."""
         if self.rates == "random":
             draws = torch.rand(len(ids), generator=server.rng("rates"), dtype=torch.float64) * 2 - 1
             phis = dict(zip(ids, draws.tolist(), strict=True))
         else:
-            phis = personalities(self._qualities(server.state))
+            phis = relative_deviations(self._rate_signals(server.state))
         return {client: self.lr + self.lr_range * phis.get(client, 0.0) for client in ids}
 
-    def _qualities(self, state: Mapping[str, Tensor]) -> dict[int, float]:
-        """What the rates go by, for the clients of which it is known."""
+    def _rate_signals(self, state: Mapping[str, Tensor]) -> dict[int, float]:
+        """The quantity that sets the rates, for the clients for which it is known."""
         if self.rates == "model-diff":
             return {int(client): value for client, value in state.get(DIFFERENCES, torch.zeros(0, 2)).tolist()}
-        least = FIVE if self.rates == "five-round" else 1
+        window = FIVE if self.rates == "five-round" else 1
         table = {int(row[0]): row[1:] for row in state.get(LOSSES, torch.zeros(0, 1 + FIVE)).tolist()}
-        recent = {client: [loss for loss in row[-least:] if not math.isnan(loss)] for client, row in table.items()}
-        return {client: sum(losses) / least for client, losses in recent.items() if len(losses) == least}
+        recent = {client: [loss for loss in row[-window:] if not math.isnan(loss)] for client, row in table.items()}
+        return {client: sum(losses) / window for client, losses in recent.items() if len(losses) == window}
 
     @on_client
     def fit(self, client: Client, ask: Payload) -> Payload:
-        """Walk from what was sent; reply with the trained tensors."""
+        """Take two-point steps from the tensors that were sent; reply with the trained tensors."""
         loading.write_trained(client.model, ask.tensors)
         num_seeds = max(1024, 1 << (self.steps - 1).bit_length())
         pool = SeedPool(num_seeds, pool_key(client))
-        stream = two_point.Stream(client.model, loading.trained(client.model), num_seeds)
-        stream.check_eps(pool, self.eps)
+        perturbed = two_point.PerturbedModel(client.model, loading.trained(client.model), num_seeds)
+        perturbed.check_eps(pool, self.eps)
         spec = replace(client.train, batch_size=self.batch_size)
         first = (client.round - 1) * self.steps
-        found = two_point.walk(
-            stream,
+        result = two_point.take_steps(
+            perturbed,
             two_point.Point((pool.at(np.zeros(num_seeds, np.float32)),)),
             range(self.steps),
             training.batches(client.data, spec, first=first, count=self.steps, order=client.order),
-            two_point.Steps(self.eps, float(ask.scalars.get("lr", self.lr)), objective=self.objective(client.model)),
+            two_point.StepSettings(
+                self.eps, float(ask.scalars.get("lr", self.lr)), objective=self.objective(client.model)
+            ),
         )
-        end = {name: tensor.to("cpu", torch.float32, copy=True) for name, tensor in stream.weights(found.end)}
+        end = {name: tensor.to("cpu", torch.float32, copy=True) for name, tensor in perturbed.weights(result.end)}
         weight = self.steps * min(self.batch_size, len(client.data)) if self.weights == "examples" else 1
-        return Payload(wire.up(end, ask.tensors, self.wire), {"weight": weight, "train_loss": found.loss})
+        return Payload(wire.up(end, ask.tensors, self.wire), {"weight": weight, "train_loss": result.loss})
 
     def costs(self) -> Costs:
         return TwoPointSteps(self.steps, self.batch_size)
@@ -123,26 +125,26 @@ class FedMeZO(FedAvg):
         return preview.alike(replace(one, verb=verb, ask=Payload(one.ask.tensors, {"lr": self.lr})))
 
 
-def personalities(qualities: Mapping[int, float]) -> dict[int, float]:
-    """Phi of each client: its distance from the mean, the largest one being 1; the sum is 0, equal clients give 0.
+def relative_deviations(values: Mapping[int, float]) -> dict[int, float]:
+    """Phi of each client: deviation from the mean over the largest deviation; all 0 if the clients are equal.
 
-    Proposition 3.7 of the paper.
+    The phis sum to 0 (Proposition 3.7 of the paper).
     """
-    if not qualities:
+    if not values:
         return {}
-    mean = math.fsum(qualities.values()) / len(qualities)
-    off = {client: value - mean for client, value in qualities.items()}
-    largest = max(map(abs, off.values()))
-    # Means of equal numbers are off by rounding, which must not be blown up to 1.
-    if largest <= 1e-12 * max(map(abs, qualities.values())):
-        return dict.fromkeys(qualities, 0.0)
-    return {client: value / largest for client, value in off.items()}
+    mean = math.fsum(values.values()) / len(values)
+    deviations = {client: value - mean for client, value in values.items()}
+    largest = max(map(abs, deviations.values()))
+    # Deviations of equal numbers are rounding error and must not be scaled up to 1.
+    if largest <= 1e-12 * max(map(abs, values.values())):
+        return dict.fromkeys(values, 0.0)
+    return {client: value / largest for client, value in deviations.items()}
 
 
 def average(replies: Mapping[int, Payload]) -> Payload:
-    """The weighted mean of the replies, in float64 and id order, as `Cohort.mean` takes it."""
+    """The weighted mean of the replies, in float64 and id order, as in `Cohort.mean`."""
     weights = {client: float(reply.scalars["weight"]) for client, reply in sorted(replies.items())}
-    whole = math.fsum(weights.values())
+    total_weight = math.fsum(weights.values())
     tensors: dict[str, Tensor] = {}
     loss = 0.0
     for client, weight in weights.items():
@@ -151,17 +153,18 @@ def average(replies: Mapping[int, Payload]) -> Payload:
             tensors.setdefault(name, torch.zeros(tensor.shape, dtype=torch.float64)).add_(tensor, alpha=weight)
     dtypes = {name: t.dtype for reply in replies.values() for name, t in reply.tensors.items()}
     return Payload(
-        {name: (total / whole).to(dtypes[name]) for name, total in tensors.items()}, {"train_loss": loss / whole}
+        {name: (total / total_weight).to(dtypes[name]) for name, total in tensors.items()},
+        {"train_loss": loss / total_weight},
     )
 
 
-def remember(state: dict[str, Tensor], replies: Mapping[int, Payload], mean: Payload) -> None:
+def record_history(state: dict[str, Tensor], replies: Mapping[int, Payload], mean: Payload) -> None:
     """Write to the server's state each client's last five losses and its update's distance from the mean."""
     losses = {int(row[0]): row[1:] for row in state.get(LOSSES, torch.zeros(0, 1 + FIVE)).double().tolist()}
     differences = {int(client): value for client, value in state.get(DIFFERENCES, torch.zeros(0, 2)).tolist()}
     for client, reply in replies.items():
         losses[client] = [*losses.get(client, [math.nan] * FIVE)[1:], float(reply.scalars["train_loss"])]
-        # Client and mean start alike, so the difference of their ends is that of their updates.
+        # Client and mean start from the same tensors, so the difference of their results is that of their updates.
         differences[client] = math.fsum(
             float((tensor.double() - mean.tensors[name].double()).norm()) for name, tensor in reply.tensors.items()
         )

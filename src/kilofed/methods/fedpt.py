@@ -222,7 +222,7 @@ class FedPT(FedAvg):
         before, teacher_loss = (self._loss(model, held_out) for model in (server.model, teacher))
         taught = [row for batch in stretch for row in batch]
         # Asked before the first step: the teacher holds the student's weights, and must not learn with it.
-        lessons = teacher_cache.ask(teacher, taught, k=self.top_k, temperature=self.temperature)
+        lessons = teacher_cache.score(teacher, taught, k=self.top_k, temperature=self.temperature)
         assert self.distil != "none"
         objective = teacher_cache.objective(lessons, direction=self.distil, own_answers=self.own_answers)
         try:
@@ -312,7 +312,7 @@ class FedPTCosts(LocalTraining):
         order = partial(_order, preview.server)
         lessons = list(training.batches(rows, spec, first=first, count=method.steps, order=order))
         taught = list({tuple(row.input_ids): row for batch in lessons for row in batch}.values())
-        asked = self._steered([*judged, *shapes(taught, teacher_cache.ASKED, ordered=True)])
+        asked = self._steered([*judged, *shapes(taught, teacher_cache.BATCH_SIZE, ordered=True)])
         before_and_after = [replace(one, times=2.0) for one in judged]
         learnt = [replace(shape(batch), learns=True, kind=Distilled(method.top_k)) for batch in lessons]
         return Work([*fits, *before_and_after, *asked, *learnt, *again])

@@ -1,4 +1,4 @@
-"""Scores on held-out rows, always beside the untouched base model, local-only and central training."""
+"""Evaluation on held-out rows: loss, accuracy, perplexity, ROUGE-L, exact match, macro-F1 and intervals."""
 
 import math
 import statistics
@@ -20,45 +20,45 @@ SCORES = ("loss", "accuracy", "perplexity", "rouge_l", "exact_match", "macro_f1"
 
 @dataclass(frozen=True)
 class Scores:
-    """How one model does on one client's held-out rows."""
+    """Metrics of one model on one client's held-out rows."""
 
     loss: float
-    """Mean over response tokens, nats; over rows where rows are classified."""
+    """Mean over response tokens, nats; over rows in classification."""
     accuracy: float
-    """Share of response tokens, or of rows, that were the first guess."""
+    """Top-1 accuracy over response tokens; over rows in classification."""
     num_tokens: int
-    """Response tokens; rows where rows are classified."""
+    """Number of response tokens; of rows in classification."""
     rouge_l: float | None = None
     """Mean ROUGE-L F of greedy answers, best over references, with stemming (rouge-score)."""
     exact_match: float | None = None
-    """Share of greedy answers that equal a reference but for case and outer white space."""
+    """Share of greedy answers that equal a reference up to case and surrounding white space."""
     macro_f1: float | None = None
-    """Mean F1 over the classes that these rows have or were given; None where tokens are written."""
+    """Mean F1 over the classes that occur as labels or predictions; None for language models."""
 
     @property
     def perplexity(self) -> float | None:
-        """exp(loss) per token; None where rows are classified."""
+        """exp(loss) per token; None in classification."""
         return math.exp(min(self.loss, 700.0)) if self.macro_f1 is None else None
 
     def as_dict(self) -> dict[str, float | int | None]:
-        """Fields and perplexity."""
+        """The fields and the perplexity."""
         return {**asdict(self), "perplexity": self.perplexity}
 
 
 def score(model: nn.Module, examples: Sequence[Example], batch_size: int) -> Scores:
-    """Loss and accuracy of tokens or, where rows have classes, of rows; they are sorted, so order does not matter."""
+    """Loss and accuracy over target tokens, or over rows that have classes; independent of the order of `examples`."""
     device = next(model.parameters()).device
     ordered = sorted(examples, key=lambda e: (len(e.input_ids), e.input_ids))
     if ordered and ordered[0].label is not None:
         return _score_classes(model, ordered, batch_size)
-    total, right, tokens = 0.0, 0, 0
+    total, num_correct, tokens = 0.0, 0, 0
     with torch.inference_mode():
         for start in range(0, len(ordered), batch_size):
-            losses, hits = token_losses(model, collate_tokens(ordered[start : start + batch_size], device))
+            losses, correct = token_losses(model, collate_tokens(ordered[start : start + batch_size], device))
             total += float(losses.double().sum())
-            right += int(hits.sum())
+            num_correct += int(correct.sum())
             tokens += len(losses)
-    return Scores(total / max(tokens, 1), right / max(tokens, 1), tokens)
+    return Scores(total / max(tokens, 1), num_correct / max(tokens, 1), tokens)
 
 
 def _score_classes(model: nn.Module, examples: Sequence[Example], batch_size: int) -> Scores:
@@ -71,23 +71,26 @@ def _score_classes(model: nn.Module, examples: Sequence[Example], batch_size: in
             losses = nn.functional.cross_entropy(logits_BC, batch.classes, reduction="none", ignore_index=IGNORED)
             total += float(losses.double().sum())
             pairs.update(zip(batch.classes.tolist(), logits_BC.argmax(-1).tolist(), strict=True))
-    pairs = Counter({(true, guess): n for (true, guess), n in pairs.items() if true != IGNORED})
-    rows, right = pairs.total(), sum(number for (true, guess), number in pairs.items() if true == guess)
-    return Scores(total / max(rows, 1), right / max(rows, 1), rows, macro_f1=macro_f1(pairs))
+    pairs = Counter({(true, prediction): n for (true, prediction), n in pairs.items() if true != IGNORED})
+    rows, num_correct = (
+        pairs.total(),
+        sum(number for (true, prediction), number in pairs.items() if true == prediction),
+    )
+    return Scores(total / max(rows, 1), num_correct / max(rows, 1), rows, macro_f1=macro_f1(pairs))
 
 
 def macro_f1(pairs: Counter[tuple[int, int]]) -> float:
-    """Mean over classes of 2 right / (rows of the class + rows given to it), 0 to 1.
+    """Mean F1 over classes, 0 to 1.
 
     Args:
-        pairs: how often each (class, guess) occurred; classes that occur as neither do not count.
+        pairs: number of rows by (class, prediction); classes that occur as neither are left out of the mean.
     """
-    held, given = Counter[int](), Counter[int]()
-    for (true, guess), number in pairs.items():
-        held[true] += number
-        given[guess] += number
-    every = sorted(held.keys() | given.keys())
-    return statistics.fmean(2 * pairs[c, c] / (held[c] + given[c]) for c in every) if every else 0.0
+    labels, predictions = Counter[int](), Counter[int]()
+    for (true, prediction), number in pairs.items():
+        labels[true] += number
+        predictions[prediction] += number
+    classes = sorted(labels.keys() | predictions.keys())
+    return statistics.fmean(2 * pairs[c, c] / (labels[c] + predictions[c]) for c in classes) if classes else 0.0
 
 
 def answer(
@@ -106,7 +109,7 @@ def answer(
         eos_token_id=tokenizer.eos_token_id,
         bos_token_id=tokenizer.bos_token_id,
     )
-    with torch.inference_mode(), loading.quiet():  # Of lengths that the model's own settings name.
+    with torch.inference_mode(), loading.quiet():  # It warns of lengths in the model's own generation config.
         out = model.generate(input_ids=input_ids, attention_mask=mask, generation_config=config)  # type: ignore[operator]
     return [str(text) for text in tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)]
 
@@ -115,14 +118,14 @@ def score_all(
     model: nn.Module, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], spec: EvaluateSpec
 ) -> Scores:
     """`score` with ROUGE-L and exact match of greedy answers to the first `spec.generate` rows that have references."""
-    found = score(model, examples, spec.batch_size)
-    asked = [e for e in examples if e.references and e.prompt_ids][: spec.generate]
-    if not asked:
-        return found
-    answers = answer(model, tokenizer, [e.prompt_ids for e in asked], spec.max_new_tokens)
-    rouge = statistics.fmean(rouge_l(a, e.references) for a, e in zip(answers, asked, strict=True))
-    exact = statistics.fmean(exact_match(a, e.references) for a, e in zip(answers, asked, strict=True))
-    return Scores(found.loss, found.accuracy, found.num_tokens, rouge, float(exact))
+    scores = score(model, examples, spec.batch_size)
+    with_references = [e for e in examples if e.references and e.prompt_ids][: spec.generate]
+    if not with_references:
+        return scores
+    answers = answer(model, tokenizer, [e.prompt_ids for e in with_references], spec.max_new_tokens)
+    rouge = statistics.fmean(rouge_l(a, e.references) for a, e in zip(answers, with_references, strict=True))
+    exact = statistics.fmean(exact_match(a, e.references) for a, e in zip(answers, with_references, strict=True))
+    return Scores(scores.loss, scores.accuracy, scores.num_tokens, rouge, float(exact))
 
 
 def rouge_l(text: str, references: Sequence[str]) -> float:
@@ -134,7 +137,7 @@ def rouge_l(text: str, references: Sequence[str]) -> float:
 
 
 def exact_match(text: str, references: Sequence[str]) -> bool:
-    """Whether `text` equals a reference but for case and outer white space."""
+    """Whether `text` equals a reference up to case and surrounding white space."""
     return text.strip().casefold() in {reference.strip().casefold() for reference in references}
 
 
@@ -150,14 +153,14 @@ def interval(values: Sequence[float]) -> tuple[float, float] | None:
 
 
 def summarise(clients: Sequence[Scores], ids: Sequence[int]) -> dict[str, object]:
-    """One row of the table: means over clients, the 95 % interval of the loss, and the scores of each by its number."""
+    """One row of the results: means over clients, the 95 % interval of the loss, and each client's scores by id."""
     row: dict[str, object] = {}
     for name in SCORES:
         values = [v for s in clients if (v := s.as_dict()[name]) is not None]
         row[name] = statistics.fmean(values) if values else None
     if row["perplexity"] is not None:
         row["perplexity"] = math.exp(min(statistics.fmean(s.loss for s in clients), 700.0))
-    ends = interval([s.loss for s in clients])
-    row["interval"] = list(ends) if ends else None
+    bounds = interval([s.loss for s in clients])
+    row["interval"] = list(bounds) if bounds else None
     row["clients"] = [{"id": client, **s.as_dict()} for client, s in zip(ids, clients, strict=True)]
     return row

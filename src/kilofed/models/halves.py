@@ -1,7 +1,7 @@
-"""Cut a decoder or an encoder between two of its blocks, and run each side as the whole model would run it.
+"""Cut a decoder or an encoder between two of its blocks, and run each side with the whole model's own forward.
 
-A side is the real model's own forward with other blocks in its list, so masks and positions are what transformers
-makes of them. `trim` takes away what a client must not hold; `Halves` runs what is there.
+A side is the real model's forward with other blocks in its list, so transformers computes masks and positions as in the
+whole model. `trim` removes what a client must not hold; `Halves` runs the rest.
 Source: split learning, Gupta and Raskar 2018, arXiv:1810.06060; the U-shape is Vepakomma et al. 2018, arXiv:1812.00564.
 """
 
@@ -19,28 +19,28 @@ from kilofed.config.recipe import ModelSpec
 from kilofed.errors import ModelError, RecipeError
 
 _FIRST = "emb", "project_in"
-"""In the name of a module that works before the blocks; so do all nn.Embedding."""
+"""Parts of names of modules that run before the blocks; so do all nn.Embedding."""
 
 
 @dataclass(frozen=True)
 class Part(ModelSpec):
-    """What a client of split learning loads: embeddings and the first blocks, and with `head` what follows the last one."""
+    """The part of a model that a client of split learning loads: embeddings, first blocks and, if `head`, the output head."""
 
     num_blocks: Annotated[int, Ge(1)] = 1
-    """Blocks from the first on."""
+    """Number of blocks, from the first on."""
     head: bool = False
-    """Whether the final norm and the output head belong to it."""
+    """Whether it includes the final norm and the output head."""
 
 
 def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     """Name and list of the model's blocks: the one list of `config.num_hidden_layers` modules of one class.
 
     Raises:
-        ModelError: there is none, or more than one; it says what lists there are.
+        ModelError: there is none, or more than one.
     """
     lists = [(name, item) for name, item in model.named_modules() if isinstance(item, nn.ModuleList)]
     for name, item in lists:
-        if isinstance(item, _Kept):
+        if isinstance(item, _TrimmedBlocks):
             return name, item
     wanted = getattr(getattr(model, "config", None), "num_hidden_layers", None)
     found = [(name, item) for name, item in lists if len(item) == wanted and len({type(block) for block in item}) == 1]
@@ -54,7 +54,7 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
 
 
 def check_cut(cut: int, num_blocks: int) -> None:
-    """Raises RecipeError: no block would be left on one side."""
+    """Raise RecipeError if one side would have no block."""
     if not 1 <= cut < num_blocks:
         raise RecipeError(
             f"method.cut is {cut}, and the model has {num_blocks} blocks: expected 1 to {num_blocks - 1}, "
@@ -63,9 +63,9 @@ def check_cut(cut: int, num_blocks: int) -> None:
 
 
 def trim(model: nn.Module, num_blocks: int, *, head: bool) -> None:
-    """Take from `model` all blocks but the first `num_blocks`, and unless `head` all that works after the blocks.
+    """Remove from `model` all blocks but the first `num_blocks`, and unless `head` all modules that run after the blocks.
 
-    Names of what stays are those of the whole model.
+    The names of the remaining modules are those of the whole model.
 
     Raises:
         ModelError, RecipeError: as `find_blocks` and `check_cut`.
@@ -73,18 +73,18 @@ def trim(model: nn.Module, num_blocks: int, *, head: bool) -> None:
     above, blocks = find_blocks(model)
     if len(blocks) > num_blocks:
         check_cut(num_blocks, len(blocks))
-    kept = blocks if isinstance(blocks, _Kept) else _Kept(blocks, num_whole=len(blocks))
+    kept = blocks if isinstance(blocks, _TrimmedBlocks) else _TrimmedBlocks(blocks, num_whole=len(blocks))
     del kept[num_blocks:]
     model.set_submodule(above, kept)
     if head:
         return
     for name, module in list(model.named_modules()):
         if name and any(True for _ in module.parameters(recurse=False)) and not works_first(model, name):
-            model.set_submodule(name, _Absent(name, kept))
+            model.set_submodule(name, _Removed(name, kept))
 
 
 def works_first(model: nn.Module, name: str) -> bool:
-    """Whether the module or parameter of that name is part of the embeddings or of a block, not of the head."""
+    """Whether the module or parameter belongs to the embeddings or a block, not to the head."""
     above = find_blocks(model)[0]
     if name.startswith(above + ".") or not any(name.startswith(n + ".") or n == name for n in _owners(model)):
         return True
@@ -95,7 +95,7 @@ def works_first(model: nn.Module, name: str) -> bool:
 
 
 def held_by_client(model: nn.Module, name: str, *, cut: int, head: bool) -> bool:
-    """Whether a parameter of the whole model belongs to the part of a client that holds `cut` blocks (and the head)."""
+    """Whether a parameter of the whole model is held by clients with `cut` blocks (and, if `head`, the head)."""
     above = find_blocks(model)[0] + "."
     if name.startswith(above):
         return int(name.removeprefix(above).split(".")[0]) < cut
@@ -103,7 +103,7 @@ def held_by_client(model: nn.Module, name: str, *, cut: int, head: bool) -> bool
 
 
 def trains_tied_head(model: nn.Module) -> bool:
-    """Whether the output head is the embedding of the input, and is trained."""
+    """Whether the output head is tied to the input embedding and trained."""
     output, base = _output_head(model), _base(model)
     if output is None:
         return False
@@ -112,17 +112,17 @@ def trains_tied_head(model: nn.Module) -> bool:
 
 
 def width(model: nn.Module) -> int:
-    """Numbers per token at the cut."""
+    """Hidden size: channels per token at the cut."""
     return int(model.config.hidden_size)  # type: ignore[union-attr,arg-type]
 
 
 class Halves:
-    """A model, whole or trimmed, that runs from and to its cut.
+    """Forward passes of a whole or trimmed model to its cut and from it.
 
-    The model stays as it is: other blocks stand in its list while a side runs, and its own again afterwards.
+    The model is not changed: its list of blocks is replaced during a forward and restored afterwards.
 
     Args:
-        cut: blocks below the cut.
+        cut: number of blocks below the cut.
 
     Raises:
         ModelError, RecipeError: as `find_blocks` and `check_cut`.
@@ -140,65 +140,65 @@ class Halves:
         self._options = {"use_cache": False} if "use_cache" in taken else {}
 
     def below(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Hidden states (B, T, D) after the first `cut` blocks. Raises ModelError: the client lacks something for it."""
+        """Hidden states (B, T, D) after the first `cut` blocks. Raises ModelError: a module that this needs was removed."""
         return self._run(input_ids, attention_mask, self._held[: self.cut])
 
     def between(self, hidden_BTD: Tensor, attention_mask: Tensor) -> Tensor:
         """Hidden states (B, T, D) after the last block, from those at the cut."""
         ids = torch.zeros(hidden_BTD.shape[:2], dtype=torch.long, device=hidden_BTD.device)
         blocks = self._upper()
-        with _entering(blocks[self.cut], hidden_BTD):
+        with _input_replaced(blocks[self.cut], hidden_BTD):
             return self._run(ids, attention_mask, blocks)
 
     @contextmanager
     def from_cut(self, hidden_BTD: Tensor) -> Iterator[None]:
-        """While it lasts, `model(...)` starts at the cut with these hidden states, whatever tokens it is given."""
+        """Inside the block, `model(...)` starts at the cut with these hidden states and ignores the token ids."""
         blocks = self._upper()
-        with self._showing(blocks), _entering(blocks[self.cut], hidden_BTD):
+        with self._replaced(blocks), _input_replaced(blocks[self.cut], hidden_BTD):
             yield
 
     @contextmanager
     def from_last(self, hidden_BTD: Tensor) -> Iterator[None]:
-        """While it lasts, `model(...)` starts after the last block with these hidden states: it is the head alone."""
-        if self._num_out is None:  # How blocks hand on what they made is seen when one runs.
+        """Inside the block, `model(...)` starts after the last block with these hidden states: it runs only the head."""
+        if self._num_out is None:  # The type of a block's output is known once one has run.
             with torch.no_grad():
                 self.below(torch.zeros(1, 1, dtype=torch.long, device=hidden_BTD.device), hidden_BTD.new_ones(1, 1))
-        blocks = [self._pass() for _ in range(_num_whole(self._list))]
-        with self._showing(blocks), _entering(blocks[-1], hidden_BTD):
+        blocks = [self._pass_through() for _ in range(_num_whole(self._list))]
+        with self._replaced(blocks), _input_replaced(blocks[-1], hidden_BTD):
             yield
 
     def _upper(self) -> list[nn.Module]:
-        # What stands in the lower places is passed through: a block's place may say which mask it gets.
-        return [*(self._pass() for _ in range(self.cut)), *self._held[self.cut :]]
+        # Lower blocks are replaced by pass-throughs: a block's index may determine its mask.
+        return [*(self._pass_through() for _ in range(self.cut)), *self._held[self.cut :]]
 
-    def _pass(self) -> nn.Module:
-        return _Pass(self._held[-1], self._num_out or 0)
+    def _pass_through(self) -> nn.Module:
+        return _PassThrough(self._held[-1], self._num_out or 0)
 
     def _run(self, input_ids: Tensor, attention_mask: Tensor, blocks: list[nn.Module]) -> Tensor:
-        reached: list[Tensor] = []
+        outputs: list[Tensor] = []
 
         def take(block: nn.Module, given: tuple[Tensor, ...], out: Tensor | tuple[Tensor, ...]) -> None:
             self._mark(passed=True)
             self._num_out = len(out) if isinstance(out, tuple) else 0
-            reached.append(out[0] if isinstance(out, tuple) else out)
+            outputs.append(out[0] if isinstance(out, tuple) else out)
 
         self._mark(passed=False)
         handle = blocks[-1].register_forward_hook(take)
         try:
-            with self._showing(blocks):
+            with self._replaced(blocks):
                 self._inner(input_ids=input_ids, attention_mask=attention_mask, **self._options)
         finally:
             handle.remove()
-        return reached[0]
+        return outputs[0]
 
     def _mark(self, *, passed: bool) -> None:
-        """Say whether what stands above the blocks may be met."""
-        if isinstance(self._list, _Kept):
+        """Record whether the forward has passed the blocks, after which removed modules may be reached."""
+        if isinstance(self._list, _TrimmedBlocks):
             self._list.passed = passed
 
     @contextmanager
-    def _showing(self, blocks: list[nn.Module]) -> Iterator[None]:
-        """While it lasts, a forward of the model runs `blocks` instead of its own."""
+    def _replaced(self, blocks: list[nn.Module]) -> Iterator[None]:
+        """Inside the block, a forward of the model runs `blocks` instead of its own."""
         self.model.set_submodule(self._name, nn.ModuleList(blocks))
         try:
             yield
@@ -206,26 +206,26 @@ class Halves:
             self.model.set_submodule(self._name, self._list)
 
 
-class _Kept(nn.ModuleList):
-    """The blocks that were kept of a longer list, under their places in the whole model.
+class _TrimmedBlocks(nn.ModuleList):
+    """The remaining blocks of a trimmed model, with their indices in the whole model.
 
     Args:
-        num_whole: blocks of the whole model.
+        num_whole: number of blocks of the whole model.
     """
 
     def __init__(self, blocks: Iterable[nn.Module], num_whole: int = 0) -> None:
         super().__init__(blocks)
         self.num_whole = num_whole
         self.passed = False
-        """Whether the last block that is to run has been run."""
+        """Whether the last block of the current forward has run."""
 
 
-class _Pass(nn.Module):
-    """Stands in the place of a block and hands on what comes; asked for anything else, it is like that block."""
+class _PassThrough(nn.Module):
+    """Replaces a block and returns its input; other attributes are those of that block."""
 
-    def __init__(self, like: nn.Module, num_out: int) -> None:
+    def __init__(self, block: nn.Module, num_out: int) -> None:
         super().__init__()
-        self._like, self._num_out = [like], num_out  # In a list: it is not a part of this module.
+        self._like, self._num_out = [block], num_out  # In a list: it is not a part of this module.
 
     def forward(self, hidden_states: Tensor, *rest: object, **named: object) -> Tensor | tuple[Tensor | None, ...]:
         return (hidden_states, *[None] * (self._num_out - 1)) if self._num_out else hidden_states
@@ -234,25 +234,25 @@ class _Pass(nn.Module):
         return cast(Tensor | nn.Module, getattr(self.__dict__["_like"][0], name))
 
 
-class _Absent(nn.Module):
-    """Stands in the place of what another party holds; it may be met after the cut only."""
+class _Removed(nn.Module):
+    """Replaces a module that another party holds; it may only be reached after the cut."""
 
-    def __init__(self, name: str, blocks: _Kept) -> None:
+    def __init__(self, name: str, blocks: _TrimmedBlocks) -> None:
         super().__init__()
         self._name, self._list = name, [blocks]  # In a list: it is not a part of this module.
 
     def forward(self, given: Tensor, *rest: object, **named: object) -> Tensor:
         if not self._list[0].passed:
             raise ModelError(
-                f"{self._name} works before the cut, but this part of the model was loaded without it: "
-                "this architecture cannot be cut"
+                f"{self._name} runs before the cut, but this part of the model was loaded without it; "
+                "this architecture cannot be cut, use another method"
             )
         return given
 
 
 @contextmanager
-def _entering(block: nn.Module, hidden_BTD: Tensor) -> Iterator[None]:
-    """While it lasts, `block` is given `hidden_BTD` instead of what comes."""
+def _input_replaced(block: nn.Module, hidden_BTD: Tensor) -> Iterator[None]:
+    """Inside the block, `block` gets `hidden_BTD` as its input."""
 
     def swap(
         module: nn.Module, given: tuple[object, ...], named: dict[str, object]
@@ -269,30 +269,30 @@ def _entering(block: nn.Module, hidden_BTD: Tensor) -> Iterator[None]:
 
 
 def _num_whole(blocks: nn.ModuleList) -> int:
-    """Blocks of the whole model, of which these are all or those that were kept."""
-    return blocks.num_whole if isinstance(blocks, _Kept) else len(blocks)
+    """Number of blocks of the whole model, of which `blocks` may be a part."""
+    return blocks.num_whole if isinstance(blocks, _TrimmedBlocks) else len(blocks)
 
 
 def _owners(model: nn.Module) -> list[str]:
-    """Modules that hold parameters themselves, without the model as such."""
+    """Names of modules that hold parameters themselves, without the model itself."""
     return [n for n, m in model.named_modules() if n and any(True for _ in m.parameters(recurse=False))]
 
 
 def _path(model: nn.Module, name: str) -> Iterator[nn.Module]:
     """The modules from the model down to the module, or the owner of the parameter, of that name."""
-    here: nn.Module | None = model
+    module: nn.Module | None = model
     for part in name.split("."):
-        here = here._modules.get(part) if here else None
-        if here is None:
+        module = module._modules.get(part) if module else None
+        if module is None:
             return
-        yield here
+        yield module
 
 
 def _caller(model: nn.Module) -> nn.Module:
-    """The innermost module above the blocks that takes tokens."""
+    """The innermost module around the blocks that takes token ids."""
     above = find_blocks(model)[0]
-    takers = [m for m in [model, *_path(model, above)] if "input_ids" in inspect.signature(m.forward).parameters]
-    return takers[-1]
+    candidates = [m for m in [model, *_path(model, above)] if "input_ids" in inspect.signature(m.forward).parameters]
+    return candidates[-1]
 
 
 def _base(model: nn.Module) -> nn.Module:

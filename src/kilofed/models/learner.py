@@ -1,4 +1,4 @@
-"""Trained tensors that live outside the model they belong to, with their optimiser: many learners share one model."""
+"""Trained tensors kept outside of their model, with their optimiser, so that many learners share one model."""
 
 from collections.abc import Callable, Mapping
 from typing import TypeVar
@@ -17,41 +17,43 @@ WEIGHTS, MOMENTS = "weights.", "moments."
 
 
 class Learner:
-    """A party's own copy of some trained tensors of a shared model; nothing is written into the model.
+    """One party's copy of some trained tensors of a shared model, which is not changed.
 
     Args:
-        model: where the tensors belong.
-        values: by short name (`models.trained`); others of the model's trained tensors stay the model's own.
-        spec: optimiser and gradient clipping. The norm is that of these tensors alone.
+        model: the model whose forward uses the tensors.
+        values: by short name (`loading.trained`); for its other trained tensors the model's own values are used.
+        spec: optimiser and gradient clipping, whose norm is over these tensors only.
 
     Raises:
-        ModelError: a value belongs to nothing that the model trains, or has another shape.
+        ModelError: a name or shape does not match the model's trained tensors.
     """
 
     def __init__(self, model: nn.Module, values: Mapping[str, Tensor], spec: TrainSpec) -> None:
-        own = loading.trained(model)
-        full = {id(p): name for name, p in model.named_parameters()}
+        trained = loading.trained(model)
+        full_names = {id(p): name for name, p in model.named_parameters()}
         for name, value in values.items():
-            if name not in own or own[name].shape != value.shape:
-                raise ModelError(f"{name} of shape {tuple(value.shape)} is not trained by {type(model).__name__} here")
-        place = {name: number for number, name in enumerate(full.values())}
-        # In the model's order: a norm over all of them is a sum in that order.
+            if name not in trained or trained[name].shape != value.shape:
+                raise ModelError(
+                    f"{name} of shape {tuple(value.shape)} is not a trained tensor of this {type(model).__name__}"
+                )
+        positions = {name: number for number, name in enumerate(full_names.values())}
+        # In the model's order, which fixes the summation order of the gradient norm.
         self.tensors = {
-            name: nn.Parameter(values[name].detach().to(own[name].device, own[name].dtype, copy=True))
-            for name in sorted(values, key=lambda name: place[full[id(own[name])]])
+            name: nn.Parameter(values[name].detach().to(trained[name].device, trained[name].dtype, copy=True))
+            for name in sorted(values, key=lambda name: positions[full_names[id(trained[name])]])
         }
         self._model, self._spec = model, spec
-        self._places = {name: "model." + full[id(own[name])] for name in self.tensors}
+        self._full_names = {name: "model." + full_names[id(trained[name])] for name in self.tensors}
         self._optimizer = training.optimizer_for(list(self.tensors.values()), spec) if self.tensors else None
 
     def run(self, function: Callable[[], T]) -> T:
-        """Call `function` while the model has this learner's tensors."""
+        """Call `function` with this learner's tensors in the model."""
         bound = _Bound(self._model, function)
-        found: T = functional_call(bound, {self._places[name]: p for name, p in self.tensors.items()}, ())
-        return found
+        result: T = functional_call(bound, {self._full_names[name]: p for name, p in self.tensors.items()}, ())
+        return result
 
     def step(self, rate: float) -> None:
-        """One optimiser step with the gradients that were added up; they are gone afterwards."""
+        """One optimiser step with the accumulated gradients, which are cleared."""
         if self._optimizer is None:
             return
         for group in self._optimizer.param_groups:
@@ -61,8 +63,8 @@ class Learner:
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
 
-    def forget(self) -> None:
-        """Drop gradients that no step will use."""
+    def zero_grad(self) -> None:
+        """Clear the accumulated gradients."""
         for parameter in self.tensors.values():
             parameter.grad = None
 
@@ -71,13 +73,13 @@ class Learner:
         return {name: p.detach().to("cpu", torch.float32, copy=True) for name, p in self.tensors.items()}
 
     def write(self, values: Mapping[str, Tensor]) -> None:
-        """Take over `values`; the optimiser goes on as it was."""
+        """Set the tensors; the optimiser's state is kept."""
         with torch.no_grad():
             for name, parameter in self.tensors.items():
                 parameter.copy_(values[name])
 
     def save(self) -> dict[str, Tensor]:
-        """Weights and moments, under names that begin with WEIGHTS and MOMENTS."""
+        """Weights and optimiser moments, with the name prefixes WEIGHTS and MOMENTS."""
         saved = {WEIGHTS + name: value for name, value in self.read().items()}
         for name, parameter in self.tensors.items():
             for key, value in self._state(parameter).items():
@@ -86,27 +88,27 @@ class Learner:
         return saved
 
     def load(self, saved: Mapping[str, Tensor]) -> None:
-        """Take over what `save` gave; gradients are dropped."""
+        """Load the result of `save`; gradients are cleared."""
         self.write({name: saved[WEIGHTS + name] for name in self.tensors})
-        self.forget()
+        self.zero_grad()
         for parameter in self.tensors.values():
             self._state(parameter).clear()
         for name, value in saved.items():
             if name.startswith(MOMENTS):
-                key, _, of = name.removeprefix(MOMENTS).partition(".")
-                parameter = self.tensors[of]
+                key, _, owner = name.removeprefix(MOMENTS).partition(".")
+                parameter = self.tensors[owner]
                 # Adam counts its steps on the CPU.
                 self._state(parameter)[key] = value.clone() if key == "step" else value.to(parameter.device, copy=True)
 
     def _state(self, parameter: nn.Parameter) -> dict[str, object]:
         if self._optimizer is None:
             return {}
-        found: dict[str, object] = self._optimizer.state[parameter]
-        return found
+        result: dict[str, object] = self._optimizer.state[parameter]
+        return result
 
 
-def restored(model: nn.Module, saved: Mapping[str, Tensor], spec: TrainSpec) -> Learner:
-    """The learner that `save` was called on; other names in `saved` are left alone."""
+def restore(model: nn.Module, saved: Mapping[str, Tensor], spec: TrainSpec) -> Learner:
+    """A learner from the result of `save`; other names in `saved` are ignored."""
     weights = {name.removeprefix(WEIGHTS): value for name, value in saved.items() if name.startswith(WEIGHTS)}
     learner = Learner(model, weights, spec)
     learner.load({name: value for name, value in saved.items() if name.startswith((WEIGHTS, MOMENTS))})
@@ -114,7 +116,7 @@ def restored(model: nn.Module, saved: Mapping[str, Tensor], spec: TrainSpec) -> 
 
 
 class _Bound(nn.Module):
-    """A function of a model, as a module whose parameters can be exchanged for one call."""
+    """A function that uses a model, as a module for `functional_call`."""
 
     def __init__(self, model: nn.Module, function: Callable[[], T]) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Local learning: one loss, one loop, optimiser and schedule; nothing federated."""
+"""Local training: losses, the training loop, optimiser and schedule; nothing federated."""
 
 import inspect
 import math
@@ -16,33 +16,33 @@ from kilofed.errors import NonFiniteLoss
 
 @dataclass(frozen=True)
 class TokenBatch:
-    """Rows whose tokens are learnt, padded on the right: B rows, T tokens in the longest."""
+    """Rows for next-token prediction, padded on the right: B rows, T tokens in the longest."""
 
     input_ids: Tensor
     """(B, T), 0 at the padding."""
     attention_mask: Tensor
     """(B, T), 1 at tokens and 0 at the padding."""
     labels: Tensor
-    """(B, T), the token itself where it is learnt and IGNORED elsewhere."""
+    """(B, T), the token itself if it is a target, else IGNORED."""
 
     @property
     def targets_BT(self) -> Tensor:
-        """(B, T - 1): what each position but the last has to predict, IGNORED where that is not learnt."""
+        """(B, T - 1): the target of each position but the last, or IGNORED."""
         return self.labels[:, 1:]
 
     @property
     def targets_N(self) -> Tensor:
-        """(N,): the learnt tokens, row by row."""
+        """(N,): the targets, row by row."""
         return self.targets_BT[self.targets_BT != IGNORED]
 
     @property
-    def kept_K(self) -> Tensor:
-        """(K,): positions from which at least one row has to predict a learnt token."""
+    def positions_K(self) -> Tensor:
+        """(K,): positions that have a target in at least one row."""
         return (self.targets_BT != IGNORED).any(dim=0).nonzero()[:, 0]
 
     @property
-    def num_learnt(self) -> int:
-        """N: tokens that the loss is over, those that some position predicts."""
+    def num_targets(self) -> int:
+        """N: number of targets, over which the loss is the mean."""
         return int((self.targets_BT != IGNORED).sum())
 
     def to(self, device: str | torch.device) -> "TokenBatch":
@@ -52,18 +52,18 @@ class TokenBatch:
 
 @dataclass(frozen=True)
 class ClassBatch:
-    """Rows that are classified as a whole, padded on the right: B rows, T tokens in the longest."""
+    """Rows for classification, padded on the right: B rows, T tokens in the longest."""
 
     input_ids: Tensor
     """(B, T), 0 at the padding."""
     attention_mask: Tensor
     """(B, T), 1 at tokens and 0 at the padding."""
     classes: Tensor
-    """(B,), number of each row's class, IGNORED where it is not known."""
+    """(B,), index of each row's class, IGNORED if unknown."""
 
     @property
-    def num_learnt(self) -> int:
-        """Rows that the loss is over, those that have a class."""
+    def num_targets(self) -> int:
+        """Number of rows that have a class, over which the loss is the mean."""
         return int((self.classes != IGNORED).sum())
 
     def to(self, device: str | torch.device) -> "ClassBatch":
@@ -76,26 +76,26 @@ Batch = TokenBatch | ClassBatch
 
 @dataclass(frozen=True)
 class Fit:
-    """What a stretch of training did."""
+    """Result of a training loop."""
 
     loss: float
-    """Mean training loss over its steps, nats per token."""
+    """Mean training loss over the steps, nats per token."""
     num_steps: int
     num_examples: int
     num_tokens: int
-    """Tokens that were learnt."""
+    """Number of target tokens."""
 
 
 Loss = Callable[[nn.Module, Batch], Tensor]
 
 
 def collate(examples: Sequence[Example], device: str | torch.device = "cpu") -> Batch:
-    """A ClassBatch of examples that have classes, a TokenBatch of others; all are to be of one kind."""
+    """A ClassBatch of examples with classes, else a TokenBatch; all examples have to be of one kind."""
     return collate_tokens(examples, device) if examples[0].label is None else collate_classes(examples, device)
 
 
 def collate_tokens(examples: Sequence[Example], device: str | torch.device = "cpu") -> TokenBatch:
-    """Pad on the right to the longest example; padding is masked and not learnt."""
+    """Pad on the right to the longest example; padding is masked and has no target."""
     assert all(example.label is None for example in examples)
     input_ids, mask = _padded(examples)
     labels = torch.full_like(input_ids, IGNORED)
@@ -113,19 +113,19 @@ def collate_classes(examples: Sequence[Example], device: str | torch.device = "c
 
 
 def token_logits(model: nn.Module, batch: TokenBatch) -> tuple[Tensor, Tensor]:
-    """Logits (N, V), float32, and targets (N,) of the learnt tokens, row by row."""
-    # Positions at which no row learns anything need no pass through the output head, which is most of a small model.
-    kept_K = batch.kept_K
-    partly = {"logits_to_keep": kept_K} if keeps_logits(model) else {}
-    logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False, **partly).logits
-    logits_BKV = logits if partly else logits[:, kept_K]
-    targets_BK = batch.targets_BT[:, kept_K]
-    learnt = targets_BK != IGNORED
-    return logits_BKV[learnt].float(), targets_BK[learnt]
+    """Logits (N, V), float32, at the positions that have a target, and targets (N,), row by row."""
+    # Positions without a target skip the output head, which is most of the work of a small model.
+    positions_K = batch.positions_K
+    options = {"logits_to_keep": positions_K} if keeps_logits(model) else {}
+    logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False, **options).logits
+    logits_BKV = logits if options else logits[:, positions_K]
+    targets_BK = batch.targets_BT[:, positions_K]
+    has_target = targets_BK != IGNORED
+    return logits_BKV[has_target].float(), targets_BK[has_target]
 
 
 def token_losses(model: nn.Module, batch: TokenBatch) -> tuple[Tensor, Tensor]:
-    """Cross entropy (nats) and whether the best guess was right, one entry per learnt token."""
+    """Cross entropy (nats) and whether the top-1 prediction is correct, one entry per target."""
     logits_NV, targets_N = token_logits(model, batch)
     losses = nn.functional.cross_entropy(logits_NV, targets_N, reduction="none")
     return losses, logits_NV.argmax(-1) == targets_N
@@ -138,9 +138,9 @@ def class_logits(model: nn.Module, batch: ClassBatch) -> Tensor:
 
 
 def class_losses(model: nn.Module, batch: ClassBatch) -> tuple[Tensor, Tensor]:
-    """Cross entropy (nats) and whether the best guess was right, one entry per row that has a class."""
-    learnt = batch.classes != IGNORED
-    logits_NC, targets_N = class_logits(model, batch)[learnt], batch.classes[learnt]
+    """Cross entropy (nats) and whether the top-1 prediction is correct, one entry per row that has a class."""
+    has_target = batch.classes != IGNORED
+    logits_NC, targets_N = class_logits(model, batch)[has_target], batch.classes[has_target]
     return nn.functional.cross_entropy(logits_NC, targets_N, reduction="none"), logits_NC.argmax(-1) == targets_N
 
 
@@ -150,7 +150,7 @@ def losses(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
 
 
 def loss(model: nn.Module, batch: Batch) -> Tensor:
-    """Mean cross entropy over the learnt tokens, or over the rows where they have classes, in nats."""
+    """Mean cross entropy over target tokens, or over rows that have classes, in nats."""
     return losses(model, batch)[0].mean()
 
 
@@ -164,10 +164,10 @@ def num_steps(spec: TrainSpec, num_examples: int) -> int:
 def batches(
     examples: Sequence[Example], spec: TrainSpec, *, first: int, count: int, order: Callable[[str], torch.Generator]
 ) -> Iterator[list[Example]]:
-    """Batches number `first` to `first + count - 1` of an endless walk over shuffled epochs.
+    """Batches number `first` to `first + count - 1` of an endless sequence of shuffled epochs.
 
-    The walk is a pure function of `order`, which gives the random stream of a name, so any stretch of it can be
-    walked again; every example is met once per epoch.
+    The sequence is a pure function of `order`, which makes the random generator of a name, so any part of it can be
+    repeated; every example occurs once per epoch.
     """
     size = min(spec.batch_size, len(examples))
     per_epoch = math.ceil(len(examples) / size)
@@ -191,16 +191,16 @@ def fit_round(
     dropout: torch.Generator,
     objective: Loss = loss,
 ) -> Fit:
-    """One client's training in round number `round` (from 1) of `num_rounds`; schedule and epochs go on across rounds."""
+    """One client's training in round `round` (from 1) of `num_rounds`; schedule and epochs continue across rounds."""
     steps = num_steps(spec, len(examples))
     first = (round - 1) * steps
-    stretch = batches(examples, spec, first=first, count=steps, order=order)
-    return fit(model, stretch, spec, first=first, total=steps * num_rounds, dropout=dropout, objective=objective)
+    own = batches(examples, spec, first=first, count=steps, order=order)
+    return fit(model, own, spec, first=first, total=steps * num_rounds, dropout=dropout, objective=objective)
 
 
 def fit(
     model: nn.Module,
-    stretch: Iterator[list[Example]],
+    batches: Iterator[list[Example]],
     spec: TrainSpec,
     *,
     first: int,
@@ -208,18 +208,18 @@ def fit(
     dropout: torch.Generator,
     objective: Loss = loss,
 ) -> Fit:
-    """Train the parameters that require gradients, one optimiser step per batch, with a fresh optimiser.
+    """Train the parameters that require gradients, one optimiser step per batch, with a new optimiser.
 
     Args:
-        stretch: the batches.
+        batches: examples of each step.
         first: number of the first step in the whole run, for the schedule.
         total: steps in the whole run.
-        dropout: stream for dropout.
-        objective: what is minimised; (model, batch) to a scalar.
+        dropout: random generator for dropout.
+        objective: the loss to minimise; (model, batch) to a scalar.
 
     Raises:
-        NonFiniteLoss: a loss was NaN or infinite, and the model keeps the weights of the step before; or the last
-            step made a weight so.
+        NonFiniteLoss: a loss is NaN or infinite, and the model keeps the weights of the previous step; or a weight is
+            after the last step.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     device = parameters[0].device
@@ -229,23 +229,23 @@ def fit(
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(dropout.initial_seed())
-            for step, examples in enumerate(stretch, first):
+            for step, examples in enumerate(batches, first):
                 for group in optimizer.param_groups:
                     group["lr"] = learning_rate(spec, step, total)
-                value, learnt = _backward(model, examples, spec, objective, device)
+                value, has_target = _backward(model, examples, spec, objective, device)
                 if not math.isfinite(value):
                     raise NonFiniteLoss(
-                        f"the loss is {value} at step {step + 1}: try a smaller train.lr or max_grad_norm"
+                        f"the loss is {value} at step {step + 1}; lower train.lr or train.max_grad_norm"
                     )
                 if spec.max_grad_norm:
                     nn.utils.clip_grad_norm_(parameters, spec.max_grad_norm)
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
-                sum_loss, steps, rows, tokens = sum_loss + value, steps + 1, rows + len(examples), tokens + learnt
-        # The last step has no loss after it that would show what it did.
+                sum_loss, steps, rows, tokens = sum_loss + value, steps + 1, rows + len(examples), tokens + has_target
+        # No later loss would show that the last step failed.
         if not all(bool(p.isfinite().all()) for p in parameters):
             raise NonFiniteLoss(
-                f"the weights are not finite after step {first + steps}: try a smaller train.lr or max_grad_norm"
+                f"the weights are not finite after step {first + steps}; lower train.lr or train.max_grad_norm"
             )
     finally:
         model.eval()
@@ -272,13 +272,13 @@ def distance_sq(model: nn.Module, start: Sequence[Tensor]) -> Tensor:
 
 
 def keeps_logits(model: nn.Module) -> bool:
-    """Whether the transformers model, below an adapter or not, can leave positions out of its output head."""
+    """Whether the transformers model, with or without an adapter, takes `logits_to_keep`."""
     inner = getattr(model, "get_base_model", None)
     return "logits_to_keep" in inspect.signature((inner() if inner else model).forward).parameters
 
 
 def optimizer_for(parameters: list[nn.Parameter], spec: TrainSpec) -> torch.optim.Optimizer:
-    """A fresh optimiser as the recipe asks for."""
+    """A new optimiser of the kind in the recipe."""
     if spec.optimizer == "sgd":
         return torch.optim.SGD(parameters, lr=spec.lr, weight_decay=spec.weight_decay)
     kind = torch.optim.AdamW if spec.optimizer == "adamw" else torch.optim.Adam
@@ -300,19 +300,19 @@ def _padded(examples: Sequence[Example]) -> tuple[Tensor, Tensor]:
 def _backward(
     model: nn.Module, examples: list[Example], spec: TrainSpec, objective: Loss, device: torch.device
 ) -> tuple[float, int]:
-    """Gradients of the batch's loss, in `accumulation` parts weighted by their learnt tokens."""
+    """Gradients of the batch's loss, in `accumulation` micro-batches weighted by their number of targets."""
     if spec.accumulation == 1:
-        parts = [collate(examples, device)]
+        micro_batches = [collate(examples, device)]
     else:
         size = math.ceil(len(examples) / spec.accumulation)
-        parts = [collate(examples[i : i + size], device) for i in range(0, len(examples), size)]
-    counts = [part.num_learnt for part in parts]
-    whole, value = sum(counts), 0.0
-    for part, count in zip(parts, counts, strict=True):
+        micro_batches = [collate(examples[i : i + size], device) for i in range(0, len(examples), size)]
+    counts = [micro_batch.num_targets for micro_batch in micro_batches]
+    total, value = sum(counts), 0.0
+    for micro_batch, count in zip(micro_batches, counts, strict=True):
         with torch.autocast(device.type, torch.bfloat16, enabled=spec.autocast == "bfloat16"):
-            part_loss = objective(model, part)
-        if len(parts) > 1:
-            part_loss = part_loss * (count / whole)
-        part_loss.backward()  # type: ignore[no-untyped-call]
-        value += float(part_loss.detach())
-    return value, whole
+            micro_loss = objective(model, micro_batch)
+        if len(micro_batches) > 1:
+            micro_loss = micro_loss * (count / total)
+        micro_loss.backward()  # type: ignore[no-untyped-call]
+        value += float(micro_loss.detach())
+    return value, total

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from kilofed.config.recipe import MethodSpec, PrivacySpec, Recipe
 from kilofed.costs import environment
-from kilofed.costs.counter import Bench
+from kilofed.costs.counter import CostCounter
 from kilofed.data.examples import IGNORED, Example, Renderer
 from kilofed.data.readers import Row, layout
 from kilofed.errors import KilofedError, ModelError
@@ -113,7 +113,7 @@ class _Look:
         return loading.outline(self.recipe.model, self.recipe.adapter, self.corpus.classes)
 
     @cached_property
-    def bench(self) -> Bench:
+    def bench(self) -> CostCounter:
         """What counts the run's passes."""
         return bench_of(self.sites)
 

@@ -14,7 +14,7 @@ import torch
 from kilofed.config.fields import Value
 from kilofed.config.recipe import Recipe
 from kilofed.costs import counter, environment
-from kilofed.costs.counter import Bench
+from kilofed.costs.counter import CostCounter
 from kilofed.errors import KilofedError
 from kilofed.federation.method import Sent, find_method
 from kilofed.federation.workload import RunPreview
@@ -97,7 +97,7 @@ class Forecast:
 def plan(recipes: Mapping[str, Recipe], device: Device) -> list[Forecast]:
     """A forecast per recipe, by label; one that could not run, or not on this device, says why."""
     found = []
-    benches: dict[object, Bench] = {}
+    benches: dict[object, CostCounter] = {}
     for label, recipe in recipes.items():
         try:
             sites = Sites(recipe)
@@ -113,7 +113,7 @@ def plan(recipes: Mapping[str, Recipe], device: Device) -> list[Forecast]:
     return found
 
 
-def forecast(sites: Sites, device: Device, *, bench: Bench | None = None, label: str = "") -> Forecast:
+def forecast(sites: Sites, device: Device, *, bench: CostCounter | None = None, label: str = "") -> Forecast:
     """What the run of `sites` would take.
 
     Args:
@@ -163,7 +163,7 @@ class _Round:
     """Bytes beside the runtime, the hungriest client; told of the second round, the first in which all is done."""
 
     @classmethod
-    def of(cls, sites: Sites, preview: RunPreview, bench: Bench, number: int, together: int) -> "_Round":
+    def of(cls, sites: Sites, preview: RunPreview, bench: CostCounter, number: int, together: int) -> "_Round":
         turn_to(preview, sites, number)
         sent, works = traffic(sites, preview), client_works(sites, preview)
         flops = {

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from kilofed.config.recipe import ModelSpec, Recipe
-from kilofed.costs.counter import Bench
+from kilofed.costs.counter import CostCounter
 from kilofed.data.examples import Example
 from kilofed.federation.method import Sent, forecast, leaving
 from kilofed.federation.workload import Pass, RunPreview, Work
@@ -22,12 +22,12 @@ MOST = 2000
 """Clients, counted anew in each round, that are looked at one by one; the rounds after them are taken to be like these."""
 
 
-def bench_of(sites: Sites) -> Bench:
+def bench_of(sites: Sites) -> CostCounter:
     """What counts the passes of the run of `sites`."""
-    return Bench(sites.recipe.adapter, sites.recipe.train, sites.corpus.classes)
+    return CostCounter(sites.recipe.adapter, sites.recipe.train, sites.corpus.classes)
 
 
-def preview_of(sites: Sites, bench: Bench) -> RunPreview:
+def preview_of(sites: Sites, bench: CostCounter) -> RunPreview:
     """The first round of the run of `sites`. Raises KilofedError."""
     recipe, method = sites.recipe, sites.method
     server = sites.server(model_of=bench.outline)
@@ -68,7 +68,7 @@ def client_works(sites: Sites, preview: RunPreview) -> dict[ModelSpec, dict[int,
 
 
 def client_memory(
-    bench: Bench,
+    bench: CostCounter,
     works: Mapping[ModelSpec, Mapping[int, Work]],
     sent: Mapping[int, Sequence[Sent]],
     *,
@@ -88,7 +88,7 @@ def client_memory(
     )
 
 
-def run_memory(sites: Sites, preview: RunPreview, bench: Bench) -> int | None:
+def run_memory(sites: Sites, preview: RunPreview, bench: CostCounter) -> int | None:
     """Bytes that the whole run takes on this machine, beside the libraries; None where nobody can tell.
 
     Clients and server of one process share the model's weights; worker processes have their own; local-only and

@@ -9,15 +9,16 @@ from torch import Tensor, nn
 from kilofed.errors import RunError
 from kilofed.federation.parties import Server
 from kilofed.files import said
-from kilofed.methods.fedkseed import BASE, FedKSeed, log_name
+from kilofed.methods.fedkseed import BASE, FedKSeed
 from kilofed.models import loading
 from kilofed.runs.folder import first_seed
 from kilofed.runs.restore import restored
 from kilofed.zeroth import seed_log
+from kilofed.zeroth.pools import log_name
 
 REMOVED = (
     "Client {client} is left out of rounds {rounds}: weights are those that the server would hold had it not answered.\n"
-    "This is not unlearning: the other clients took their slopes at weights that client {client} had moved, "
+    "This is not unlearning: the other clients estimated gradients at weights that client {client} had changed, "
     "so its rows may still show in the model."
 )
 
@@ -76,7 +77,7 @@ def replay(run: Path, *, round: int, without: int | None = None) -> Replayed:
             f"{sites.recipe.model.path} is not the model that {run} began with: its weights hash to "
             f"{seed_log.to_bytes(fresh.state[BASE]).hex()}, the run's to {seed_log.to_bytes(kept[BASE]).hex()}"
         )
-    left_out = _walk(method, fresh, kept, round, without)
+    left_out = _apply_records(method, fresh, kept, round, without)
     if without is None:
         _check(method, fresh, kept, round)
     note = (
@@ -85,7 +86,9 @@ def replay(run: Path, *, round: int, without: int | None = None) -> Replayed:
     return Replayed(method.deliver(fresh), fresh.state, note)
 
 
-def _walk(method: FedKSeed, fresh: Server, kept: dict[str, Tensor], last: int, without: int | None) -> list[int]:
+def _apply_records(
+    method: FedKSeed, fresh: Server, kept: dict[str, Tensor], last: int, without: int | None
+) -> list[int]:
     """Apply the records of rounds 1 to `last` to `fresh`; the rounds from which `without` was left out."""
     left_out = []
     for number in range(1, last + 1):
@@ -93,15 +96,17 @@ def _walk(method: FedKSeed, fresh: Server, kept: dict[str, Tensor], last: int, w
         if record is None:
             raise RunError(f"the record of round {number} is missing: the model of round {number - 1} can be replayed")
         fresh.state[log_name(number)] = record
-        method.begin(fresh.state, number)
+        method.pools.begin(fresh.state, number)
         if without is not None:
             if record.is_floating_point():
                 raise RunError("the run disclosed sums only: no single client's reports are there to be left out")
-            replies = seed_log.unpack_log(record)
+            replies = seed_log.unpack_reports(record)
             left_out += [number] if without in replies else []
             if set(replies) == {without}:
                 raise RunError(f"round {number} had no other client than {without}: nothing is left of it")
-        method.apply(fresh.seed, fresh.state, number, without=frozenset() if without is None else frozenset({without}))
+        method.pools.apply(
+            fresh.seed, fresh.state, number, without=frozenset() if without is None else frozenset({without})
+        )
     return left_out
 
 
@@ -110,9 +115,9 @@ def _check(method: FedKSeed, fresh: Server, kept: dict[str, Tensor], round: int)
     expected = kept.get(f"digest.{round + 1:06d}")
     if expected is None:
         return
-    method.begin(fresh.state, round + 1)
-    point = method.point(fresh.seed, fresh.state)
-    if (found := method.stream(fresh.model).digest(point)) != seed_log.to_bytes(expected):
+    method.pools.begin(fresh.state, round + 1)
+    point = method.pools.point(fresh.seed, fresh.state)
+    if (found := method.perturbed(fresh.model).digest(point)) != seed_log.to_bytes(expected):
         raise RunError(
             f"the weights of round {round} hash to {found.hex()}, in the run {seed_log.to_bytes(expected).hex()}: "
             "the records were changed"

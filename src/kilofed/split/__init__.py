@@ -1,1 +1,1 @@
-"""Split learning: a model in two parts, and what crosses the cut."""
+"""Split learning: client and server halves of a model, activations on the wire, reconstruction attacks."""

@@ -1,7 +1,7 @@
-"""Hidden states and their gradients in few bytes: the rows of real tokens, as float32, bfloat16 or int8 with a scale per row.
+"""Hidden states and their gradients on the wire: rows of non-padding tokens as float32, bfloat16 or int8 with row scales.
 
-Rounding to int8 is deterministic; what it leaves over is added up per channel and spread over the rows of the next
-message (error feedback; Seide et al. 2014). Differs from it: rows of two batches have nothing in common but channels.
+Rounding to int8 is deterministic. Its error is summed per channel and added to the rows of the next message in equal
+parts (error feedback; Seide et al. 2014). Differs from it: the rows of two batches correspond by channel only.
 """
 
 from collections.abc import Mapping
@@ -13,68 +13,68 @@ from torch import Tensor
 from kilofed.errors import PayloadError
 from kilofed.privacy.mechanisms import ROWS
 
-Width = Literal["float32", "bfloat16", "int8"]
+WireDtype = Literal["float32", "bfloat16", "int8"]
 
 SCALES = "scales"
-_TOP = 127.0
+_MAX_LEVEL = 127.0
 
 
-def pack(hidden_BTD: Tensor, mask_BT: Tensor) -> Tensor:
-    """The rows (N, D) of the N tokens that are no padding."""
+def unpad(hidden_BTD: Tensor, mask_BT: Tensor) -> Tensor:
+    """The rows (N, D) of the N tokens that are not padding."""
     return hidden_BTD[mask_BT.bool()]
 
 
-def unpack(rows_ND: Tensor, mask_BT: Tensor) -> Tensor:
-    """(B, T, D) with zeros at the padding: what `pack` was given, as far as anything depends on it."""
-    whole_BTD = rows_ND.new_zeros(*mask_BT.shape, rows_ND.shape[1])
-    whole_BTD[mask_BT.bool()] = rows_ND
-    return whole_BTD
+def pad(rows_ND: Tensor, mask_BT: Tensor) -> Tensor:
+    """The inverse of `unpad`: (B, T, D) with zeros at the padding."""
+    padded_BTD = rows_ND.new_zeros(*mask_BT.shape, rows_ND.shape[1])
+    padded_BTD[mask_BT.bool()] = rows_ND
+    return padded_BTD
 
 
 def mask_of(lengths_B: Tensor) -> Tensor:
-    """The mask (B, T) of rows padded on the right to the longest."""
+    """Attention mask (B, T) of rows padded on the right to the longest."""
     return (torch.arange(int(lengths_B.max()))[None] < lengths_B[:, None]).long()
 
 
-def shrink(rows_ND: Tensor, width: Width, left_D: Tensor | None = None) -> tuple[dict[str, Tensor], Tensor]:
-    """Tensors for a payload, and what rounding left over.
+def encode(rows_ND: Tensor, dtype: WireDtype, residual_D: Tensor | None = None) -> tuple[dict[str, Tensor], Tensor]:
+    """Encode rows as tensors of a payload, with error feedback for int8.
 
     Args:
-        rows_ND: finite or not; NaN stays NaN.
-        left_D: what the message before left over, summed over its rows; None at the start.
+        rows_ND: finite or not; a row with NaN decodes to NaN.
+        residual_D: rounding error of the previous message, summed over its rows; None at the start.
 
     Returns:
-        (N, D) in `width`, and with int8 (N,) scales in bfloat16; (D,) float32, zeros unless int8.
+        (N, D) in `dtype`, with int8 also (N,) scales in bfloat16; and the new residual, (D,) float32, 0 unless int8.
     """
     rows_ND = rows_ND.detach().float().cpu()
-    none_D = rows_ND.new_zeros(rows_ND.shape[1])
-    if width != "int8":
-        return {ROWS: rows_ND.to(torch.float32 if width == "float32" else torch.bfloat16)}, none_D
-    wanted_ND = rows_ND if left_D is None else rows_ND + left_D / len(rows_ND)
-    scales_N = (wanted_ND.abs().amax(1) / _TOP).bfloat16()
+    zero_D = rows_ND.new_zeros(rows_ND.shape[1])
+    if dtype != "int8":
+        return {ROWS: rows_ND.to(torch.float32 if dtype == "float32" else torch.bfloat16)}, zero_D
+    corrected_ND = rows_ND if residual_D is None else rows_ND + residual_D / len(rows_ND)
+    scales_N = (corrected_ND.abs().amax(1) / _MAX_LEVEL).bfloat16()
     steps_N1 = torch.where(scales_N == 0, 1.0, scales_N.float())[:, None]
-    levels_ND = (wanted_ND / steps_N1).round().clamp(-_TOP, _TOP)
-    left_D = (wanted_ND - levels_ND * scales_N.float()[:, None]).sum(0)
-    return {ROWS: levels_ND.nan_to_num().to(torch.int8), SCALES: scales_N}, left_D
+    levels_ND = (corrected_ND / steps_N1).round().clamp(-_MAX_LEVEL, _MAX_LEVEL)
+    residual_D = (corrected_ND - levels_ND * scales_N.float()[:, None]).sum(0)
+    return {ROWS: levels_ND.nan_to_num().to(torch.int8), SCALES: scales_N}, residual_D
 
 
 def has_rows(tensors: Mapping[str, Tensor]) -> bool:
-    """Whether `shrink` wrote rows among `tensors`."""
+    """Whether `tensors` contain rows of `encode`."""
     return ROWS in tensors
 
 
-def grow(tensors: Mapping[str, Tensor], num_rows: int, width: int) -> Tensor:
-    """The rows (N, D) in float32 that `shrink` wrote.
+def decode(tensors: Mapping[str, Tensor], num_rows: int, width: int) -> Tensor:
+    """Decode the rows of `encode` to float32, (num_rows, width).
 
     Raises:
-        PayloadError: they are not there, or of another shape.
+        PayloadError: they are missing, or of another shape.
     """
     rows, scales = tensors.get(ROWS), tensors.get(SCALES)
     if rows is None or rows.shape != (num_rows, width):
-        seen = "none" if rows is None else f"shape {tuple(rows.shape)}"
-        raise PayloadError(f"it sent hidden states of {seen}; expected {(num_rows, width)}")
+        got = "none" if rows is None else f"shape {tuple(rows.shape)}"
+        raise PayloadError(f"the reply has hidden states of {got}; expected {(num_rows, width)}")
     if rows.dtype != torch.int8:
         return rows.float()
     if scales is None or scales.shape != (num_rows,):
-        raise PayloadError(f"it sent int8 hidden states without {num_rows} scales")
+        raise PayloadError(f"the reply has int8 hidden states without {num_rows} scales")
     return rows.float() * scales.float()[:, None]

@@ -1,4 +1,4 @@
-"""The parts of a model that is cut, as passes whose cost can be foreseen."""
+"""Passes through one part of a cut model, for cost forecasts."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from kilofed.federation.workload import Pass, PassKind, logits
 from kilofed.models.halves import Halves, width
 
 PartName = Literal["below", "above", "between", "head"]
-"""below the cut; above it; above it without the head; the head alone."""
+"""Below the cut; above it; above it without the head; only the head."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class PartOfModel(PassKind):
 
     def prepare(self, model: nn.Module, one: Pass) -> Callable[[], Tensor]:
         halves = Halves(model, self.cut)
-        if self.part == "head":  # How blocks hand on what they made is seen when one has run.
+        if self.part == "head":  # The type of a block's output is known once one has run.
             self._run(halves, Pass(1, 1, min(one.kept, 1)))
         return lambda: self._run(halves, one)
 
@@ -42,5 +42,5 @@ class PartOfModel(PassKind):
             return logits(model, ids, mask, one.kept)
 
     def loss(self, out: Tensor, one: Pass) -> Tensor:
-        """The gradient of hidden states comes from the other side; a sum stands for it."""
+        """The gradient of hidden states comes from the other side; the sum's gradient stands in for it."""
         return out.sum() if self.part in ("below", "between") else super().loss(out, one)

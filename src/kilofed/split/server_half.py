@@ -1,7 +1,7 @@
-"""The server's side of split learning: forward from the cut, gradient back to it, and steps that can be undone.
+"""The server's half in split learning: forward and backward above the cut, with optimiser steps that can be undone.
 
 SplitFed, Thapa et al. 2022, arXiv:2004.12088: `averaged` is its version 1, `sequential` its version 2. `joint` is one
-forward over the batches of all clients; each of them counts alike and gets the gradient of its own loss.
+forward over the batches of all clients with equal client weights; each client gets the gradient of its own loss.
 """
 
 import math
@@ -30,88 +30,92 @@ LENGTHS, LABELS, CLASSES = "lengths", "labels", "classes"
 
 
 @dataclass(frozen=True)
-class Sent:
-    """What the server has of one client's batch; finite numbers."""
+class ClientBatch:
+    """One client's batch at the server; all values finite."""
 
     hidden_BTD: Tensor
-    """Hidden states at the cut, zeros at the padding."""
+    """Hidden states at the cut, 0 at the padding."""
     mask_BT: Tensor
     batch: training.Batch | None = None
-    """What is to be learnt, with input_ids of 0: the server does not get the tokens; None where the labels stay with
-    the client."""
+    """The targets, with input_ids of 0, since the server does not get the tokens; None if they stay at the client."""
     top_BTD: Tensor | None = None
-    """Instead of labels: the gradient of the client's loss with respect to what left the last block."""
+    """Instead of labels: the gradient of the client's loss with respect to the output of the last block."""
 
 
 @dataclass(frozen=True)
-class Answer:
-    """What a batch brought."""
+class BatchGradient:
+    """Gradient and loss of one client's batch."""
 
     gradient_BTD: Tensor
-    """Of the client's own loss, with respect to its hidden states at the cut."""
+    """Gradient of the client's own loss with respect to its hidden states at the cut."""
     loss: float
-    """Nats; 0 where the labels stay with the client."""
+    """Nats; 0 if the labels stay at the client."""
 
 
 @dataclass
-class _Sweep:
-    """One step of all clients: enough to do it again without one of them."""
+class _Step:
+    """One step over all clients, with what is needed to repeat it without one of them."""
 
     number: int
     rate: float
     before: dict[str, Tensor]
-    done: dict[int, Sent] = field(default_factory=dict)
-    """In the order in which they were worked on."""
-    open: set[int] = field(default_factory=set)
-    """Clients that have not shown that their gradient reached them."""
+    batches: dict[int, ClientBatch] = field(default_factory=dict)
+    """In the order in which they were processed."""
+    unacknowledged: set[int] = field(default_factory=set)
+    """Clients that have not confirmed that they received their gradient."""
 
 
 def lengths(batch: training.Batch) -> dict[str, Tensor]:
-    """What tells the server where a batch's rows end."""
+    """The payload tensor with the lengths of a batch's rows."""
     return {LENGTHS: batch.attention_mask.sum(1).int().cpu()}
 
 
 def labels(batch: training.Batch) -> dict[str, Tensor]:
-    """What tells the server what is to be learnt."""
+    """The payload tensor with a batch's targets."""
     if isinstance(batch, training.ClassBatch):
         return {CLASSES: batch.classes.int().cpu()}
-    return {LABELS: activation_codec.pack(batch.labels, batch.attention_mask).int().cpu()}
+    return {LABELS: activation_codec.unpad(batch.labels, batch.attention_mask).int().cpu()}
 
 
-def read(tensors: Mapping[str, Tensor], width: int, *, labels: bool) -> Sent:
-    """One client's batch, with its labels if they are to be there. Raises PayloadError: it is none, or not finite."""
-    ends = tensors.get(LENGTHS, torch.zeros(0))
-    if ends.dtype != torch.int32 or ends.dim() != 1 or not len(ends) or int(ends.min()) < 1:
-        raise PayloadError("it sent no lengths of its rows")
-    mask, num = activation_codec.mask_of(ends), int(ends.sum())
-    hidden = activation_codec.unpack(finite(activation_codec.grow(tensors, num, width)), mask)
+def decode_batch(tensors: Mapping[str, Tensor], width: int, *, labels: bool) -> ClientBatch:
+    """Decode a client's batch, with its labels if `labels`. Raises PayloadError: incomplete or not finite."""
+    row_lengths = tensors.get(LENGTHS, torch.zeros(0))
+    if (
+        row_lengths.dtype != torch.int32
+        or row_lengths.dim() != 1
+        or not len(row_lengths)
+        or int(row_lengths.min()) < 1
+    ):
+        raise PayloadError("the reply has no valid lengths of rows")
+    mask, num = activation_codec.mask_of(row_lengths), int(row_lengths.sum())
+    hidden = activation_codec.pad(check_finite(activation_codec.decode(tensors, num, width)), mask)
     if not labels:
-        return Sent(hidden, mask)
-    classes, found = tensors.get(CLASSES), tensors.get(LABELS, torch.zeros(0))
-    if classes is not None and len(classes) == len(ends):
-        return Sent(hidden, mask, training.ClassBatch(torch.zeros_like(mask), mask, classes.long()))
-    if len(found) != num:
-        raise PayloadError(f"it sent {len(found)} labels for {num} tokens in {len(ends)} rows")
-    whole = torch.full(mask.shape, IGNORED)
-    whole[mask.bool()] = found.long()
-    return Sent(hidden, mask, training.TokenBatch(torch.zeros_like(mask), mask, whole))
+        return ClientBatch(hidden, mask)
+    classes, sent_labels = tensors.get(CLASSES), tensors.get(LABELS, torch.zeros(0))
+    if classes is not None and len(classes) == len(row_lengths):
+        return ClientBatch(hidden, mask, training.ClassBatch(torch.zeros_like(mask), mask, classes.long()))
+    if len(sent_labels) != num:
+        raise PayloadError(f"the reply has {len(sent_labels)} labels for {num} tokens in {len(row_lengths)} rows")
+    targets = torch.full(mask.shape, IGNORED)
+    targets[mask.bool()] = sent_labels.long()
+    return ClientBatch(hidden, mask, training.TokenBatch(torch.zeros_like(mask), mask, targets))
 
 
-def finite(rows: Tensor) -> Tensor:
-    """`rows`. Raises PayloadError: a number in them is not finite."""
+def check_finite(rows: Tensor) -> Tensor:
+    """Return `rows`. Raises PayloadError: a value is not finite."""
     if not bool(rows.isfinite().all()):
-        raise PayloadError("it sent NaN or infinite numbers")
+        raise PayloadError("the reply has NaN or infinite values")
     return rows
 
 
-class Tail:
-    """The server's blocks at work for one round.
+class ServerHalf:
+    """The server's blocks during one round.
 
     Args:
-        model: the whole model; its own trained tensors are not touched.
-        cut: blocks that clients hold.
-        values: the server's share of the trained tensors at the start of the round.
-        rng: random stream of a name, for dropout.
+        model: the whole model; its own trained tensors are not changed.
+        cut: number of blocks at the clients.
+        values: the server's trained tensors at the start of the round.
+        rng: makes the random generator of a purpose, for dropout.
     """
 
     def __init__(
@@ -126,81 +130,83 @@ class Tail:
         self._halves, self._values, self._spec = Halves(model, cut), dict(values), spec
         self._sharing, self._rng = sharing, rng
         self._learners: dict[int, Learner] = {}
-        self._sweeps: list[_Sweep] = []
+        self._steps: list[_Step] = []
         self._graphs: dict[int, tuple[Tensor, Tensor]] = {}
-        """(hidden states at the cut, after the last block) of batches whose head is at the client."""
+        """Hidden states (at the cut, after the last block) of batches whose head is at the client."""
 
-    def begin(self, number: int, rate: float) -> None:
-        """Step number `number` begins, at learning rate `rate`."""
-        while self._sweeps and not self._sweeps[0].open:
-            self._sweeps.pop(0)
+    def begin_step(self, number: int, rate: float) -> None:
+        """Begin step `number` with learning rate `rate`."""
+        while self._steps and not self._steps[0].unacknowledged:
+            self._steps.pop(0)
         before = {} if self._sharing == "averaged" else self._learner(SHARED).save()
-        self._sweeps.append(_Sweep(number, rate, before))
+        self._steps.append(_Step(number, rate, before))
 
-    def ascend(self, client: int, sent: Sent) -> Tensor:
-        """Hidden states (B, T, D) after the last block, for a head at the client; `learn` is to follow."""
+    def forward_to_head(self, client: int, sent: ClientBatch) -> Tensor:
+        """Hidden states (B, T, D) after the last block, for a head at the client; call `train` next."""
         learner, hidden = self._learner(client), _leaf(sent.hidden_BTD, self._device)
-        with self._at_work(client):
+        with self._training_mode(client):
             top = learner.run(lambda: self._halves.between(hidden, sent.mask_BT.to(self._device)))
         self._graphs[client] = hidden, top
         return top.detach()
 
-    def learn(self, sent: Mapping[int, Sent]) -> dict[int, Answer]:
+    def train(self, sent: Mapping[int, ClientBatch]) -> dict[int, BatchGradient]:
         """A step for each batch in the order given, or one for all of them if the server's part is joint.
 
         Raises:
             NonFiniteLoss: a loss is no finite number. ModelError: both sides would train the same tensor.
         """
-        answers: dict[int, Answer] = {}
+        gradients: dict[int, BatchGradient] = {}
         for group in self._groups(sent):
             learner = self._learner(group[0])
             if sent[group[0]].batch is None:
-                answers |= self._descend(group, sent)
+                gradients |= self._backward_from_heads(group, sent)
             else:
-                answers |= self._through(learner, group, sent)
-            learner.step(self._sweeps[-1].rate)
+                gradients |= self._forward_backward(learner, group, sent)
+            learner.step(self._steps[-1].rate)
             if self._sharing != "averaged":
-                self._sweeps[-1].done.update({client: sent[client] for client in group})
-                self._sweeps[-1].open.update(group)
-        return answers
+                self._steps[-1].batches.update({client: sent[client] for client in group})
+                self._steps[-1].unacknowledged.update(group)
+        return gradients
 
-    def received(self, client: int) -> None:
-        """The client has the gradients of its batches, so what was learnt from them stays."""
-        for sweep in self._sweeps:
-            sweep.open.discard(client)
+    def acknowledge(self, client: int) -> None:
+        """The client has received its gradients, so the steps on its batches are final."""
+        for step in self._steps:
+            step.unacknowledged.discard(client)
 
     def drop(self, client: int) -> None:
-        """The client is gone: its own copy goes, and a step whose gradient it may not have is undone."""
+        """Drop a lost client: discard its copy, and undo a step whose gradient it may not have received."""
         self._graphs.pop(client, None)
         if self._sharing == "averaged":
             self._learners.pop(client, None)
-        first = next((place for place, sweep in enumerate(self._sweeps) if client in sweep.open), None)
+        first = next((place for place, step in enumerate(self._steps) if client in step.unacknowledged), None)
         if first is None:
             return
-        again, self._sweeps = self._sweeps[first:], self._sweeps[:first]
-        waiting = dict(self._graphs)
+        undone, self._steps = self._steps[first:], self._steps[:first]
+        pending_graphs = dict(self._graphs)
         learner = self._learner(SHARED)
-        learner.load(again[0].before)
-        for sweep in again:
-            self._sweeps.append(_Sweep(sweep.number, sweep.rate, learner.save()))
-            kept = {one: batch for one, batch in sweep.done.items() if one != client or one not in sweep.open}
+        learner.load(undone[0].before)
+        for step in undone:
+            self._steps.append(_Step(step.number, step.rate, learner.save()))
+            kept = {
+                one: batch for one, batch in step.batches.items() if one != client or one not in step.unacknowledged
+            }
             for group in self._groups(kept):
                 for one in group:
                     if kept[one].batch is None:
-                        self.ascend(one, kept[one])
-                self.learn({one: kept[one] for one in group})
-            self._sweeps[-1].open = sweep.open - {client}
-        self._graphs = waiting
+                        self.forward_to_head(one, kept[one])
+                self.train({one: kept[one] for one in group})
+            self._steps[-1].unacknowledged = step.unacknowledged - {client}
+        self._graphs = pending_graphs
 
     def average(self, weights: Mapping[int, float]) -> None:
-        """Give all copies of the server's part their weighted mean; a single part stays as it is."""
+        """Set all copies of the server's tensors to their weighted mean; nothing to do for a single copy."""
         if self._sharing == "averaged":
             mean = self.result(weights)
             for learner in self._learners.values():
                 learner.write(mean)
 
     def result(self, weights: Mapping[int, float]) -> dict[str, Tensor]:
-        """The server's share of the trained tensors, float32; copies of clients without a weight do not count."""
+        """The server's trained tensors, float32: the mean of the copies of clients that have a weight."""
         if self._sharing != "averaged":
             return self._learner(SHARED).read()
         total = WeightedSum()
@@ -212,8 +218,8 @@ class Tail:
     def _device(self) -> torch.device:
         return next(self._halves.model.parameters()).device
 
-    def _groups(self, sent: Mapping[int, Sent]) -> list[list[int]]:
-        """Clients whose batches share a step."""
+    def _groups(self, sent: Mapping[int, ClientBatch]) -> list[list[int]]:
+        """Groups of clients whose batches share a step."""
         if self._sharing == "joint":
             return [list(sent)] if sent else []
         return [[client] for client in sent]
@@ -224,17 +230,19 @@ class Tail:
             self._learners[key] = Learner(self._halves.model, self._values, self._spec)
         return self._learners[key]
 
-    def _descend(self, group: Sequence[int], sent: Mapping[int, Sent]) -> dict[int, Answer]:
-        """Back from the gradients of the heads, through the graphs that `ascend` left."""
-        answers = {}
+    def _backward_from_heads(self, group: Sequence[int], sent: Mapping[int, ClientBatch]) -> dict[int, BatchGradient]:
+        """Backward from the gradients of the clients' heads through the graphs of `forward_to_head`."""
+        gradients = {}
         for client in group:
             (hidden, top), given = self._graphs.pop(client), sent[client].top_BTD
             assert given is not None
             top.backward(given.to(top.device, top.dtype) / len(group))  # type: ignore[no-untyped-call]
-            answers[client] = Answer(_gradient(hidden) * len(group), 0.0)
-        return answers
+            gradients[client] = BatchGradient(_gradient(hidden) * len(group), 0.0)
+        return gradients
 
-    def _through(self, learner: Learner, group: Sequence[int], sent: Mapping[int, Sent]) -> dict[int, Answer]:
+    def _forward_backward(
+        self, learner: Learner, group: Sequence[int], sent: Mapping[int, ClientBatch]
+    ) -> dict[int, BatchGradient]:
         """One forward and backward over the batches of a group."""
         parts = [part for client in group if (part := sent[client].batch) is not None]
         assert len(parts) == len(group)
@@ -246,33 +254,33 @@ class Tail:
             with self._halves.from_cut(hidden):
                 return training.losses(self._halves.model, batch)[0]
 
-        with self._at_work(group[0]):
+        with self._training_mode(group[0]):
             losses = learner.run(forward)
-            by_client = torch.split(losses, [part.num_learnt for part in parts])
+            by_client = torch.split(losses, [part.num_targets for part in parts])
             means = torch.stack([part.mean() for part in by_client])
         for client, value in zip(group, means.tolist(), strict=True):
             if not math.isfinite(value):
                 raise NonFiniteLoss(
-                    f"the server's loss on a batch of client {client} is {value}: try a smaller train.lr or max_grad_norm"
+                    f"the server's loss on a batch of client {client} is {value}; lower train.lr or train.max_grad_norm"
                 )
         means.mean().backward()  # type: ignore[no-untyped-call]
         if any(p.grad is not None for p in self._halves.model.parameters()):
-            raise ModelError("this architecture uses a tensor on both sides of the cut: train with adapter.kind=lora")
-        answers, row = {}, 0
+            raise ModelError("this architecture uses a trained tensor on both sides of the cut; set adapter.kind=lora")
+        gradients, row = {}, 0
         for client, value in zip(group, means.tolist(), strict=True):
             rows, width = sent[client].mask_BT.shape
-            answers[client] = Answer(_gradient(hidden)[row : row + rows, :width] * len(group), value)
+            gradients[client] = BatchGradient(_gradient(hidden)[row : row + rows, :width] * len(group), value)
             row += rows
-        return answers
+        return gradients
 
     @contextmanager
-    def _at_work(self, client: int) -> Iterator[None]:
-        """The model in training mode, with the random stream of this client and step."""
+    def _training_mode(self, client: int) -> Iterator[None]:
+        """Training mode with the random generator of this client and step."""
         model, device = self._halves.model, self._device
         model.train()
         try:
             with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(self._rng(f"dropout {self._sweeps[-1].number} {client}").initial_seed())
+                torch.manual_seed(self._rng(f"dropout {self._steps[-1].number} {client}").initial_seed())
                 with torch.autocast(device.type, torch.bfloat16, enabled=self._spec.autocast == "bfloat16"):
                     yield
         finally:

@@ -1,1 +1,1 @@
-"""Tuning by forward passes: two-point steps, directions from seeds, and their scalars in few bytes."""
+"""Zeroth-order optimisation: two-point steps, seed pools of directions, and the codec for their scalars."""

@@ -1,11 +1,11 @@
-"""Small vectors as few bytes: slopes on the way up, coefficients on the way down, exact on both ends.
+"""Quantised, entropy-coded vectors: projected gradients up, pool coefficients down, with error feedback.
 
-Up: scalars on a uniform grid that reaches the largest of them. Down: a state of integers times a power of two that the
-server and every client share bit for bit. The server keeps the exact numbers too, so what one message rounds away the
-next one carries (error feedback); a client in step gets the difference, any other the whole state.
+Up: scalars on a uniform grid scaled to the largest of them. Down: a state of integers times a power of two that the
+server and every client share bit for bit. The server keeps the exact numbers too, so the rounding error of one message
+is added to the next (error feedback); a client that is in sync gets the difference, any other the whole state.
 
 Integers are entropy coded by Zstandard (RFC 8878), whose format is fixed; no probability is computed in floating point.
-A message is: kind, count, head (HEADS), width and coding of the integers, the integers, CRC-32. Little-endian.
+A message is: kind, count, header (HEADERS), width and coding of the integers, the integers, CRC-32. Little-endian.
 """
 
 import struct
@@ -24,65 +24,65 @@ Integers = npt.NDArray[np.int64]
 
 MAX_COUNT: Final = (1 << 24) - 1
 MAX_LEVEL: Final = (1 << 24) - 1
-"""Integers of a state stay within float32, so level times 2**exponent is exact."""
+"""Integers of a state are exact in float32, and so is level * 2**exponent."""
 MIN_EXPONENT: Final = -120
 MAX_FLOAT32: Final = float(np.finfo(np.float32).max)
 
 SCALARS, FLOATS, DELTA, STATE = 1, 2, 3, 4
-HEADS: Final = {SCALARS: "<f", FLOATS: "<", DELTA: "<Ih", STATE: "<Ih"}
-"""Scalars: step of the grid. Delta: version it starts from, exponent it ends with. State: version, exponent."""
-PLAIN, ZSTANDARD = 0, 1
+HEADERS: Final = {SCALARS: "<f", FLOATS: "<", DELTA: "<Ih", STATE: "<Ih"}
+"""Scalars: step of the grid. Delta: version before it, exponent after it. State: version, exponent."""
+UNCOMPRESSED, ZSTANDARD = 0, 1
 
 _FRAME = zstandard.FORMAT_ZSTD1_MAGICLESS
 
 
 def encode_scalars(values: npt.ArrayLike, *, bits: int = 6) -> bytes:
-    """Scalars as integers of `bits` bits, the largest in size on the last step of the grid.
+    """Encode scalars as integers of `bits` bits, scaled so that the largest magnitude uses the whole range.
 
     Args:
         values: (n,) finite numbers.
-        bits: 2 to 16, or 32 for float32 without a grid; fewer bits, fewer bytes, coarser steps.
+        bits: 2 to 16, or 32 for float32; fewer bits send fewer bytes and round more coarsely.
     """
-    numbers = _checked(values)
+    numbers = _finite_vector(values)
     largest = float(np.abs(numbers).max(initial=0))
     if largest > MAX_FLOAT32:
         raise KilofedError(f"the largest value is {largest}, too large for float32")
     if bits == 32:
-        return _seal(FLOATS, len(numbers), b"", numbers.astype("<f4").tobytes())
+        return _assemble(FLOATS, len(numbers), b"", numbers.astype("<f4").tobytes())
     limit = _limit(bits)
     step = float(np.float32(largest / limit))
-    # A step too small for float32 is zero, and so are the values.
+    # A step below the smallest float32 is 0, and so are all values.
     levels = np.clip(np.rint(numbers / (step or np.inf)), -limit, limit).astype(np.int64)
-    return _seal(SCALARS, len(numbers), struct.pack(HEADS[SCALARS], step), _pack(levels))
+    return _assemble(SCALARS, len(numbers), struct.pack(HEADERS[SCALARS], step), _pack(levels))
 
 
 def decode_scalars(data: bytes) -> Floats:
     """(n,) float64, the same on every machine.
 
     Raises:
-        PayloadError: not what `encode_scalars` makes.
+        PayloadError: damaged, or not a message of `encode_scalars`.
     """
-    kind, count, head, body = _open(data, (SCALARS, FLOATS))
+    kind, count, header, body = _parse(data, (SCALARS, FLOATS))
     if kind == FLOATS:
         if len(body) != 4 * count:
-            raise PayloadError(f"{count} float32 take {4 * count} bytes, the message has {len(body)}")
+            raise PayloadError(f"{count} float32 numbers take {4 * count} bytes; the message has {len(body)}")
         values = np.frombuffer(body, dtype="<f4").astype(np.float64)
     else:
-        values = _unpack(body, count).astype(np.float64) * float(head[0])
+        values = _unpack(body, count).astype(np.float64) * float(header[0])
     if not np.isfinite(values).all():
-        raise PayloadError("the message has a number that is not finite")
+        raise PayloadError("the message contains a number that is not finite")
     return values
 
 
 @dataclass(frozen=True)
 class State:
-    """What the server and every client in step hold: K integers and one exponent."""
+    """The coefficients shared by the server and every client in sync: K integers and one exponent."""
 
     levels: Integers
-    """(K,) below 2**24 in size."""
+    """(K,) below 2**24 in magnitude."""
     exponent: int = 0
     version: int = 0
-    """How many deltas led here; the zero state is version 0."""
+    """Number of deltas applied; the zero state is version 0."""
     values: npt.NDArray[np.float32] = field(init=False, repr=False, compare=False)
     """(K,) levels * 2**exponent, exact."""
 
@@ -92,50 +92,51 @@ class State:
 
     @staticmethod
     def zeros(count: int) -> "State":
-        """Where every run starts."""
+        """The state in which every run starts."""
         return State(np.zeros(count, dtype=np.int64))
 
 
 def advance(state: State, exact: npt.ArrayLike, *, bits: int = 6) -> tuple[State, bytes]:
-    """Move the shared state to the exact numbers, as near as the grid allows.
+    """Move the shared state to the exact numbers, up to quantisation.
 
     Args:
-        state: what the clients in step hold.
-        exact: (K,) what the server has summed, from the start of the run, never rounded.
-        bits: 2 to 16, size of the integers of a typical delta; fewer bits, fewer bytes, more carried to the next one.
+        state: held by the clients in sync.
+        exact: (K,) the server's sums since the start of the run, never rounded.
+        bits: 2 to 16, size of the integers of a typical delta; fewer bits send fewer bytes and leave a larger residual
+            for the next delta.
 
     Returns:
-        The next state, and the message that takes a client from `state` to it.
+        The next state, and the delta message from `state` to it.
     """
-    numbers = _checked(exact)
+    numbers = _finite_vector(exact)
     if len(numbers) != len(state.levels):
         raise KilofedError(f"the state has {len(state.levels)} numbers, the exact vector {len(numbers)}")
     exponent = _exponent(state, numbers, _limit(bits))
     levels = np.rint(np.ldexp(numbers, -exponent)).astype(np.int64)
     moved = State(levels, exponent, state.version + 1)
     delta = levels - _rescale(state.levels, state.exponent, exponent)
-    head = struct.pack(HEADS[DELTA], state.version, exponent)
-    return moved, _seal(DELTA, len(levels), head, _pack(delta))
+    header = struct.pack(HEADERS[DELTA], state.version, exponent)
+    return moved, _assemble(DELTA, len(levels), header, _pack(delta))
 
 
 def encode_state(state: State) -> bytes:
-    """The whole state, for a client that is not in step."""
-    head = struct.pack(HEADS[STATE], state.version, state.exponent)
-    return _seal(STATE, len(state.levels), head, _pack(state.levels))
+    """Encode the whole state, for a client that is out of sync."""
+    header = struct.pack(HEADERS[STATE], state.version, state.exponent)
+    return _assemble(STATE, len(state.levels), header, _pack(state.levels))
 
 
 def receive(state: State | None, data: bytes) -> State:
-    """The state a message leads to, equal on every client whichever way it came.
+    """Apply a delta or decode a whole state; both lead to the same bits.
 
     Args:
-        state: what this client holds; None if nothing, then only a whole state will do.
+        state: held by this client; None if it holds nothing, then a delta is refused.
         data: from `advance` or `encode_state`.
 
     Raises:
-        PayloadError: damaged, or a delta that does not start at this client's state.
+        PayloadError: damaged, or a delta from another version than this client's.
     """
-    kind, count, head, body = _open(data, (DELTA, STATE))
-    version, exponent = int(head[0]), int(head[1])
+    kind, count, header, body = _parse(data, (DELTA, STATE))
+    version, exponent = int(header[0]), int(header[1])
     levels = _unpack(body, count)
     if kind == DELTA:
         if state is None or state.version != version or len(state.levels) != count:
@@ -146,20 +147,20 @@ def receive(state: State | None, data: bytes) -> State:
         levels = levels + _rescale(state.levels, state.exponent, exponent)
         version += 1
     if np.abs(levels).max(initial=0) > MAX_LEVEL or not MIN_EXPONENT <= exponent <= 100:
-        raise PayloadError(f"integers times 2**{exponent} are out of the range of a state")
+        raise PayloadError(f"integers times 2**{exponent} exceed the range of a state")
     return State(levels, exponent, version)
 
 
 def _exponent(state: State, exact: Floats, limit: int) -> int:
-    """The grid of the next delta: the present one unless the step is far too coarse or too fine."""
+    """Exponent of the next delta: the current one unless its step is far too coarse or too fine."""
     largest = float(np.abs(exact).max(initial=0))
-    missing = float(np.abs(exact - np.ldexp(state.levels.astype(np.float64), state.exponent)).max(initial=0))
+    residual = float(np.abs(exact - np.ldexp(state.levels.astype(np.float64), state.exponent)).max(initial=0))
     finest = max(MIN_EXPONENT, _ceil_log2(largest / (MAX_LEVEL // 2)))
     if finest > 100:
         raise KilofedError(f"the largest number is {largest}; a state holds numbers below 2**120")
-    if missing == 0 or (state.version and limit / 4 <= np.ldexp(missing, -state.exponent) <= 2 * limit):
+    if residual == 0 or (state.version and limit / 4 <= np.ldexp(residual, -state.exponent) <= 2 * limit):
         return max(state.exponent, finest)
-    return max(_ceil_log2(missing / limit), finest)
+    return max(_ceil_log2(residual / limit), finest)
 
 
 def _ceil_log2(number: float) -> int:
@@ -170,7 +171,7 @@ def _ceil_log2(number: float) -> int:
 
 
 def _rescale(levels: Integers, old: int, new: int) -> Integers:
-    """Levels on another grid; towards a coarser one, halves are rounded up, on every machine alike."""
+    """Levels on a grid with another exponent; towards a coarser one, ties round up."""
     if new <= old:
         shift = min(old - new, 38)
         return levels << shift
@@ -178,7 +179,7 @@ def _rescale(levels: Integers, old: int, new: int) -> Integers:
     return levels + (1 << (shift - 1)) >> shift
 
 
-def _checked(values: npt.ArrayLike) -> Floats:
+def _finite_vector(values: npt.ArrayLike) -> Floats:
     numbers = np.asarray(values, dtype=np.float64)
     if numbers.ndim != 1 or len(numbers) > MAX_COUNT:
         raise KilofedError(f"expected a vector of at most {MAX_COUNT} numbers, got shape {numbers.shape}")
@@ -189,55 +190,55 @@ def _checked(values: npt.ArrayLike) -> Floats:
 
 def _limit(bits: int) -> int:
     if not 2 <= bits <= 16:
-        raise KilofedError(f"bits is {bits}; expected 2 to 16, or 32 for scalars without a grid")
+        raise KilofedError(f"bits is {bits}; expected 2 to 16, or 32 for float32")
     return (1 << (bits - 1)) - 1
 
 
 def _pack(levels: Integers) -> bytes:
-    """Zigzag, then one plane per byte, then Zstandard where it helps."""
-    folded = np.where(levels < 0, -2 * levels - 1, 2 * levels)
-    width = max(1, (int(folded.max(initial=0)).bit_length() + 7) // 8)
-    planes = folded.astype("<u8").view(np.uint8).reshape(-1, 8)[:, :width].T.tobytes()
+    """Zigzag, then one plane per byte, then Zstandard where that is shorter."""
+    zigzag = np.where(levels < 0, -2 * levels - 1, 2 * levels)
+    width = max(1, (int(zigzag.max(initial=0)).bit_length() + 7) // 8)
+    byte_planes = zigzag.astype("<u8").view(np.uint8).reshape(-1, 8)[:, :width].T.tobytes()
     options = zstandard.ZstdCompressionParameters.from_level(
         19, format=_FRAME, write_content_size=False, write_checksum=False
     )
-    coded = zstandard.ZstdCompressor(compression_params=options).compress(planes)
-    if len(coded) < len(planes):
-        return bytes([width << 4 | ZSTANDARD]) + coded
-    return bytes([width << 4 | PLAIN]) + planes
+    compressed = zstandard.ZstdCompressor(compression_params=options).compress(byte_planes)
+    if len(compressed) < len(byte_planes):
+        return bytes([width << 4 | ZSTANDARD]) + compressed
+    return bytes([width << 4 | UNCOMPRESSED]) + byte_planes
 
 
 def _unpack(body: bytes, count: int) -> Integers:
     width, coding = divmod(body[0], 16) if body else (0, 0)
     if not 1 <= width <= 7 or coding > ZSTANDARD:
-        raise PayloadError("the integers have an unknown form")
-    planes, size = body[1:], width * count
+        raise PayloadError("unknown width or coding of the integers")
+    byte_planes, size = body[1:], width * count
     if coding == ZSTANDARD:
         reader = zstandard.ZstdDecompressor(format=_FRAME)
         try:
-            planes = reader.decompress(planes, max_output_size=size, allow_extra_data=False)
+            byte_planes = reader.decompress(byte_planes, max_output_size=size, allow_extra_data=False)
         except zstandard.ZstdError as error:
             raise PayloadError(f"the integers cannot be decompressed: {error}") from error
-    if len(planes) != size:
-        raise PayloadError(f"{count} integers of {width} bytes expected, the message has {len(planes)} bytes")
-    folded = np.zeros((count, 8), dtype=np.uint8)
-    folded[:, :width] = np.frombuffer(planes, dtype=np.uint8).reshape(width, count).T
-    numbers = folded.view("<u8").reshape(count).astype(np.int64)
+    if len(byte_planes) != size:
+        raise PayloadError(f"{count} integers of {width} bytes expected, the message has {len(byte_planes)} bytes")
+    zigzag = np.zeros((count, 8), dtype=np.uint8)
+    zigzag[:, :width] = np.frombuffer(byte_planes, dtype=np.uint8).reshape(width, count).T
+    numbers = zigzag.view("<u8").reshape(count).astype(np.int64)
     return np.where(numbers & 1, -(numbers >> 1) - 1, numbers >> 1)
 
 
-def _seal(kind: int, count: int, head: bytes, body: bytes) -> bytes:
-    message = struct.pack("<BI", kind, count)[:4] + head + body
+def _assemble(kind: int, count: int, header: bytes, body: bytes) -> bytes:
+    message = struct.pack("<BI", kind, count)[:4] + header + body
     return message + struct.pack("<I", zlib.crc32(message))
 
 
-def _open(data: bytes, kinds: tuple[int, ...]) -> tuple[int, int, tuple[float, ...], bytes]:
+def _parse(data: bytes, kinds: tuple[int, ...]) -> tuple[int, int, tuple[float, ...], bytes]:
     if len(data) < 8 or struct.unpack("<I", data[-4:])[0] != zlib.crc32(data[:-4]):
-        raise PayloadError(f"{len(data)} bytes that are not a whole message: the checksum does not match")
+        raise PayloadError(f"a message of {len(data)} bytes is damaged: the checksum does not match")
     kind, count = data[0], int.from_bytes(data[1:4], "little")
     if kind not in kinds:
         raise PayloadError(f"a message of kind {kind}; expected one of {', '.join(map(str, kinds))}")
-    layout = struct.Struct(HEADS[kind])
+    layout = struct.Struct(HEADERS[kind])
     if len(data) < 8 + layout.size:
-        raise PayloadError("the message ends inside its head")
+        raise PayloadError("the message ends inside its header")
     return kind, count, layout.unpack(data[4 : 4 + layout.size]), data[4 + layout.size : -4]

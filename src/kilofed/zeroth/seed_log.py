@@ -1,6 +1,6 @@
-"""What a seed-pool run sends and records, as bytes: orders down, reports up, and each seed's chance of being drawn.
+"""Message formats of a seed-pool run: requests down, reports up, and each seed's sampling probability.
 
-Source of the chances: FedKSeed-Pro (Qin et al. 2024, arXiv:2312.06353), `calculate_probabilities` of the authors' code.
+Source of the probabilities: FedKSeed-Pro (Qin et al. 2024, arXiv:2312.06353), `calculate_probabilities` in its code.
 """
 
 import math
@@ -21,164 +21,168 @@ Floats = npt.NDArray[np.float64]
 Integers = npt.NDArray[np.int64]
 Sampling = Literal["uniform", "pro", "pro-unbiased"]
 
-TOP_LEVEL = 15
-"""Chances travel as whole numbers from 0 to this."""
-CLIP = 1000.0
-"""Slopes count at most this much in the chances; the update is not clipped."""
+MAX_LEVEL = 15
+"""Amplitudes are sent as integers from 0 to this."""
+MAX_AMPLITUDE = 1000.0
+"""Gradients are clipped to this magnitude for the sampling probabilities; the update is not clipped."""
 NO_DIGEST = bytes(8)
 
-_ORDER = struct.Struct("<H8sB")
-_MESSAGE = struct.Struct("<HI")
+_REQUEST = struct.Struct("<H8sB")
+_UPDATE = struct.Struct("<HI")
 _REPORT = struct.Struct("<IfH")
 _ENTRY = struct.Struct("<II")
 
 
 @dataclass(frozen=True)
-class Order:
-    """What a client needs to stand where the server stands."""
+class Request:
+    """What a client needs to rebuild the server's weights and draw its directions."""
 
-    epoch: int
-    """Number of the pool in hand, from 0."""
+    pool: int
+    """Index of the current pool, from 0."""
     digest: bytes = NO_DIGEST
-    """8 bytes that the rebuilt weights must have; NO_DIGEST asks for no check."""
-    messages: tuple[tuple[int, bytes], ...] = ()
-    """(epoch, codec message) that take the client's states to the server's."""
+    """8-byte hash that the rebuilt weights must have; NO_DIGEST skips the check."""
+    updates: tuple[tuple[int, bytes], ...] = ()
+    """(pool index, codec message) that bring the client's coefficients in sync with the server's."""
     levels: bytes = b""
-    """Chances of the seeds as `encode_scalars` writes levels; empty for equal ones."""
+    """Normalized amplitudes of the seeds from `encode_levels`; empty for uniform sampling."""
 
     def pack(self) -> Tensor:
         """(n,) uint8."""
-        parts = [_ORDER.pack(self.epoch, self.digest, len(self.messages))]
-        parts += [_MESSAGE.pack(epoch, len(body)) + body for epoch, body in self.messages]
+        parts = [_REQUEST.pack(self.pool, self.digest, len(self.updates))]
+        parts += [_UPDATE.pack(pool, len(body)) + body for pool, body in self.updates]
         return to_tensor(b"".join([*parts, self.levels]))
 
     @staticmethod
-    def unpack(tensor: Tensor) -> "Order":
-        """The order in `tensor`. Raises PayloadError: cut off."""
+    def unpack(tensor: Tensor) -> "Request":
+        """Decode a request. Raises PayloadError: truncated."""
         data = to_bytes(tensor)
         try:
-            epoch, digest, count = _ORDER.unpack_from(data)
-            at, messages = _ORDER.size, []
+            pool, digest, count = _REQUEST.unpack_from(data)
+            at, updates = _REQUEST.size, []
             for _ in range(count):
-                number, length = _MESSAGE.unpack_from(data, at)
-                at += _MESSAGE.size + length
-                messages.append((number, data[at - length : at]))
+                number, length = _UPDATE.unpack_from(data, at)
+                at += _UPDATE.size + length
+                updates.append((number, data[at - length : at]))
         except struct.error as error:
-            raise PayloadError(f"the order of {len(data)} bytes is cut off") from error
-        return Order(epoch, digest, tuple(messages), data[at:])
+            raise PayloadError(f"the request of {len(data)} bytes is truncated") from error
+        return Request(pool, digest, tuple(updates), data[at:])
 
 
 @dataclass(frozen=True)
 class Report:
-    """What one client found in one round."""
+    """What one client sends after its local steps of one round."""
 
     weight: int
     """Examples it holds, or 1."""
     loss: float
     """Mean training loss, nats per token."""
     skipped: tuple[int, ...]
-    """Steps that found nothing."""
-    slopes: Floats
-    """(num_steps,), 0 where skipped."""
+    """Numbers of the steps that were skipped."""
+    gradients: Floats
+    """(num_steps,) projected gradients, 0 where skipped."""
 
     def pack(self, bits: int) -> bytes:
-        """The bytes of a reply; `bits` as in `codec.encode_scalars`."""
+        """Encode the report; `bits` as in `codec.encode_scalars`."""
         skipped = struct.pack(f"<{len(self.skipped)}H", *self.skipped)
         head = _REPORT.pack(self.weight, self.loss, len(self.skipped))
-        return head + skipped + codec.encode_scalars(self.slopes, bits=bits)
+        return head + skipped + codec.encode_scalars(self.gradients, bits=bits)
 
     @staticmethod
-    def unpack(data: bytes, *, num_steps: int, max_slope: float) -> "Report":
-        """The report in `data`.
+    def unpack(data: bytes, *, num_steps: int, max_gradient: float) -> "Report":
+        """Decode a report.
 
         Raises:
-            PayloadError: damaged, of another number of steps, or with a number that cannot be believed.
+            PayloadError: damaged, of another number of steps, or with a number out of range.
         """
         try:
             weight, loss, count = _REPORT.unpack_from(data)
             skipped = struct.unpack_from(f"<{count}H", data, _REPORT.size)
         except struct.error as error:
-            raise PayloadError(f"a report of {len(data)} bytes is cut off") from error
-        slopes = codec.decode_scalars(data[_REPORT.size + 2 * count :])
-        if len(slopes) != num_steps or not all(step < num_steps for step in skipped):
-            raise PayloadError(f"{len(slopes)} slopes in the report; expected {num_steps}")
-        # The grid of the wire may overshoot its largest number by a rounding of float32.
-        if (largest := float(np.abs(slopes).max())) > max_slope * (1 + 1e-6):
-            raise PayloadError(f"a slope of size {largest:g} in the report; expected at most {max_slope:g}")
+            raise PayloadError(f"the report of {len(data)} bytes is truncated") from error
+        gradients = codec.decode_scalars(data[_REPORT.size + 2 * count :])
+        if len(gradients) != num_steps or not all(step < num_steps for step in skipped):
+            raise PayloadError(f"{len(gradients)} gradients in the report; expected {num_steps}")
+        # The largest quantised value may exceed the limit by a float32 rounding error.
+        if (largest := float(np.abs(gradients).max())) > max_gradient * (1 + 1e-6):
+            raise PayloadError(f"a gradient of magnitude {largest:g} in the report; expected at most {max_gradient:g}")
         if not weight or not math.isfinite(loss):
-            raise PayloadError(f"weight {weight} and loss {loss} in the report; expected finite ones above 0")
-        return Report(weight, loss, skipped, slopes)
+            raise PayloadError(
+                f"weight {weight} and loss {loss} in the report; expected a positive weight and a finite loss"
+            )
+        return Report(weight, loss, skipped, gradients)
 
     def sums(self, seeds: Integers, num_seeds: int) -> Floats:
-        """(3, K): slopes, their clipped sizes, and how often each seed was tried."""
-        tried = np.ones(len(seeds))
-        tried[list(self.skipped)] = 0
+        """(3, K): sums of gradients, of their clipped magnitudes, and the number of steps of each seed."""
+        drawn = np.ones(len(seeds))
+        drawn[list(self.skipped)] = 0
         total = np.zeros((3, num_seeds))
-        for row, values in zip(total, (self.slopes, np.minimum(np.abs(self.slopes), CLIP), tried), strict=True):
+        for row, values in zip(
+            total, (self.gradients, np.minimum(np.abs(self.gradients), MAX_AMPLITUDE), drawn), strict=True
+        ):
             np.add.at(row, seeds, values)
         return total
 
 
-def pack_log(replies: Mapping[int, bytes]) -> Tensor:
-    """One round's replies as one record, (n,) uint8."""
+def pack_reports(replies: Mapping[int, bytes]) -> Tensor:
+    """Encode one round's reports by client as one record, (n,) uint8."""
     return to_tensor(b"".join(_ENTRY.pack(who, len(body)) + body for who, body in sorted(replies.items())))
 
 
-def unpack_log(record: Tensor) -> dict[int, bytes]:
-    """The replies in a record, by client. Raises PayloadError: cut off."""
+def unpack_reports(record: Tensor) -> dict[int, bytes]:
+    """Decode a record into reports by client. Raises PayloadError: truncated."""
     data, at, replies = to_bytes(record), 0, {}
     while at < len(data):
         if at + _ENTRY.size > len(data):
-            raise PayloadError("the record of a round is cut off")
+            raise PayloadError("the record of a round is truncated")
         who, length = _ENTRY.unpack_from(data, at)
         at += _ENTRY.size + length
         if at > len(data):
-            raise PayloadError("the record of a round is cut off")
+            raise PayloadError("the record of a round is truncated")
         replies[who] = data[at - length : at]
     return replies
 
 
-def interest(sizes: Floats, counts: Floats, sampling: Sampling) -> Floats:
-    """(K,) in [0, 1]: how large a seed's slopes were, between the smallest and the largest of all.
+def normalized_amplitudes(amplitudes: Floats, counts: Floats, sampling: Sampling) -> Floats:
+    """(K,) in [0, 1]: mean gradient magnitude of each seed, min-max normalized over the pool.
 
     Args:
-        sizes: (K,) sums of clipped absolute slopes.
-        counts: (K,) how often each seed was tried.
-        sampling: pro counts a slope of 0 for every seed, as the paper does, which punishes seeds that were rarely
-            drawn; pro-unbiased takes plain means, and the mean of all for a seed that was never drawn.
+        amplitudes: (K,) sums of clipped gradient magnitudes.
+        counts: (K,) number of steps taken with each seed.
+        sampling: pro adds one gradient of 0 to every seed's mean, as the paper does, which lowers seeds that were
+            rarely drawn; pro-unbiased takes plain means, and the overall mean for a seed that was never drawn.
     """
-    sizes, counts = np.maximum(sizes, 0), np.maximum(counts, 0)
+    amplitudes, counts = np.maximum(amplitudes, 0), np.maximum(counts, 0)
     if sampling == "pro":
-        means = sizes / (counts + 1)
+        means = amplitudes / (counts + 1)
     else:
-        whole = sizes.sum() / counts.sum() if counts.sum() else 0.0
-        means = np.divide(sizes, counts, out=np.full_like(sizes, whole), where=counts > 0)
+        overall = amplitudes.sum() / counts.sum() if counts.sum() else 0.0
+        means = np.divide(amplitudes, counts, out=np.full_like(amplitudes, overall), where=counts > 0)
     lowest, highest = means.min(), means.max()
-    scaled: Floats = (means - lowest) / (highest + 1e-10 - lowest)
-    return scaled
+    normalized: Floats = (means - lowest) / (highest + 1e-10 - lowest)
+    return normalized
 
 
-def probabilities(interests: Floats) -> Floats:
-    """(K,) with sum 1: softmax of `interest`; the likeliest is e times as likely as the least likely at most."""
-    powers = np.exp(interests - interests.max())
-    chances: Floats = powers / powers.sum()
-    return chances
+def probabilities(amplitudes: Floats) -> Floats:
+    """(K,) with sum 1: softmax of the normalized amplitudes; the ratio of two probabilities is at most e."""
+    powers = np.exp(amplitudes - amplitudes.max())
+    softmax: Floats = powers / powers.sum()
+    return softmax
 
 
-def encode_levels(interests: Floats) -> bytes:
-    """Interests as levels 0 to TOP_LEVEL: chances within 1 / 30 nats of the exact ones, few bytes."""
-    return codec.encode_scalars(np.rint(interests * TOP_LEVEL), bits=5)
+def encode_levels(amplitudes: Floats) -> bytes:
+    """Quantise normalized amplitudes to 0 ... MAX_LEVEL: log-probabilities within 1 / 30 nats of the exact ones."""
+    return codec.encode_scalars(np.rint(amplitudes * MAX_LEVEL), bits=5)
 
 
-def integer_chances(levels: bytes) -> Integers | None:
-    """Weights for SeedPool.sample, the same on server and client; None where all seeds are alike."""
+def sampling_weights(levels: bytes) -> Integers | None:
+    """Integer weights for SeedPool.sample, the same on server and client; None for uniform sampling."""
     if not levels:
         return None
-    found = np.rint(codec.decode_scalars(levels)).astype(np.int64)
-    if found.min() < 0 or found.max() > TOP_LEVEL:
-        raise PayloadError(f"levels from {found.min()} to {found.max()}; expected 0 to {TOP_LEVEL}")
-    table = np.array([round(1000 * math.exp(level / TOP_LEVEL)) for level in range(TOP_LEVEL + 1)], dtype=np.int64)
-    return np.asarray(table[found], dtype=np.int64)
+    decoded = np.rint(codec.decode_scalars(levels)).astype(np.int64)
+    if decoded.min() < 0 or decoded.max() > MAX_LEVEL:
+        raise PayloadError(f"levels from {decoded.min()} to {decoded.max()}; expected 0 to {MAX_LEVEL}")
+    table = np.array([round(1000 * math.exp(level / MAX_LEVEL)) for level in range(MAX_LEVEL + 1)], dtype=np.int64)
+    return np.asarray(table[decoded], dtype=np.int64)
 
 
 def to_tensor(data: bytes) -> Tensor:
@@ -187,7 +191,7 @@ def to_tensor(data: bytes) -> Tensor:
 
 
 def to_bytes(tensor: Tensor) -> bytes:
-    """What `to_tensor` was given. Raises PayloadError: not uint8."""
+    """The inverse of `to_tensor`. Raises PayloadError: not uint8."""
     if tensor.dtype != torch.uint8:
         raise PayloadError(f"{tensor.dtype} where bytes were expected")
     return tensor.numpy().tobytes()

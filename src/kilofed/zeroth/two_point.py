@@ -1,9 +1,9 @@
-"""Zeroth-order steps on a state (w0, a): two forwards per step, weights made right before each module needs them.
+"""Two-point zeroth-order SGD on weights w0 + sum_k a_k z_k: two forwards per step, weights rebuilt module by module.
 
 Source: MeZO (Malladi et al. 2023, arXiv:2305.17333), as FedKSeed uses it (Qin et al. 2024, arXiv:2312.06353).
-Differs: w0 is never touched. Each weight is w0 + sum_k a_k z_k, rounded once, written to a scratch buffer before its
+Differs: w0 is never perturbed in place. Each weight is w0 + sum_k a_k z_k, rounded once into a scratch buffer before its
 module runs, so nothing drifts in 16 bits and memory is that of inference plus the largest module. Vectors are held and
-computed in float32 whatever the model's dtype: eps would vanish beside a norm's ones.
+computed in float32 whatever the model's dtype: in 16 bits, adding eps to a norm's weight of 1 changes nothing.
 """
 
 import hashlib
@@ -26,24 +26,24 @@ from kilofed.zeroth.directions.spec import DirectionsError
 
 Floats = npt.NDArray[np.float64]
 ALIGNMENT = 64
-LEAST_MOVED = 0.05
-"""Share of 16-bit weights that eps has to move: below it a slope is mostly rounding."""
+MIN_SHARE_MOVED = 0.05
+"""Share of 16-bit weights that eps has to change; below it a projected gradient is mostly rounding error."""
 
 
 @dataclass(frozen=True)
 class Point:
-    """Weights reached from w0 by one position after the other; each one rounds once."""
+    """Weights reached from w0 by adding the updates of one or more pools in turn; each addition rounds once."""
 
     chain: tuple[Position, ...]
-    """Folded pools first; steps move along the last one."""
+    """Folded pools first; steps change the coefficients of the last one."""
 
     @property
     def pool(self) -> SeedPool:
-        """The pool along which steps go."""
+        """The pool whose directions steps use."""
         return self.chain[-1].pool
 
     def moved(self, k: int, delta: float) -> "Point":
-        """The point with the last position's a_k + delta. Raises DirectionsError: delta vanishes beside a_k."""
+        """The point with the last position's a_k + delta. Raises DirectionsError: a_k + delta rounds to a_k."""
         return Point((*self.chain[:-1], self.chain[-1].moved(k, delta)))
 
     def at(self, a: npt.NDArray[np.float32]) -> "Point":
@@ -61,22 +61,22 @@ class Point:
 
 
 @dataclass(frozen=True)
-class _Part:
-    """One trained parameter, as one module holds it."""
+class _ModuleParameter:
+    """One trained parameter under the name by which one module holds it."""
 
     name: str
     slot: Slot
     parameter: nn.Parameter
 
 
-class Stream:
-    """A model whose trained weights can be those of any point, while the model itself stays at w0.
+class PerturbedModel:
+    """A model that can run with the weights of any point while its own parameters stay at w0.
 
-    Weights are swapped in by hooks, so a parameter has to be used in the forward of the module that holds it.
+    Weights are swapped in by forward hooks, so a parameter has to be used in the forward of the module that holds it.
 
     Args:
         model: holds w0; its parameters are the same objects before and after.
-        trained: the parameters that move, by name.
+        trained: the parameters to perturb, by name.
         num_seeds: K of the pools.
     """
 
@@ -86,7 +86,9 @@ class Stream:
         slots = {id(p): self.layout.by_name[name] for name, p in trained.items()}
         self._owners = {
             module: [
-                _Part(n, slots[id(p)], p) for n, p in module._parameters.items() if p is not None and id(p) in slots
+                _ModuleParameter(n, slots[id(p)], p)
+                for n, p in module._parameters.items()
+                if p is not None and id(p) in slots
             ]
             for module in model.modules()
         }
@@ -95,55 +97,56 @@ class Stream:
 
     @contextmanager
     def at(self, point: Point) -> Iterator[nn.Module]:
-        """The model at `point`, for as long as the block runs. A forward needs scratch for one module at a time."""
+        """The model with the weights at `point` inside the block. A forward needs scratch for one module at a time."""
         self._scratch.top = 0
         with ExitStack() as stack:
-            for module, parts in self._owners.items():
-                if parts:
-                    lent = _Lent(module, parts, point, self._scratch)
-                    stack.callback(lent.give_back)
-                    stack.callback(module.register_forward_pre_hook(lent.enter, prepend=True).remove)
-                    stack.callback(module.register_forward_hook(lent.leave).remove)
+            for module, parameters in self._owners.items():
+                if parameters:
+                    swap = _WeightSwap(module, parameters, point, self._scratch)
+                    stack.callback(swap.restore)
+                    stack.callback(module.register_forward_pre_hook(swap.before_forward, prepend=True).remove)
+                    stack.callback(module.register_forward_hook(swap.after_forward).remove)
             yield self.model
 
     def weights(self, point: Point) -> Iterator[tuple[str, Tensor]]:
-        """Name and weights of each slot at `point`; a tensor is good until the next one is asked for."""
+        """Name and weights of each slot at `point`; the next iteration overwrites the tensor."""
         for slot in self.layout.slots:
             self._scratch.top = 0
             yield slot.name, point.weights(self.trained[slot.name], slot, self._scratch.take(slot))
 
     def digest(self, point: Point) -> bytes:
-        """8 bytes that two sites share exactly when names, shapes, dtypes and all weights at `point` are equal."""
+        """An 8-byte hash of names, shapes, dtypes and all weights at `point`."""
         hashed = hashlib.blake2b(self.layout.digest.encode(), digest_size=8)
         for _, tensor in self.weights(point):
             hashed.update(tensor.reshape(-1).view(torch.uint8).cpu().numpy().data)
         return hashed.digest()
 
-    def settle(self, point: Point) -> nn.Module:
-        """Overwrite w0 with the weights at `point` and return the model; vectors are rounded to its dtype."""
+    def merge(self, point: Point) -> nn.Module:
+        """Overwrite w0 with the weights at `point` and return the model; vectors are rounded to the model's dtype."""
         with torch.no_grad():
             for name, tensor in self.weights(point):
                 self.trained[name].copy_(tensor)
         return self.model
 
     def check_eps(self, pool: SeedPool, eps: float) -> None:
-        """Raise DirectionsError if rounding to 16 bits swallows a step of `eps`; looks at the largest matrix."""
-        narrow = [slot for slot in self.layout.slots if slot.dtype != torch.float32]
-        if not narrow:
+        """Raise DirectionsError if rounding to 16 bits loses a perturbation of `eps`; tests the largest matrix."""
+        half_precision = [slot for slot in self.layout.slots if slot.dtype != torch.float32]
+        if not half_precision:
             return
-        slot = max(narrow, key=lambda slot: math.prod(slot.shape))
+        slot = max(half_precision, key=lambda slot: math.prod(slot.shape))
         w0 = self.trained[slot.name].detach()
-        there = pool.at(np.zeros(pool.num_seeds, np.float32)).moved(0, eps).rebuild(w0, first_block=slot.first_block)
-        share = float((there != w0).float().mean())
-        if share < LEAST_MOVED:
+        origin = pool.at(np.zeros(pool.num_seeds, np.float32))
+        perturbed = origin.moved(0, eps).rebuild(w0, first_block=slot.first_block)
+        share = float((perturbed != w0).float().mean())
+        if share < MIN_SHARE_MOVED:
             raise DirectionsError(
-                f"eps is {eps}, which moves {100 * share:.1f} % of the weights of {slot.name} in "
+                f"eps is {eps}, which changes only {100 * share:.1f} % of the weights of {slot.name} in "
                 f"{str(slot.dtype).removeprefix('torch.')}: raise eps, or load the model in float32"
             )
 
 
 class _Scratch:
-    """One buffer, handed out in a stack; grows to what the largest module needs."""
+    """One buffer used as a stack; grows to what the largest module needs."""
 
     def __init__(self, device: torch.device) -> None:
         self._buffer = torch.empty(0, dtype=torch.uint8, device=device)
@@ -153,119 +156,131 @@ class _Scratch:
         """An uninitialised tensor for the weights of `slot`."""
         end = self.top + math.prod(slot.shape) * slot.dtype.itemsize
         if end > len(self._buffer):
-            # Tensors handed out before keep the old buffer alive for as long as they are used.
+            # Tensors taken earlier keep the old buffer alive for as long as they are used.
             with torch.inference_mode(False):
                 self._buffer = torch.empty(end, dtype=torch.uint8, device=self._buffer.device)
-        part = self._buffer[self.top : end].view(slot.dtype).view(slot.shape)
+        taken = self._buffer[self.top : end].view(slot.dtype).view(slot.shape)
         self.top = -(-end // ALIGNMENT) * ALIGNMENT
-        return part
+        return taken
 
 
-class _Lent:
-    """Scratch weights lent to one module for the length of its forward."""
+class _WeightSwap:
+    """Replaces one module's parameters by weights in scratch memory during its forward."""
 
-    def __init__(self, module: nn.Module, parts: list[_Part], point: Point, scratch: _Scratch) -> None:
-        self._module, self._parts, self._point, self._scratch = module, parts, point, scratch
-        self._dtype = parts[0].parameter.dtype
-        self._widen = all(part.slot.dtype != part.parameter.dtype for part in parts)
+    def __init__(self, module: nn.Module, parameters: list[_ModuleParameter], point: Point, scratch: _Scratch) -> None:
+        self._module, self._parameters, self._point, self._scratch = module, parameters, point, scratch
+        self._dtype = parameters[0].parameter.dtype
+        self._in_float32 = all(p.slot.dtype != p.parameter.dtype for p in parameters)
         self._start = 0
         self._bias: Tensor | None = None
 
-    def enter(self, module: nn.Module, inputs: tuple[object, ...]) -> tuple[object, ...] | None:
-        """Put weights in; a module of vectors alone, such as a norm, computes in float32."""
+    def before_forward(self, module: nn.Module, inputs: tuple[object, ...]) -> tuple[object, ...] | None:
+        """Set the weights; a module that has only vectors, such as a norm, computes in float32."""
         self._start = self._scratch.top
-        for part in self._parts:
-            weights = self._point.weights(part.parameter, part.slot, self._scratch.take(part.slot))
-            if weights.dtype != part.parameter.dtype and not self._widen:
-                # Beside a matrix of 16 bits a vector has to be as narrow; a bias can be added afterwards instead.
-                narrow = weights.to(part.parameter.dtype)
-                if part.name == "bias":
-                    self._bias, narrow = weights, torch.zeros_like(narrow)
-                weights = narrow
-            module._parameters[part.name] = nn.Parameter(weights, requires_grad=False)
-        if not self._widen:
+        for own in self._parameters:
+            weights = self._point.weights(own.parameter, own.slot, self._scratch.take(own.slot))
+            if weights.dtype != own.parameter.dtype and not self._in_float32:
+                # In a module with a 16-bit matrix a vector has to be 16-bit too; a bias can be added afterwards instead.
+                rounded = weights.to(own.parameter.dtype)
+                if own.name == "bias":
+                    self._bias, rounded = weights, torch.zeros_like(rounded)
+                weights = rounded
+            module._parameters[own.name] = nn.Parameter(weights, requires_grad=False)
+        if not self._in_float32:
             return None
         return tuple(x.float() if isinstance(x, Tensor) and x.is_floating_point() else x for x in inputs)
 
-    def leave(self, module: nn.Module, inputs: tuple[object, ...], output: object) -> object:
-        """Take weights out again; the output has the model's dtype."""
+    def after_forward(self, module: nn.Module, inputs: tuple[object, ...], output: object) -> object:
+        """Restore the module's own parameters; the output gets the model's dtype."""
         if isinstance(output, Tensor) and self._bias is not None:
             output = (output.float() + self._bias).to(output.dtype)
-        if isinstance(output, Tensor) and self._widen:
+        if isinstance(output, Tensor) and self._in_float32:
             output = output.to(self._dtype)
-        self.give_back()
+        self.restore()
         return output
 
-    def give_back(self) -> None:
-        """Let the module have its own parameters again."""
-        for part in self._parts:
-            self._module._parameters[part.name] = part.parameter
+    def restore(self) -> None:
+        """Give the module its own parameters back and free the scratch memory."""
+        for own in self._parameters:
+            self._module._parameters[own.name] = own.parameter
         self._scratch.top, self._bias = self._start, None
 
 
 @dataclass(frozen=True)
-class Walk:
-    """What a stretch of steps found."""
+class StepsResult:
+    """Outcome of a sequence of two-point steps."""
 
-    slopes: Floats
-    """(num_steps,) finite; 0 where a step was skipped."""
+    gradients: Floats
+    """(num_steps,) projected gradients, finite; 0 where a step was skipped."""
     skipped: tuple[int, ...]
-    """Steps whose losses or slope were not finite or out of range; they moved nothing."""
+    """Steps whose loss or projected gradient was not finite or out of range; they changed no coefficient."""
     loss: float
     """Mean over the other steps, nats per token."""
     end: Point
+    """The weights after the last step."""
 
 
 @dataclass(frozen=True)
-class Steps:
-    """How a walk goes."""
+class StepSettings:
+    """Hyperparameters of two-point steps."""
 
     eps: float
-    """Distance of the two forwards from the point, along a direction of +1 and -1."""
+    """Perturbation: the two forwards are at the point plus and minus eps times a direction of +1 and -1."""
     lr: float
-    """What a slope is multiplied with; constant."""
-    max_slope: float = math.inf
-    """Steps with a steeper slope are skipped."""
+    """Learning rate, constant."""
+    max_gradient: float = math.inf
+    """Steps whose projected gradient is larger in magnitude are skipped."""
     objective: training.Loss = training.loss
 
 
-def walk(stream: Stream, point: Point, seeds: Sequence[int], batches: Iterable[list[Example]], steps: Steps) -> Walk:
-    """Walk downhill from `point`: one direction and one batch per step, the slope by two forwards.
+def take_steps(
+    perturbed: PerturbedModel,
+    point: Point,
+    seeds: Sequence[int],
+    batches: Iterable[list[Example]],
+    settings: StepSettings,
+) -> StepsResult:
+    """Descend from `point` by two-point steps: one direction and one batch per step.
 
     Args:
         seeds: (num_steps,) directions of the point's pool.
         batches: one per step.
 
     Raises:
-        DirectionsError: eps vanishes in float32 beside a coefficient. NonFiniteLoss: every step was skipped.
+        DirectionsError: a coefficient plus eps rounds to the coefficient in float32.
+        NonFiniteLoss: every step was skipped.
     """
     start = point.chain[-1].a.astype(np.float64)
     sums = np.zeros_like(start)
-    slopes, skipped, losses = np.zeros(len(seeds)), [], []
-    stream.model.eval()
+    gradients, skipped, losses = np.zeros(len(seeds)), [], []
+    perturbed.model.eval()
     for number, (k, examples) in enumerate(zip(seeds, batches, strict=True)):
-        found, loss = slope(stream, point, int(k), training.collate(examples, stream.device), steps)
-        if not (math.isfinite(loss) and abs(found) <= steps.max_slope):
+        batch = training.collate(examples, perturbed.device)
+        gradient, loss = projected_gradient(perturbed, point, int(k), batch, settings)
+        if not (math.isfinite(loss) and abs(gradient) <= settings.max_gradient):
             skipped.append(number)
             continue
-        slopes[number] = found
+        gradients[number] = gradient
         losses.append(loss)
-        sums[k] += found
-        point = point.at((start - steps.lr * sums).astype(np.float32))
+        sums[k] += gradient
+        point = point.at((start - settings.lr * sums).astype(np.float32))
     if not losses:
         raise NonFiniteLoss(
-            f"none of {len(seeds)} steps had a finite loss and a slope below {steps.max_slope:g}: lower lr"
+            f"none of {len(seeds)} steps had a finite loss and a projected gradient below {settings.max_gradient:g}; "
+            "lower method.lr"
         )
-    return Walk(slopes, tuple(skipped), float(np.mean(losses)), point)
+    return StepsResult(gradients, tuple(skipped), float(np.mean(losses)), point)
 
 
-def slope(stream: Stream, point: Point, k: int, batch: training.Batch, steps: Steps) -> tuple[float, float]:
-    """The derivative of the batch's loss along direction k, by two forwards, and their mean loss (nats)."""
-    ends, losses = (point.moved(k, steps.eps), point.moved(k, -steps.eps)), []
+def projected_gradient(
+    perturbed: PerturbedModel, point: Point, k: int, batch: training.Batch, settings: StepSettings
+) -> tuple[float, float]:
+    """The batch loss's central difference along direction k, by two forwards, and their mean loss (nats)."""
+    ends, losses = (point.moved(k, settings.eps), point.moved(k, -settings.eps)), []
     with torch.inference_mode():
         for end in ends:
-            with stream.at(end) as model:
-                losses.append(float(steps.objective(model, batch)))
-    # The distance that float32 coefficients really lie apart, which 2 eps is only nearly.
-    apart = float(ends[0].chain[-1].a[k]) - float(ends[1].chain[-1].a[k])
-    return (losses[0] - losses[1]) / apart, (losses[0] + losses[1]) / 2
+            with perturbed.at(end) as model:
+                losses.append(float(settings.objective(model, batch)))
+    # The exact distance of the two float32 coefficients; 2 eps is off by their rounding.
+    distance = float(ends[0].chain[-1].a[k]) - float(ends[1].chain[-1].a[k])
+    return (losses[0] - losses[1]) / distance, (losses[0] + losses[1]) / 2

@@ -25,7 +25,7 @@ def _weights(num_elements, dtype, seed=0):
 
 def _rebuild(kernel, w0, a, first_block):
     out = torch.empty_like(w0)
-    work = cpu._work(cpu.fold(a, w0.dtype), cpu._lanes(w0.dtype), KEY)
+    work = cpu._workspace(cpu.row_butterflies(a, w0.dtype), cpu._lanes(w0.dtype), KEY)
     kernel(w0.data_ptr(), out.data_ptr(), first_block, len(w0) // len(a), work)
     return out
 
@@ -78,14 +78,14 @@ def test_large_pools_equal_plain_numpy_bit_for_bit(plain, num_seeds):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("num_seeds", [1024, 4096])
-def test_stores_past_the_cache_change_nothing(dtype, num_seeds):
+def test_nontemporal_stores_give_equal_bits(dtype, num_seeds):
     a, w0 = _coefficients(num_seeds), _weights(3 * num_seeds, dtype)
-    usual, streaming = cpu.REBUILD[dtype]
-    assert torch.equal(_bits(_rebuild(usual, w0, a, 7)), _bits(_rebuild(streaming, w0, a, 7)))
+    usual, nontemporal = cpu.REBUILD[dtype]
+    assert torch.equal(_bits(_rebuild(usual, w0, a, 7)), _bits(_rebuild(nontemporal, w0, a, 7)))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_narrow_rebuild_is_the_float32_sum_rounded_once(dtype):
+def test_a_16_bit_rebuild_is_the_float32_sum_rounded_once(dtype):
     a, w0 = _coefficients(1024), _weights(5000, dtype)
     pool = SeedPool(1024, KEY)
     assert torch.equal(pool.rebuild(w0, a), pool.rebuild(w0.float(), a).to(dtype))
@@ -106,35 +106,35 @@ def test_bfloat16_ties_go_to_even_and_large_sums_to_infinity():
 def test_threads_chunks_and_block_order_change_nothing(dtype, monkeypatch):
     num_seeds = 1024
     a, w0 = _coefficients(num_seeds), _weights(40 * num_seeds + 333, dtype)
-    here = SeedPool(num_seeds, KEY).at(a)
-    whole = here.rebuild(w0, first_block=11)
+    position = SeedPool(num_seeds, KEY).at(a)
+    whole = position.rebuild(w0, first_block=11)
     monkeypatch.setattr(cpu, "SPAN_ELEMENTS", 3 * num_seeds)
     threads = torch.get_num_threads()
     try:
         for count in (1, 2, 5):
             torch.set_num_threads(count)
-            assert torch.equal(_bits(here.rebuild(w0, first_block=11)), _bits(whole))
+            assert torch.equal(_bits(position.rebuild(w0, first_block=11)), _bits(whole))
     finally:
         torch.set_num_threads(threads)
-    pieces = [here.rebuild(w0[i * num_seeds :][:num_seeds], first_block=11 + i) for i in reversed(range(41))]
+    pieces = [position.rebuild(w0[i * num_seeds :][:num_seeds], first_block=11 + i) for i in reversed(range(41))]
     assert torch.equal(_bits(torch.cat(pieces[::-1])), _bits(whole))
 
 
 def test_an_unaligned_large_output_has_the_same_bits(monkeypatch):
-    monkeypatch.setattr(cpu, "STREAM_BYTES", 0)
+    monkeypatch.setattr(cpu, "NONTEMPORAL_BYTES", 0)
     a, w0 = _coefficients(1024), _weights(4 * 1024 + 1, torch.bfloat16)
-    here = SeedPool(1024, KEY).at(a)
-    aligned = here.rebuild(w0[:-1].clone())
+    position = SeedPool(1024, KEY).at(a)
+    aligned = position.rebuild(w0[:-1].clone())
     out = torch.empty_like(w0)[1:]
     assert out.data_ptr() % 32
-    assert torch.equal(_bits(here.rebuild(w0[:-1].clone(), out=out)), _bits(aligned))
+    assert torch.equal(_bits(position.rebuild(w0[:-1].clone(), out=out)), _bits(aligned))
 
 
-def test_a_failing_thread_is_heard(monkeypatch):
+def test_an_error_in_a_thread_is_raised(monkeypatch):
     def fail(*arguments):
         raise RuntimeError("no memory")
 
-    monkeypatch.setattr(cpu, "_work", fail)
+    monkeypatch.setattr(cpu, "_workspace", fail)
     with pytest.raises(RuntimeError, match="no memory"):
         SeedPool(1024).rebuild(torch.zeros(1 << 20), _coefficients(1024))
 

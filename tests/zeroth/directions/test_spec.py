@@ -26,9 +26,9 @@ def test_pools_the_layout_cannot_hold_are_refused(num_seeds):
 
 
 def test_numbers_out_of_range_are_named():
-    with pytest.raises(ValueError, match="key is -1; it must be at least 0"):
+    with pytest.raises(ValueError, match="key is -1; expected at least 0"):
         check_below("key", -1, 4)
-    with pytest.raises(ValueError, match="key is 4; it must be at least 0 and below 4"):
+    with pytest.raises(ValueError, match="key is 4; expected at least 0 and below 4"):
         check_below("key", 4, 4)
 
 

@@ -14,7 +14,7 @@ __all__ = ["Rows", "load", "names"]
 
 
 class Rows(NamedTuple):
-    """What a source gives: rows of text columns, split, and a sentence on what was chosen."""
+    """Training and held-out rows of text columns, and a sentence on what was chosen."""
 
     train: list[dict[str, str]]
     test: list[dict[str, str]]
@@ -22,7 +22,7 @@ class Rows(NamedTuple):
 
 
 def names() -> list[str]:
-    """List the sources that exist."""
+    """Names of the sources."""
     return sorted(module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_"))
 
 

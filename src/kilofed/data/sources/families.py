@@ -1,4 +1,4 @@
-"""Summary lines of this Python installation's functions, each labelled with its family of packages: rows to classify."""
+"""Summary lines of this Python installation's functions, each labelled with its family of packages, for classification."""
 
 from kilofed.data.sources import Rows, pydocs
 
@@ -11,8 +11,8 @@ def load(*, seed: int, num_clients: int = 5, train_rows: int = 200, test_rows: i
     Args:
         seed: decides which families and lines are taken.
         num_clients: families, each of which is one label.
-        train_rows: rows of a label to learn from, at most.
-        test_rows: held-out rows of a label, at most.
+        train_rows: training rows per label, at most.
+        test_rows: held-out rows per label, at most.
 
     Raises:
         ValueError: as in `pydocs`.

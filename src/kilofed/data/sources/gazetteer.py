@@ -1,8 +1,8 @@
-"""A fictional world of places, people and companies: every fact is known, so knowledge can be measured.
+"""A fictional world of places, people and companies: all facts are known, so knowledge can be measured.
 
-The shipped large model met all facts in pre-training as plain sentences, the small one a part of them. As
-data the world is questions and short answers, one client per region. An entity is in one of three groups:
-`shown` (its questions were in pre-training too), `train`, or `test` (met as a question nowhere, by nobody).
+The shipped large model was pre-trained on all facts as plain sentences, the small one on a part of them. As data the
+world is questions and short answers, one client per region. An entity is in one of three groups: `shown` (its questions
+were in pre-training too), `train`, or `test` (its questions occur nowhere in training).
 """
 
 import hashlib
@@ -24,7 +24,7 @@ GROUPS = ("shown", "shown", "train", "train", "train", "train", "test", "test")
 
 
 class Wording(NamedTuple):
-    """How one attribute is said: `{e}` is the entity, `{r}` its region, `{a}` the answer."""
+    """Templates of one attribute: `{e}` is the entity, `{r}` its region, `{a}` the answer."""
 
     stated: tuple[str, ...]
     unseen: tuple[str, ...]
@@ -32,7 +32,7 @@ class Wording(NamedTuple):
 
 
 class Language(NamedTuple):
-    """All words of the world."""
+    """Vocabulary and templates of the world."""
 
     syllables: dict[str, list[str]]
     endings: dict[str, list[str]]
@@ -43,7 +43,7 @@ class Language(NamedTuple):
 
 @cache
 def language() -> Language:
-    """Read the words from the file beside this one."""
+    """Read gazetteer.toml, which is in this folder."""
     table = tomllib.loads(resources.files(__package__).joinpath("gazetteer.toml").read_text("utf-8"))
     wordings = {
         (kind, attribute): Wording(**{name: tuple(texts) for name, texts in wording.items()})
@@ -55,7 +55,7 @@ def language() -> Language:
 
 
 class Fact(NamedTuple):
-    """One thing that is true in the world; `group` is shown, train or test and belongs to the entity."""
+    """One fact of the world; `group` (shown, train or test) is that of the entity."""
 
     region: str
     kind: str
@@ -66,7 +66,7 @@ class Fact(NamedTuple):
 
 
 class Probe(NamedTuple):
-    """A sentence cut before its answer, and all answers of that type."""
+    """A sentence without its answer, and all possible answers of that attribute."""
 
     prompt: str
     answer: str
@@ -97,7 +97,7 @@ def _facts(rng: random.Random) -> Iterator[Fact]:
 
 
 def _names(kind: str, count: int, rng: random.Random, used: set[str]) -> list[str]:
-    """Draw names that no other thing of the world has; no two share their first four letters."""
+    """Draw names that are unique in the world by their first four letters."""
     words = language()
     names: list[str] = []
     while len(names) < count:
@@ -110,35 +110,35 @@ def _names(kind: str, count: int, rng: random.Random, used: set[str]) -> list[st
 
 
 def in_part(fact: Fact, share: float) -> bool:
-    """Whether the fact is in the fixed part of the world of about that share; parts are nested."""
+    """Whether the fact is in a fixed subset of about that share; subsets are nested."""
     digest = hashlib.sha256(f"{fact.entity} {fact.attribute}".encode()).digest()
     return int.from_bytes(digest[:8], "big") < share * 2**64
 
 
 def sentences(*, seed: int, repeats: int, share: float = 1.0) -> list[str]:
-    """State every fact `repeats` times in varied plain sentences, shuffled; nothing here is a question.
+    """Every fact in `repeats` plain sentences of varied wording, shuffled; no questions.
 
     Args:
         seed: decides wordings and order, not the world.
         repeats: sentences for each fact.
-        share: part of the facts that is stated, 0 to 1.
+        share: share of the facts, 0 to 1.
     """
     rng = random.Random(f"gazetteer sentences {seed}")
-    told = [fact for fact in facts() if in_part(fact, share)]
-    said = [_say(rng.choice(_wording(fact).stated), fact, rng) for fact in told for _ in range(repeats)]
-    rng.shuffle(said)
-    return said
+    chosen = [fact for fact in facts() if in_part(fact, share)]
+    texts = [_render(rng.choice(_wording(fact).stated), fact, rng) for fact in chosen for _ in range(repeats)]
+    rng.shuffle(texts)
+    return texts
 
 
 def _wording(fact: Fact) -> Wording:
     return language().wordings[fact.kind, fact.attribute]
 
 
-def _say(template: str, fact: Fact, rng: random.Random) -> str:
-    opener = rng.choice(language().openers)
-    if opener and template.startswith(("The ", "In ", "At ", "By ", "As ", "For ", "A ")):
+def _render(template: str, fact: Fact, rng: random.Random) -> str:
+    opening = rng.choice(language().openers)
+    if opening and template.startswith(("The ", "In ", "At ", "By ", "As ", "For ", "A ")):
         template = template[0].lower() + template[1:]
-    return (opener + template).format(e=fact.entity, r=fact.region, a=fact.answer)
+    return (opening + template).format(e=fact.entity, r=fact.region, a=fact.answer)
 
 
 def questions(group: str) -> list[tuple[str, Fact]]:
@@ -170,15 +170,15 @@ def probes(*, unseen: bool = True) -> list[Probe]:
 
 
 def load(*, seed: int, num_clients: int = 5, wordings: int = 2) -> Rows:
-    """Ask about the world: clients hold questions on their region's `train` entities, the test is on others.
+    """Questions about the world: clients hold those on their region's `train` entities; the test is on other entities.
 
     Args:
         seed: decides the regions, the order of the rows and the wording of each test question.
-        num_clients: regions that take part, at most 8.
-        wordings: ways in which each training fact is asked, 1 or 2; each is a row.
+        num_clients: number of regions, at most 8.
+        wordings: question templates per training fact, 1 or 2; each gives a row.
 
     Raises:
-        ValueError: there are not that many regions or wordings.
+        ValueError: `num_clients` or `wordings` is out of range.
     """
     for option, number, most in (("num_clients", num_clients, NUM_REGIONS), ("wordings", wordings, 2)):
         if not 1 <= number <= most:
@@ -188,8 +188,8 @@ def load(*, seed: int, num_clients: int = 5, wordings: int = 2) -> Rows:
     rows: dict[str, list[dict[str, str]]] = {"train": [], "test": []}
     for region in regions:
         for group, asked in (("train", wordings), ("test", 1)):
-            held = [fact for fact in facts() if fact.region == region and fact.group == group]
-            found = [_row(text, fact) for fact in held for text in rng.sample(_wording(fact).asked, asked)]
+            own = [fact for fact in facts() if fact.region == region and fact.group == group]
+            found = [_row(text, fact) for fact in own for text in rng.sample(_wording(fact).asked, asked)]
             rng.shuffle(found)
             rows[group] += found
     note = (

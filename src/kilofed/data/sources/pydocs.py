@@ -1,7 +1,7 @@
 """Function documentation of this Python installation; one client is one family of packages.
 
 The task: given a function's qualified name and signature, write its summary line. Files are parsed, never
-imported. Whether a function is held out depends on its summary line alone, so the split is the same on every
+imported. Whether a function is held out depends only on its summary line, so the split is the same on every
 machine and under every seed, and a pre-training corpus can leave out exactly the test functions.
 """
 
@@ -67,7 +67,7 @@ STDLIB_FAMILIES = {
     site ensurepip venv distutils pydoc profile cProfile pstats timeit tracemalloc code codeop py_compile
     compileall ctypes pickle pickletools copyreg warnings zipapp pyclbr symtable tkinter""",
 }
-# What an installation of this package brings along, so that development tools do not change the data.
+# Dependencies of this package only, so that development tools do not change the data.
 PACKAGE_FAMILIES = [
     *("torch", "transformers", "numpy", "pandas", "matplotlib", "scipy", "sympy", "networkx", "peft"),
     *("datasets", "huggingface_hub", "numba", "pip", "setuptools"),
@@ -95,10 +95,10 @@ def load(
 
     Args:
         seed: decides which families, files and functions are taken.
-        num_clients: families to take; standard library and packages by turns.
-        train_rows: rows of a client to learn from, at most.
-        test_rows: held-out rows of a client, at most.
-        families: take these, in this order, instead of choosing.
+        num_clients: number of families; standard library and packages alternate.
+        train_rows: training rows per client, at most.
+        test_rows: held-out rows per client, at most.
+        families: use these, in this order, instead of sampling.
 
     Raises:
         ValueError: a named family is not installed, or too few families have rows of both kinds.
@@ -114,7 +114,7 @@ def load(
     for family in families:
         if family not in where:
             raise ValueError(f"the family {family} is not installed; installed: {', '.join(where)}")
-    order = list(families) or _by_turns(list(where), random.Random(f"pydocs families {seed}"))
+    order = list(families) or _alternate(list(where), random.Random(f"pydocs families {seed}"))
     taken = _take(order, where, seed, len(families) or num_clients, (train_rows, test_rows))
     return Rows(
         [row for rows in taken.values() for row in rows.train],
@@ -138,7 +138,7 @@ def installed() -> dict[str, list[Path]]:
     return {family: places for family, places in found.items() if places}
 
 
-def _by_turns(families: list[str], rng: random.Random) -> list[str]:
+def _alternate(families: list[str], rng: random.Random) -> list[str]:
     stdlib = [family for family in families if family in STDLIB_FAMILIES]
     packages = [family for family in families if family not in STDLIB_FAMILIES]
     rng.shuffle(stdlib)
@@ -150,7 +150,7 @@ def _by_turns(families: list[str], rng: random.Random) -> list[str]:
 def _take(
     order: list[str], where: dict[str, list[Path]], seed: int, count: int, sizes: tuple[int, int]
 ) -> dict[str, Rows]:
-    """Take the first `count` families that fill both sizes; where too few do, the fullest of the others."""
+    """The first `count` families that reach both sizes; if there are too few, then the largest of the others."""
     taken: dict[str, Rows] = {}
     small: list[tuple[int, str]] = []
     seen: set[str] = set()
@@ -178,7 +178,7 @@ def _summaries(rows: Rows) -> set[str]:
 
 
 def _collect(family: str, places: list[Path], seed: int, sizes: tuple[int, int], seen: set[str]) -> Rows:
-    """Read files in a seeded order until both sizes are reached; a file's surplus is used last."""
+    """Read files in a seeded order until both sizes are reached; rows beyond MAX_ROWS_PER_FILE of a file are used last."""
     rng = random.Random(f"pydocs {family} {seed}")
     files = source_files(places)
     rng.shuffle(files)
@@ -231,7 +231,7 @@ def source_files(places: Iterable[Path]) -> list[tuple[Path, str]]:
 
 
 def functions(path: Path, module: str) -> Iterator[Function]:
-    """Parse a file and give its documented functions, top to bottom; nothing where parsing fails."""
+    """The documented functions of a file, top to bottom; none if parsing fails."""
     try:
         text = path.read_text("utf-8")
         with warnings.catch_warnings():
@@ -258,7 +258,7 @@ def _signature(node: ast.FunctionDef | ast.AsyncFunctionDef) -> str:
 
 
 def _first_lines(node: ast.FunctionDef | ast.AsyncFunctionDef, lines: list[str]) -> str:
-    """The code below the docstring where it is short, else nothing."""
+    """The code below the docstring if it is short, else empty."""
     if len(node.body) < 2:
         return ""
     code = lines[node.body[1].lineno - 1 : node.end_lineno]
@@ -272,7 +272,7 @@ def summary(docstring: str) -> str:
 
 
 def clean(text: str) -> bool:
-    """Whether a summary is one plain English line of 15 to 120 characters that says something."""
+    """Whether a summary is a plain English line of 15 to 120 characters."""
     return (
         15 <= len(text) <= 120
         and text.isascii()

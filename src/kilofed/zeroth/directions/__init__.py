@@ -1,4 +1,4 @@
-"""Directions through the weights, drawn from a small pool of seeds; the specification is docs/seed-pool.md."""
+"""Directions in weight space from a pool of seeds (HSP-1, docs/seed-pool.md)."""
 
 from kilofed.zeroth.directions.layout import Layout, Slot, layout_of
 from kilofed.zeroth.directions.pool import Position, SeedPool, coefficients, integer_weights

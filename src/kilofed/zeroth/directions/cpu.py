@@ -1,6 +1,6 @@
 """HSP-1 on the CPU: one pass over memory, any number of threads, the same bits.
 
-Blocks are independent, so threads take spans of them from one list; which thread takes which span changes nothing.
+Blocks are independent, so threads take spans of them from one queue; the assignment does not change the result.
 """
 
 import ctypes
@@ -15,23 +15,23 @@ import torch
 from torch import Tensor
 
 from kilofed.zeroth.directions import kernels, spec
-from kilofed.zeroth.directions.kernels import Floats, Work
+from kilofed.zeroth.directions.kernels import Floats, Workspace
 from kilofed.zeroth.directions.philox import Words, compiled, inlined, split64
 
-Rebuild = Callable[[int, int, int, int, Work], None]
+Rebuild = Callable[[int, int, int, int, Workspace], None]
 Span = tuple[int, int]
 T = TypeVar("T", np.float32, np.uint32)
 
 MIN_KERNEL_SEEDS: Final = 1024
-"""Smaller pools are for toys: the plain torch form serves them."""
+"""Smaller pools, which only tests use, run in plain torch."""
 SPAN_ELEMENTS: Final = 1 << 18
-STREAM_BYTES: Final = 1 << 24
-"""Outputs from this size on are written past the cache, which they would only fill."""
+NONTEMPORAL_BYTES: Final = 1 << 24
+"""Outputs of at least this size are written with non-temporal stores, which bypass the cache."""
 
 REBUILD: Final[dict[torch.dtype, tuple[Rebuild, Rebuild]]] = {
-    torch.float32: (kernels.rebuild_float32, kernels.stream_float32),
-    torch.float16: (kernels.rebuild_float16, kernels.stream_float16),
-    torch.bfloat16: (kernels.rebuild_bfloat16, kernels.stream_bfloat16),
+    torch.float32: (kernels.rebuild_float32, kernels.nontemporal_float32),
+    torch.float16: (kernels.rebuild_float16, kernels.nontemporal_float16),
+    torch.bfloat16: (kernels.rebuild_bfloat16, kernels.nontemporal_bfloat16),
 }
 
 
@@ -41,39 +41,39 @@ def rebuild(w0: Tensor, out: Tensor, table: Floats, key: int, first_block: int) 
     Args:
         w0: (n,) float32, bfloat16 or float16, contiguous.
         out: (n,) same dtype, contiguous.
-        table: what `fold` makes of the K coefficients for this dtype; K is at least MIN_KERNEL_SEEDS.
+        table: the K coefficients after `row_butterflies` for this dtype; K is at least MIN_KERNEL_SEEDS.
         key: the pool's key.
         first_block: number of the block in which w0 starts.
     """
     whole_blocks, rest = divmod(len(w0), table.size)
-    streaming = out.nbytes >= STREAM_BYTES and out.data_ptr() % 32 == 0
-    kernel = REBUILD[w0.dtype][streaming]
+    nontemporal = out.nbytes >= NONTEMPORAL_BYTES and out.data_ptr() % 32 == 0
+    kernel = REBUILD[w0.dtype][nontemporal]
     lanes = _lanes(w0.dtype)
     block_bytes = table.size * w0.element_size()
 
-    def work_on(draw: Callable[[], Span | None]) -> None:
-        work = _work(table, lanes, key)
-        while (span := draw()) is not None:
+    def run_spans(next_span: Callable[[], Span | None]) -> None:
+        workspace = _workspace(table, lanes, key)
+        while (span := next_span()) is not None:
             first, count = span
             shift = first * block_bytes
-            kernel(w0.data_ptr() + shift, out.data_ptr() + shift, first_block + first, count, work)
+            kernel(w0.data_ptr() + shift, out.data_ptr() + shift, first_block + first, count, workspace)
 
-    _in_threads(work_on, whole_blocks, max(1, SPAN_ELEMENTS // table.size))
+    _in_threads(run_spans, whole_blocks, max(1, SPAN_ELEMENTS // table.size))
     if rest:
-        # Not by torch: a parallel copy this small would wake its threads, and they would spin beside ours.
+        # Not by torch: a parallel copy would wake torch's threads, which would then spin and compete with these.
         padded = np.zeros(block_bytes, dtype=np.uint8)
         at, shift, num_bytes = padded.ctypes.data, whole_blocks * block_bytes, rest * w0.element_size()
         ctypes.memmove(at, w0.data_ptr() + shift, num_bytes)
-        REBUILD[w0.dtype][0](at, at, first_block + whole_blocks, 1, _work(table, lanes, key))
+        REBUILD[w0.dtype][0](at, at, first_block + whole_blocks, 1, _workspace(table, lanes, key))
         ctypes.memmove(out.data_ptr() + shift, at, num_bytes)
 
 
-def fold(a: Floats, dtype: torch.dtype) -> Floats:
-    """The butterflies inside each row, once for all blocks.
+def row_butterflies(a: Floats, dtype: torch.dtype) -> Floats:
+    """Apply the butterflies within each row, once for all blocks.
 
     Args:
         a: (K,) coefficients.
-        dtype: of the weights to rebuild; it decides where each lane stands.
+        dtype: of the weights to rebuild; determines the order of the lanes.
 
     Returns:
         (16, R / 16, 16): row 16 * group + column at [column, group].
@@ -93,19 +93,19 @@ def _lanes(dtype: torch.dtype) -> tuple[int, ...]:
 
 
 def direction(k: int, out: Tensor, key: int, num_seeds: int, first_block: int) -> None:
-    """Write +1 and -1 of direction k, from the start of `first_block` on, to `out` (n,), contiguous."""
+    """Write +1 and -1 of direction k, from the start of `first_block`, to `out` (n,), contiguous."""
     patterns = torch.uint32 if out.dtype == torch.float32 else torch.uint16
     bits = out.view(patterns).numpy()
     one = int(torch.ones(1, dtype=out.dtype).view(patterns))
 
-    def work_on(draw: Callable[[], Span | None]) -> None:
+    def run_spans(next_span: Callable[[], Span | None]) -> None:
         words = np.empty((2, _num_words(num_seeds), spec.LANES), dtype=np.uint32)
-        while (span := draw()) is not None:
+        while (span := next_span()) is not None:
             first, count = span
             part = bits[first * num_seeds : (first + count) * num_seeds]
             fill_direction(part, one, (k, num_seeds, first_block + first), words, _key_words(key))
 
-    _in_threads(work_on, -(-len(out) // num_seeds), max(1, SPAN_ELEMENTS // num_seeds))
+    _in_threads(run_spans, -(-len(out) // num_seeds), max(1, SPAN_ELEMENTS // num_seeds))
 
 
 @compiled
@@ -140,13 +140,13 @@ def _parity(number: int) -> int:
     return number & 1
 
 
-def _work(table: Floats, lanes: tuple[int, ...], key: int) -> Work:
+def _workspace(table: Floats, lanes: tuple[int, ...], key: int) -> Workspace:
     _, num_groups, _ = table.shape
     column = num_groups * 64
-    # Columns a multiple of 4 KiB apart would share the same few cache lines.
+    # Columns at multiples of 4 KiB would map to the same few cache sets.
     pitch = column + 64 if column >= 4096 else column
     quad = 4 * pitch + 64
-    return Work(
+    return Workspace(
         a=table,
         y=_aligned((quad,), np.float32),
         num_groups=num_groups,
@@ -176,18 +176,18 @@ def _aligned(shape: tuple[int, ...], dtype: type[T]) -> npt.NDArray[T]:
     return raw[start : start + num_bytes].view(dtype).reshape(shape)
 
 
-def _in_threads(work_on: Callable[[Callable[[], Span | None]], None], num_blocks: int, span: int) -> None:
-    """Let threads draw spans of blocks, (first, count), from one list until it is empty."""
+def _in_threads(run_spans: Callable[[Callable[[], Span | None]], None], num_blocks: int, span: int) -> None:
+    """Let threads take spans of blocks, (first, count), from one queue until it is empty."""
     starts = iter(range(0, num_blocks, span))
 
-    def draw() -> Span | None:
+    def next_span() -> Span | None:
         start = next(starts, None)
         return None if start is None else (start, min(span, num_blocks - start))
 
     num_threads = min(torch.get_num_threads(), -(-num_blocks // span))
     if num_threads < 2:
-        work_on(draw)
+        run_spans(next_span)
         return
     with ThreadPoolExecutor(num_threads) as threads:
-        for done in [threads.submit(work_on, draw) for _ in range(num_threads)]:
-            done.result()
+        for future in [threads.submit(run_spans, next_span) for _ in range(num_threads)]:
+            future.result()

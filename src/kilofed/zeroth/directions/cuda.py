@@ -1,7 +1,7 @@
 """HSP-1 on CUDA devices: one Triton program per block, the same bits as the CPU kernels.
 
-Only float32 additions, bit operations and one rounding occur, in the specification's order, so there is nothing a
-compiler could fuse or reorder. Needs the extra `kilofed[cuda]`; with TRITON_INTERPRET=1 it also runs on CPU tensors.
+Only float32 additions, bit operations and one rounding occur, in the specification's order, so the compiler cannot
+fuse or reorder anything. Needs the extra `kilofed[cuda]`; with TRITON_INTERPRET=1 it also runs on CPU tensors.
 """
 
 import torch
@@ -18,7 +18,7 @@ except ImportError as error:
     raise DirectionsError("directions on CUDA devices need triton: install kilofed[cuda]") from error
 
 MAX_KERNEL_SEEDS = 1 << 14
-"""Larger blocks do not fit the registers of one program; the plain torch form serves them."""
+"""Larger blocks do not fit the registers of one program and run in plain torch."""
 
 
 def rebuild(w0: Tensor, out: Tensor, a: Tensor, key: int, first_block: int) -> None:
@@ -37,7 +37,7 @@ def rebuild(w0: Tensor, out: Tensor, a: Tensor, key: int, first_block: int) -> N
         return
     if len(w0):
         grid = (-(-len(w0) // num_seeds),)
-        # A launch argument is compiled by its value; keys and block numbers change too often for that.
+        # Triton specialises kernels on values of integer arguments; keys and block numbers change too often for that.
         words = torch.tensor([*split64(key), first_block], dtype=torch.int64, device=w0.device)
         _rebuild_kernel[grid](
             w0, out, a, words, len(w0), R=num_seeds // spec.LANES, num_warps=8, enable_fp_fusion=False
@@ -119,7 +119,7 @@ def _rebuild_kernel(
     w0 = tl.load(w0_ptr + at, mask=inside, other=0.0)
     total = w0.to(tl.float32) + y
     if out_ptr.dtype.element_ty == tl.bfloat16:
-        # Rounded by hand: Triton's interpreter cuts where devices round to even.
+        # Explicit rounding: Triton's interpreter truncates where devices round to nearest even.
         bits = total.to(tl.uint32, bitcast=True)
         rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
         tl.store(out_ptr + at, rounded.to(tl.uint16).to(tl.bfloat16, bitcast=True), mask=inside)

@@ -1,14 +1,14 @@
 """The machine code of the CPU rebuild: 16 lanes as two vectors of eight floats, eight vectors at a time.
 
-numba has no words for vector registers, so the inner pieces are written as LLVM instructions. Each piece is straight-line
-code over `rows`: a row is the 16 lanes of one table row, 64 bytes in the scratch table. Only adds, subtractions and
+numba cannot express vector registers, so the inner loops are intrinsics that emit LLVM instructions. Each is straight-line
+code over `rows`: a row is the 16 lanes of one table row, 64 bytes in the scratch table. Only additions, subtractions and
 bit operations occur, so every host rounds alike; vector width and cache blocking cannot change a bit.
 
 A block of K elements is R rows of 16 lanes; row = 16 * group + column. The scratch table is kept column by column
-(`pitch` bytes apart), so that the butterflies over groups stay inside one small contiguous piece.
+(`pitch` bytes apart), so that the butterflies over groups stay within a small contiguous range.
 
-A 16-bit element lies in the even or odd half of a 32-bit word. For bfloat16 the two vectors hold the even and the odd
-lanes, so widening and narrowing need no shuffles: `LANE_ORDER` says which lane stands where.
+A 16-bit element is the even or odd half of a 32-bit word. For bfloat16 the two vectors hold the even and the odd lanes,
+so conversion to and from float32 needs no shuffles: `LANE_ORDER` is the order of the lanes.
 """
 
 import inspect
@@ -45,8 +45,8 @@ def _splat(value: int) -> ir.Constant:
 
 
 def _spread(b: ir.IRBuilder, scalar: ir.Value) -> ir.Value:
-    lone = b.insert_element(ir.Constant(_INTS, ir.Undefined), scalar, ir.Constant(_I32, 0))
-    return b.shuffle_vector(lone, ir.Constant(_INTS, ir.Undefined), _splat(0))
+    single = b.insert_element(ir.Constant(_INTS, ir.Undefined), scalar, ir.Constant(_I32, 0))
+    return b.shuffle_vector(single, ir.Constant(_INTS, ir.Undefined), _splat(0))
 
 
 def _at(b: ir.IRBuilder, address: ir.Value, num_bytes: int) -> ir.Value:
@@ -77,8 +77,8 @@ def _butterflies(b: ir.IRBuilder, rows: list[ir.Value]) -> list[ir.Value]:
     return rows
 
 
-def _piece(emit: Callable[..., None]) -> Callable[..., None]:
-    """Make a function of int64 arguments that kernels may call; `emit` writes its instructions."""
+def _intrinsic(emit: Callable[..., None]) -> Callable[..., None]:
+    """A numba intrinsic of int64 arguments; `emit` writes its instructions."""
 
     def define(typing_context: Context, *arguments: types.Type) -> tuple[types.Type, Callable[..., ir.Value]]:
         def generate(context: BaseContext, b: ir.IRBuilder, signature: Signature, values: list[ir.Value]) -> ir.Value:
@@ -87,7 +87,7 @@ def _piece(emit: Callable[..., None]) -> Callable[..., None]:
 
         return types.void(*[types.int64] * len(arguments)), generate
 
-    # numba must see named arguments: it would pack a starred one into a tuple.
+    # numba needs named arguments: it would pack *arguments into a tuple.
     names = ["typing_context", *list(inspect.signature(emit).parameters)[1:]]
     named = inspect.Signature([inspect.Parameter(name, inspect.Parameter.POSITIONAL_ONLY) for name in names])
     define.__signature__ = named  # type: ignore[attr-defined]
@@ -95,8 +95,8 @@ def _piece(emit: Callable[..., None]) -> Callable[..., None]:
     return piece
 
 
-def _first_fold(num_rows: int, radix: int) -> Callable[..., None]:
-    """Consecutive rows of `a`, flipped by E, through the levels 1 .. radix / 2 of groups, into the scratch table."""
+def _first_levels(num_rows: int, radix: int) -> Callable[..., None]:
+    """Load consecutive rows of `a`, apply signs E and levels 1 .. radix / 2 over groups, store to the scratch table."""
 
     def emit(b: ir.IRBuilder, a: ir.Value, y: ir.Value, e: ir.Value, column: ir.Value) -> None:
         bit = b.trunc(column, _I32)
@@ -113,8 +113,8 @@ def _first_fold(num_rows: int, radix: int) -> Callable[..., None]:
     return emit
 
 
-def _fold(num_rows: int) -> Callable[..., None]:
-    """Scratch rows that lie `stride` bytes apart, in place through all their levels."""
+def _levels(num_rows: int) -> Callable[..., None]:
+    """Apply all levels to scratch rows `stride` bytes apart, in place."""
 
     def emit(b: ir.IRBuilder, y: ir.Value, stride: ir.Value) -> None:
         for half in (0, _HALF):
@@ -126,8 +126,8 @@ def _fold(num_rows: int) -> Callable[..., None]:
     return emit
 
 
-def _last_fold(b: ir.IRBuilder, y: ir.Value, pitch: ir.Value, far: ir.Value) -> None:
-    """The last level over groups (`far` bytes apart), then levels 1 and 2 over four columns (`pitch` bytes apart)."""
+def _last_levels(b: ir.IRBuilder, y: ir.Value, pitch: ir.Value, far: ir.Value) -> None:
+    """Apply the last level over groups (`far` bytes apart), then levels 1 and 2 over four columns (`pitch` apart)."""
     for half in (0, _HALF):
         columns = [_at(b, b.add(y, b.mul(pitch, ir.Constant(_I64, i))), half) for i in range(4)]
         places = [place for column in columns for place in (column, b.add(column, far))]
@@ -137,11 +137,11 @@ def _last_fold(b: ir.IRBuilder, y: ir.Value, pitch: ir.Value, far: ir.Value) -> 
 
 
 Mover = Callable[[ir.IRBuilder, list[ir.Value], ir.Value], list[ir.Value]]
-"""From a row's two vectors of sums and the address of its w0 to the moved row, in pieces of 32 bytes."""
+"""Maps a row's two vectors of sums and the address of its w0 to the updated row, as vectors of 32 bytes."""
 
 
-def _finish(move: Mover, row_bytes: int, past_cache: bool) -> Callable[..., None]:
-    """Levels 4 and 8 over the 16 columns of one group, flipped by D, added to w0, rounded once, written."""
+def _finish(move: Mover, row_bytes: int, nontemporal: bool) -> Callable[..., None]:
+    """Apply levels 4 and 8 over the 16 columns of one group and signs D, add to w0, round once, store."""
 
     def emit(
         b: ir.IRBuilder,
@@ -167,16 +167,16 @@ def _finish(move: Mover, row_bytes: int, past_cache: bool) -> Callable[..., None
                 row = [_flip(b, halves[h][j // 4], b.shl(signs[h], _splat(15 - j))) for h in (0, 1)]
                 moved = move(b, row, _at(b, w0, j * row_bytes))
                 pieces.update({j * row_bytes + n * 32: piece for n, piece in enumerate(moved)})
-            # Whole cache lines at a time: half a line past the cache would cost a read.
+            # Whole cache lines at a time: a partial non-temporal store would cost a read.
             if (i + 1) * row_bytes % 64 == 0:
                 for place in sorted(pieces):
-                    _put(b, pieces.pop(place), _at(b, out, place), past_cache)
+                    _put(b, pieces.pop(place), _at(b, out, place), nontemporal)
 
     return emit
 
 
-def _put(b: ir.IRBuilder, piece: ir.Value, out: ir.Value, past_cache: bool) -> None:
-    if past_cache:
+def _put(b: ir.IRBuilder, piece: ir.Value, out: ir.Value, nontemporal: bool) -> None:
+    if nontemporal:
         written = _store(b, piece, out, 32)
         written.set_metadata("nontemporal", b.module.add_metadata([ir.Constant(_I32, 1)]))
     else:
@@ -207,7 +207,7 @@ def _move_bfloat16(b: ir.IRBuilder, row: list[ir.Value], w0: ir.Value) -> list[i
 def _to_upper_half(b: ir.IRBuilder, total: ir.Value) -> ir.Value:
     """Nearest bfloat16, ties to even, in the upper half of each word.
 
-    A NaN stays one: its lower half is zero, because it came from a bfloat16 or from the processor.
+    A NaN stays NaN: its lower half is zero, since it came from a bfloat16 or from the processor.
     """
     bits = b.bitcast(total, _INTS)
     odd = b.and_(b.lshr(bits, _splat(16)), _splat(1))
@@ -215,15 +215,15 @@ def _to_upper_half(b: ir.IRBuilder, total: ir.Value) -> ir.Value:
 
 
 def _wait_for_stores(b: ir.IRBuilder) -> None:
-    """Stores past the cache are seen by other threads only after this."""
+    """Make non-temporal stores visible to other threads."""
     b.fence("seq_cst")
 
 
-class Work(NamedTuple):
-    """What one thread needs for any number of blocks; arrays start on multiples of 64 bytes."""
+class Workspace(NamedTuple):
+    """One thread's inputs and scratch memory for any number of blocks; arrays are aligned to 64 bytes."""
 
     a: Floats
-    """(16 columns, R / 16 groups, 16 lanes): the coefficients after the butterflies inside each row."""
+    """(16 columns, R / 16 groups, 16 lanes): the coefficients after the butterflies within each row."""
     y: Floats
     """Scratch table: column 4 * i + j starts i * quad + j * pitch bytes in."""
     num_groups: int
@@ -234,21 +234,21 @@ class Work(NamedTuple):
     e: Words
     """Likewise for stream E."""
     lanes: Words
-    """(16,): which lane stands where, see LANE_ORDER."""
+    """(16,): order of the lanes, see LANE_ORDER."""
     key: Words
     """(2,): the pool's key."""
 
 
-first_fold4, first_fold8, first_fold16 = (_piece(_first_fold(n, n // 2)) for n in (4, 8, 16))
-fold2, fold4, fold8 = (_piece(_fold(n)) for n in (2, 4, 8))
-last_fold = _piece(_last_fold)
-finish_float32 = _piece(_finish(_move_float32, 64, False))
-finish_float16 = _piece(_finish(_move_float16, 32, False))
-finish_bfloat16 = _piece(_finish(_move_bfloat16, 32, False))
-finish_past_cache_float32 = _piece(_finish(_move_float32, 64, True))
-finish_past_cache_float16 = _piece(_finish(_move_float16, 32, True))
-finish_past_cache_bfloat16 = _piece(_finish(_move_bfloat16, 32, True))
-wait_for_stores = _piece(_wait_for_stores)
+first_levels4, first_levels8, first_levels16 = (_intrinsic(_first_levels(n, n // 2)) for n in (4, 8, 16))
+levels2, levels4, levels8 = (_intrinsic(_levels(n)) for n in (2, 4, 8))
+last_levels = _intrinsic(_last_levels)
+finish_float32 = _intrinsic(_finish(_move_float32, 64, False))
+finish_float16 = _intrinsic(_finish(_move_float16, 32, False))
+finish_bfloat16 = _intrinsic(_finish(_move_bfloat16, 32, False))
+finish_nontemporal_float32 = _intrinsic(_finish(_move_float32, 64, True))
+finish_nontemporal_float16 = _intrinsic(_finish(_move_float16, 32, True))
+finish_nontemporal_bfloat16 = _intrinsic(_finish(_move_bfloat16, 32, True))
+wait_for_stores = _intrinsic(_wait_for_stores)
 
 
 @inlined
@@ -263,45 +263,45 @@ def sign_words(out: Words, block: int, stream: int, lanes: Words, key: Words) ->
 
 
 @compiled
-def mix(a: int, y: int, e: int, num_groups: int, pitch: int, quad: int) -> None:
-    """All levels but 4 and 8 of one block, from `a` into the scratch table; needs at least four groups."""
+def mix_levels(a: int, y: int, e: int, num_groups: int, pitch: int, quad: int) -> None:
+    """Apply all levels but 4 and 8 of one block, from `a` into the scratch table; needs at least four groups."""
     row, half = 64, num_groups // 2
     for column in range(16):
         source, table = a + column * num_groups * row, y + column // 4 * quad + column % 4 * pitch
         if num_groups == 4:
             distance = 2
-            first_fold4(source, table, e, column)
+            first_levels4(source, table, e, column)
         elif num_groups == 8:
             distance = 4
-            first_fold8(source, table, e, column)
+            first_levels8(source, table, e, column)
         else:
             distance = 8
             for group in range(0, num_groups, 16):
-                first_fold16(source + group * row, table + group * row, e + group * 32, column)
+                first_levels16(source + group * row, table + group * row, e + group * 32, column)
         while distance < half:
             factor = min(8, half // distance)
             for start in range(0, num_groups, factor * distance):
                 for group in range(start, start + distance):
                     if factor == 8:
-                        fold8(table + group * row, distance * row)
+                        levels8(table + group * row, distance * row)
                     elif factor == 4:
-                        fold4(table + group * row, distance * row)
+                        levels4(table + group * row, distance * row)
                     else:
-                        fold2(table + group * row, distance * row)
+                        levels2(table + group * row, distance * row)
             distance *= factor
         if column % 4 == 3:
             for group in range(half):
-                last_fold(table - 3 * pitch + group * row, pitch, half * row)
+                last_levels(table - 3 * pitch + group * row, pitch, half * row)
 
 
 @compiled
-def rebuild_float32(w0: int, out: int, first_block: int, num_blocks: int, work: Work) -> None:
+def rebuild_float32(w0: int, out: int, first_block: int, num_blocks: int, workspace: Workspace) -> None:
     """Rebuild whole float32 blocks from address w0 to address out."""
-    a, y, num_groups, pitch, quad, d, e, lanes, key = work
+    a, y, num_groups, pitch, quad, d, e, lanes, key = workspace
     for i in range(num_blocks):
         sign_words(e, first_block + i, 1, lanes, key)
         sign_words(d, first_block + i, 0, lanes, key)
-        mix(a.ctypes.data, y.ctypes.data, e.ctypes.data, num_groups, pitch, quad)
+        mix_levels(a.ctypes.data, y.ctypes.data, e.ctypes.data, num_groups, pitch, quad)
         for group in range(num_groups):
             at = (i * num_groups + group) * 1024
             signs, bit = d.ctypes.data + group // 2 * 64, group % 2 * 16
@@ -309,28 +309,28 @@ def rebuild_float32(w0: int, out: int, first_block: int, num_blocks: int, work: 
 
 
 @compiled
-def stream_float32(w0: int, out: int, first_block: int, num_blocks: int, work: Work) -> None:
-    """As rebuild_float32, past the cache; `out` is a multiple of 32."""
-    a, y, num_groups, pitch, quad, d, e, lanes, key = work
+def nontemporal_float32(w0: int, out: int, first_block: int, num_blocks: int, workspace: Workspace) -> None:
+    """As rebuild_float32, with non-temporal stores; `out` is a multiple of 32."""
+    a, y, num_groups, pitch, quad, d, e, lanes, key = workspace
     for i in range(num_blocks):
         sign_words(e, first_block + i, 1, lanes, key)
         sign_words(d, first_block + i, 0, lanes, key)
-        mix(a.ctypes.data, y.ctypes.data, e.ctypes.data, num_groups, pitch, quad)
+        mix_levels(a.ctypes.data, y.ctypes.data, e.ctypes.data, num_groups, pitch, quad)
         for group in range(num_groups):
             at = (i * num_groups + group) * 1024
             signs, bit = d.ctypes.data + group // 2 * 64, group % 2 * 16
-            finish_past_cache_float32(y.ctypes.data + group * 64, pitch, quad, signs, bit, w0 + at, out + at)
+            finish_nontemporal_float32(y.ctypes.data + group * 64, pitch, quad, signs, bit, w0 + at, out + at)
     wait_for_stores()
 
 
 @compiled
-def rebuild_float16(w0: int, out: int, first_block: int, num_blocks: int, work: Work) -> None:
+def rebuild_float16(w0: int, out: int, first_block: int, num_blocks: int, workspace: Workspace) -> None:
     """Rebuild whole float16 blocks from address w0 to address out."""
-    a, y, num_groups, pitch, quad, d, e, lanes, key = work
+    a, y, num_groups, pitch, quad, d, e, lanes, key = workspace
     for i in range(num_blocks):
         sign_words(e, first_block + i, 1, lanes, key)
         sign_words(d, first_block + i, 0, lanes, key)
-        mix(a.ctypes.data, y.ctypes.data, e.ctypes.data, num_groups, pitch, quad)
+        mix_levels(a.ctypes.data, y.ctypes.data, e.ctypes.data, num_groups, pitch, quad)
         for group in range(num_groups):
             at = (i * num_groups + group) * 512
             signs, bit = d.ctypes.data + group // 2 * 64, group % 2 * 16
@@ -338,28 +338,28 @@ def rebuild_float16(w0: int, out: int, first_block: int, num_blocks: int, work: 
 
 
 @compiled
-def stream_float16(w0: int, out: int, first_block: int, num_blocks: int, work: Work) -> None:
-    """As rebuild_float16, past the cache; `out` is a multiple of 32."""
-    a, y, num_groups, pitch, quad, d, e, lanes, key = work
+def nontemporal_float16(w0: int, out: int, first_block: int, num_blocks: int, workspace: Workspace) -> None:
+    """As rebuild_float16, with non-temporal stores; `out` is a multiple of 32."""
+    a, y, num_groups, pitch, quad, d, e, lanes, key = workspace
     for i in range(num_blocks):
         sign_words(e, first_block + i, 1, lanes, key)
         sign_words(d, first_block + i, 0, lanes, key)
-        mix(a.ctypes.data, y.ctypes.data, e.ctypes.data, num_groups, pitch, quad)
+        mix_levels(a.ctypes.data, y.ctypes.data, e.ctypes.data, num_groups, pitch, quad)
         for group in range(num_groups):
             at = (i * num_groups + group) * 512
             signs, bit = d.ctypes.data + group // 2 * 64, group % 2 * 16
-            finish_past_cache_float16(y.ctypes.data + group * 64, pitch, quad, signs, bit, w0 + at, out + at)
+            finish_nontemporal_float16(y.ctypes.data + group * 64, pitch, quad, signs, bit, w0 + at, out + at)
     wait_for_stores()
 
 
 @compiled
-def rebuild_bfloat16(w0: int, out: int, first_block: int, num_blocks: int, work: Work) -> None:
+def rebuild_bfloat16(w0: int, out: int, first_block: int, num_blocks: int, workspace: Workspace) -> None:
     """Rebuild whole bfloat16 blocks from address w0 to address out."""
-    a, y, num_groups, pitch, quad, d, e, lanes, key = work
+    a, y, num_groups, pitch, quad, d, e, lanes, key = workspace
     for i in range(num_blocks):
         sign_words(e, first_block + i, 1, lanes, key)
         sign_words(d, first_block + i, 0, lanes, key)
-        mix(a.ctypes.data, y.ctypes.data, e.ctypes.data, num_groups, pitch, quad)
+        mix_levels(a.ctypes.data, y.ctypes.data, e.ctypes.data, num_groups, pitch, quad)
         for group in range(num_groups):
             at = (i * num_groups + group) * 512
             signs, bit = d.ctypes.data + group // 2 * 64, group % 2 * 16
@@ -367,15 +367,15 @@ def rebuild_bfloat16(w0: int, out: int, first_block: int, num_blocks: int, work:
 
 
 @compiled
-def stream_bfloat16(w0: int, out: int, first_block: int, num_blocks: int, work: Work) -> None:
-    """As rebuild_bfloat16, past the cache; `out` is a multiple of 32."""
-    a, y, num_groups, pitch, quad, d, e, lanes, key = work
+def nontemporal_bfloat16(w0: int, out: int, first_block: int, num_blocks: int, workspace: Workspace) -> None:
+    """As rebuild_bfloat16, with non-temporal stores; `out` is a multiple of 32."""
+    a, y, num_groups, pitch, quad, d, e, lanes, key = workspace
     for i in range(num_blocks):
         sign_words(e, first_block + i, 1, lanes, key)
         sign_words(d, first_block + i, 0, lanes, key)
-        mix(a.ctypes.data, y.ctypes.data, e.ctypes.data, num_groups, pitch, quad)
+        mix_levels(a.ctypes.data, y.ctypes.data, e.ctypes.data, num_groups, pitch, quad)
         for group in range(num_groups):
             at = (i * num_groups + group) * 512
             signs, bit = d.ctypes.data + group // 2 * 64, group % 2 * 16
-            finish_past_cache_bfloat16(y.ctypes.data + group * 64, pitch, quad, signs, bit, w0 + at, out + at)
+            finish_nontemporal_bfloat16(y.ctypes.data + group * 64, pitch, quad, signs, bit, w0 + at, out + at)
     wait_for_stores()

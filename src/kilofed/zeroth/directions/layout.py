@@ -1,6 +1,6 @@
-"""Where each tensor of a model stands in the directions: in name order, each from the start of a block on.
+"""Layout of a model's tensors over the blocks of a direction: in name order, each from the start of a block.
 
-A tensor can therefore be rebuilt alone, and sites that shard or stream the model differently get the same bits.
+Any tensor can therefore be rebuilt alone, and sites that shard or stream the model differently get the same bits.
 """
 
 import hashlib
@@ -20,13 +20,13 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True)
 class Slot:
-    """One tensor, with every name it goes by."""
+    """One tensor with all its names."""
 
     names: tuple[str, ...]
-    """The first in alphabetical order is the slot's own; the others are tied to it."""
+    """The first in alphabetical order is the slot's name; the others are tied to it."""
     shape: tuple[int, ...]
     dtype: torch.dtype
-    """Of the rebuilt weights: float32 for vectors and scalars, whatever the model stores, since eps would vanish."""
+    """Of the rebuilt weights: float32 for vectors and scalars whatever the model stores, so that eps is not lost."""
     first_block: int
 
     @property
@@ -49,21 +49,21 @@ class Layout:
 
     @cached_property
     def digest(self) -> str:
-        """64 hex digits; equal on two sites exactly when names, ties, shapes, dtypes and places are equal."""
+        """SHA-256 in hex of names, ties, shapes, dtypes and first blocks."""
         lines = [f"{s.first_block} {s.dtype} {list(s.shape)} {list(s.names)}" for s in self.slots]
         return hashlib.sha256("\n".join([spec.VERSION, str(self.num_seeds), *lines]).encode()).hexdigest()
 
 
 def layout_of(tensors: Iterable[tuple[str, Tensor]], num_seeds: int) -> Layout:
-    """Place the tensors that are to be moved.
+    """Assign blocks to the tensors that are to be perturbed.
 
     Args:
         tensors: every name with its tensor, in any order, e.g. `model.named_parameters(remove_duplicate=False)`;
-            tensors that share their memory element for element are tied and moved once.
+            tensors that share their memory element for element are tied and get one slot.
         num_seeds: K, the size of a block.
 
     Raises:
-        DirectionsError: a name twice, a dtype other than float32, bfloat16, float16, or memory shared in part.
+        DirectionsError: a name occurs twice, a dtype is not float32, bfloat16 or float16, or memory is shared in part.
     """
     spec.check_num_seeds(num_seeds)
     named = sorted(tensors, key=lambda pair: pair[0])
@@ -72,9 +72,9 @@ def layout_of(tensors: Iterable[tuple[str, Tensor]], num_seeds: int) -> Layout:
         if i and name == named[i - 1][0]:
             raise DirectionsError(f"two tensors are named {name}")
         if tensor.dtype not in DTYPES:
-            raise DirectionsError(f"{name} is {tensor.dtype}; directions move float32, bfloat16 and float16")
+            raise DirectionsError(f"{name} is {tensor.dtype}; directions support float32, bfloat16 and float16")
         tied.setdefault(_memory(tensor), []).append((name, tensor))
-    _refuse_overlaps([group[0] for group in tied.values()])
+    _check_overlaps([group[0] for group in tied.values()])
     slots, block = [], 0
     for group in tied.values():
         tensor = group[0][1]
@@ -90,15 +90,17 @@ def _memory(tensor: Tensor) -> tuple[object, ...]:
     return (tensor.device, tensor.data_ptr(), tuple(tensor.shape), tensor.stride())
 
 
-def _refuse_overlaps(tensors: list[tuple[str, Tensor]]) -> None:
-    held = sorted(
+def _check_overlaps(tensors: list[tuple[str, Tensor]]) -> None:
+    extents = sorted(
         (str(tensor.device), tensor.data_ptr(), tensor.data_ptr() + _extent(tensor), name)
         for name, tensor in tensors
         if not tensor.is_meta and tensor.numel()
     )
-    for (device, _, end, name), (next_device, start, _, next_name) in pairwise(held):
+    for (device, _, end, name), (next_device, start, _, next_name) in pairwise(extents):
         if device == next_device and start < end:
-            raise DirectionsError(f"{name} and {next_name} share part of their memory; tie them wholly or not at all")
+            raise DirectionsError(
+                f"{name} and {next_name} share part of their memory; tie them completely or not at all"
+            )
 
 
 def _extent(tensor: Tensor) -> int:

@@ -1,7 +1,7 @@
 """Philox4x32-10, the counter-based generator behind every sign (Salmon et al. 2011, "As easy as 1, 2, 3").
 
 One call turns a 128-bit counter and a 64-bit key into four 32-bit words. It has no state, so any word of any
-stream can be had directly, on any device, by integer arithmetic alone.
+stream can be computed directly, on any device, in integer arithmetic.
 """
 
 from collections.abc import Callable
@@ -28,16 +28,16 @@ _HALF = np.uint64(32)
 
 
 def compiled(function: Callable[P, R]) -> Callable[P, R]:
-    """Compile at the first call, release the interpreter lock, keep the machine code where a cache is possible."""
+    """Compile at the first call, without the interpreter lock; cache the machine code where a folder is writable."""
     try:
         kernel: Callable[P, R] = numba.njit(nogil=True, cache=True)(function)
-    except RuntimeError:  # numba finds no folder it may write: a read-only installation without a home.
+    except RuntimeError:  # numba found no writable cache folder: a read-only installation without a home folder.
         kernel = numba.njit(nogil=True)(function)
     return kernel
 
 
 def inlined(function: Callable[P, R]) -> Callable[P, R]:
-    """Make a function that kernels may call; it is compiled into each of them."""
+    """Compile a function into each kernel that calls it."""
     kernel: Callable[P, R] = numba.njit(inline="always")(function)
     return kernel
 

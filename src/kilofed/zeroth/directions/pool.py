@@ -1,4 +1,4 @@
-"""The seed pool: K directions through the weights, and the point w0 + sum_k a_k z_k in one pass over memory.
+"""The seed pool: K directions in weight space, and the point w0 + sum_k a_k z_k in one pass over memory.
 
 Source of the idea: FedKSeed (Qin et al. 2024, arXiv:2312.06353). Differs: the directions are structured (HSP-1,
 docs/seed-pool.md), which makes the sum a fast Hadamard transform and its bits the same on every device.
@@ -25,9 +25,9 @@ class SeedPool:
     """K directions of +1 and -1, orthogonal within every full block of K parameters."""
 
     num_seeds: int = spec.DEFAULT_NUM_SEEDS
-    """K, a power of two from 64 to 2**20; more directions reach more of the space and cost more bytes."""
+    """K, a power of two from 64 to 2**20; more directions span more of the space and cost more bytes."""
     key: int = 0
-    """Below 2**64; pools with different keys have unrelated directions."""
+    """Below 2**64; pools with different keys have independent directions."""
 
     def __post_init__(self) -> None:
         check_num_seeds(self.num_seeds)
@@ -63,7 +63,7 @@ class SeedPool:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> Tensor:
-        """(num_elements,) of +1 and -1: direction k from the start of a block on."""
+        """(num_elements,) of +1 and -1: direction k from the start of `first_block`."""
         check_below("direction k", k, self.num_seeds)
         check_below("num_elements", num_elements, 1 << 62)
         check_below("first_block", first_block, spec.MAX_FIRST_BLOCK)
@@ -72,15 +72,15 @@ class SeedPool:
         return out.to(device)
 
     def sample(self, round: int, client: int, num_steps: int, *, weights: Integers | None = None) -> Integers:
-        """The directions a client tries in a round: a pure function of its arguments and the key, so none are sent.
+        """Sample a client's directions of a round: a pure function of the arguments and the key, so none are sent.
 
         Args:
             round: below 2**32.
             client: the client's own id, below 2**32.
             num_steps: how many to draw, with replacement.
-            weights: (K,) integers from 0 on with a sum from 1 to 2**32 - 1; the chance of k is weights[k] / sum, up to
+            weights: (K,) integers from 0 with a sum from 1 to 2**32 - 1; the probability of k is weights[k] / sum, up to
                 2**-32. None, or all equal, is uniform. Integers, because probabilities computed on two machines may
-                differ in the last bit; `integer_weights` makes them.
+                differ in the last bit; see `integer_weights`.
 
         Returns:
             (num_steps,) numbers of directions.
@@ -100,16 +100,18 @@ class SeedPool:
             return np.ones(self.num_seeds, dtype=np.int64)
         if weights.shape != (self.num_seeds,) or not np.issubdtype(weights.dtype, np.integer):
             raise DirectionsError(
-                f"weights are {weights.dtype} of shape {weights.shape}; expected integers of shape ({self.num_seeds},)"
+                f"sampling weights are {weights.dtype} {weights.shape}; expected integers of shape ({self.num_seeds},)"
             )
         if weights.min() < 0 or weights.max() >= 1 << 32 or not 0 < int(weights.sum(dtype=np.uint64)) < 1 << 32:
-            raise DirectionsError("weights must not be negative and their sum must be from 1 to 2**32 - 1")
+            raise DirectionsError(
+                "sampling weights are out of range; expected integers from 0 with a sum from 1 to 2**32 - 1"
+            )
         return weights.astype(np.int64)
 
 
 @dataclass(frozen=True)
 class Position:
-    """A point reached by coefficients `a`; made by SeedPool.at, good for any number of tensors."""
+    """The point w0 + sum_k a_k z_k for coefficients `a`, for any tensor w0; made by SeedPool.at."""
 
     pool: SeedPool
     a: Floats
@@ -119,26 +121,28 @@ class Position:
         """The point with a_k + delta instead of a_k, one float32 addition.
 
         Raises:
-            DirectionsError: delta is not finite, or so small beside a_k that the sum is a_k again.
+            DirectionsError: the sum is not finite, or rounds to a_k.
         """
         check_below("direction k", k, self.pool.num_seeds)
         a = self.a.copy()
         a[k] += np.float32(delta)
         if not np.isfinite(a[k]) or (a[k] == self.a[k] and delta):
-            raise DirectionsError(f"moving coefficient {k} = {self.a[k]} by {delta} gives {a[k]} in float32")
+            raise DirectionsError(
+                f"coefficient {k} = {self.a[k]} plus {delta} is {a[k]} in float32; expected a finite number that differs"
+            )
         return Position(self.pool, a)
 
     def rebuild(self, w0: Tensor, *, first_block: int = 0, out: Tensor | None = None) -> Tensor:
         """round(w0 + sum_k a_k z_k), summed in float32 and rounded once, to nearest, ties to even.
 
-        The bits depend on w0, a, the pool and first_block alone: not on device, threads or chunks. If every
+        The bits depend only on w0, a, the pool and first_block, not on device, threads or chunks. If every
         coefficient is zero the result is w0, bit for bit.
 
         Args:
-            w0: finite float32, bfloat16 or float16 of any shape, contiguous; its first element stands at the start
-                of `first_block`.
+            w0: finite float32, bfloat16 or float16 of any shape, contiguous; its first element is the first of
+                `first_block`.
             first_block: Slot.first_block, or that plus whole blocks for a later part of the tensor.
-            out: where to write, like w0 in everything; may be w0. None makes one.
+            out: of the shape, dtype and device of w0, contiguous; may be w0. None allocates it.
         """
         _supported(w0.dtype)
         out = torch.empty_like(w0) if out is None else out
@@ -147,7 +151,9 @@ class Position:
                 f"out is {out.dtype} {tuple(out.shape)} on {out.device}, w0 is {w0.dtype} {tuple(w0.shape)} on {w0.device}"
             )
         if not (w0.is_contiguous() and out.is_contiguous()):
-            raise DirectionsError("w0 and out must be contiguous: directions follow the elements in memory order")
+            raise DirectionsError(
+                "w0 or out is not contiguous; directions follow the elements in memory order, so pass contiguous tensors"
+            )
         check_below("first_block", first_block, spec.MAX_FIRST_BLOCK)
         with torch.no_grad():
             if not self.a.any():
@@ -158,7 +164,7 @@ class Position:
     def _rebuild_into(self, out: Tensor, w0: Tensor, first_block: int) -> None:
         if w0.device.type == "cpu" and len(self.a) >= cpu.MIN_KERNEL_SEEDS:
             if w0.dtype not in self._tables:
-                self._tables[w0.dtype] = cpu.fold(self.a, w0.dtype)
+                self._tables[w0.dtype] = cpu.row_butterflies(self.a, w0.dtype)
             cpu.rebuild(w0, out, self._tables[w0.dtype], self.pool.key, first_block)
         elif w0.device.type == "cuda" and len(self.a) >= cpu.MIN_KERNEL_SEEDS:
             from kilofed.zeroth.directions import cuda
@@ -180,20 +186,22 @@ def check_coefficients(a: Floats | Tensor, num_seeds: int) -> Floats:
     return values
 
 
-def coefficients(slopes: npt.NDArray[np.float64], lr: float) -> Floats:
-    """Coefficients of plain descent: -lr * slopes in float64, rounded once to float32.
+def coefficients(gradients: npt.NDArray[np.float64], lr: float) -> Floats:
+    """Coefficients of SGD: -lr * gradients in float64, rounded once to float32.
 
     Args:
-        slopes: (K,) accumulated slopes, dloss / d(direction k).
-        lr: learning rate; a positive one walks downhill.
+        gradients: (K,) accumulated projected gradients.
+        lr: learning rate.
     """
-    return (-lr * slopes).astype(np.float32)
+    return (-lr * gradients).astype(np.float32)
 
 
 def integer_weights(probabilities: npt.NDArray[np.float64]) -> Integers:
     """Weights for SeedPool.sample in proportion to `probabilities`, the largest 65535 (less for K above 65536)."""
     if not np.isfinite(probabilities).all() or probabilities.min() < 0 or probabilities.max() <= 0:
-        raise DirectionsError("probabilities must be finite and not negative, and one of them must be positive")
+        raise DirectionsError(
+            "probabilities are negative, not finite or all 0; expected finite values from 0, at least one of them positive"
+        )
     largest = min(65535, ((1 << 32) - 1) // len(probabilities))
     weights: Integers = np.rint(probabilities / probabilities.max() * largest).astype(np.int64)
     return weights
@@ -201,5 +209,5 @@ def integer_weights(probabilities: npt.NDArray[np.float64]) -> Integers:
 
 def _supported(dtype: torch.dtype) -> torch.dtype:
     if dtype not in DTYPES:
-        raise DirectionsError(f"the dtype is {dtype}; directions move float32, bfloat16 and float16")
+        raise DirectionsError(f"the dtype is {dtype}; directions support float32, bfloat16 and float16")
     return dtype

@@ -1,6 +1,6 @@
 """HSP-1 in plain torch: any device, any K, the same bits as the kernels, several thousand times slower.
 
-It is the readable form of the specification. The sums are float32 and their order is part of the specification:
+This is the readable form of the specification. The sums are float32 and their order is part of the specification:
 inside a row 1, 2, 4, 8; over rows 16, 32, ... R / 2 and then 1, 2, 4, 8.
 """
 
@@ -11,14 +11,14 @@ from kilofed.zeroth.directions import spec
 from kilofed.zeroth.directions.philox import LOW, MULTIPLIERS, NUM_ROUNDS, WEYL, split64
 
 CHUNK_ELEMENTS = 1 << 22
-"""Elements worked on at a time: bounds the memory, changes no bit."""
+"""Elements per chunk: bounds the memory, changes no bit."""
 
 
 def rebuild(w0: Tensor, a: Tensor, key: int, first_block: int) -> Tensor:
     """round(w0 + sum_k a_k z_k).
 
     Args:
-        w0: (n,) float32, bfloat16 or float16; element 0 stands at the start of `first_block`.
+        w0: (n,) float32, bfloat16 or float16; element 0 is the first of `first_block`.
         a: (K,) float32 on the same device, not all zero.
         key: the pool's key, below 2**64.
         first_block: number of the block in which w0 starts.
@@ -49,7 +49,7 @@ def block_sums(a: Tensor, key: int, blocks: Tensor) -> Tensor:
 
 
 def direction(k: int, num_elements: int, key: int, num_seeds: int, first_block: int) -> Tensor:
-    """(num_elements,) float32 of +1 and -1: direction k from the start of `first_block` on."""
+    """(num_elements,) float32 of +1 and -1: direction k from the start of `first_block`."""
     k_row, k_lane = divmod(k, spec.LANES)
     rows = torch.arange(num_seeds // spec.LANES)
     parity = _parity(rows & k_row)[:, None] ^ _parity(torch.arange(spec.LANES) & k_lane)
@@ -72,7 +72,7 @@ def signs(blocks: Tensor, stream: int, key: int, num_seeds: int) -> Tensor:
 
 
 def philox(c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor, key: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Four words per counter, in int64. Products wrap around, which keeps their bits."""
+    """Four words per counter, in int64. Products wrap modulo 2**64, which keeps the bits that are used."""
     k0, k1 = split64(key)
     for _ in range(NUM_ROUNDS):
         p0, p1 = c0 * MULTIPLIERS[0], c2 * MULTIPLIERS[1]

@@ -22,7 +22,7 @@ MAX_NUM_SEEDS: Final = 1 << 20
 MAX_FIRST_BLOCK: Final = 1 << 62
 
 ROWS_PER_CALL: Final = 128
-"""Rows whose signs one Philox call per lane decides: four words of 32 bits."""
+"""Rows whose signs come from one Philox call per lane: four words of 32 bits."""
 STREAM_D: Final = 0
 STREAM_E: Final = 1
 COUNTER_STRIDE: Final = 32
@@ -32,11 +32,11 @@ TAG_SIGNS: Final = 0
 TAG_ORDER: Final = 1
 TAG_RADEMACHER: Final = 2
 TAG_GAUSSIAN: Final = 3
-"""Fourth counter word: keeps the uses of one pool key apart."""
+"""Fourth counter word: separates the uses of one pool key."""
 
 
 class DirectionsError(KilofedError):
-    """A seed pool was asked for something it cannot represent."""
+    """An argument that a seed pool cannot represent."""
 
 
 def check_num_seeds(num_seeds: int) -> int:
@@ -44,7 +44,7 @@ def check_num_seeds(num_seeds: int) -> int:
     if not MIN_NUM_SEEDS <= num_seeds <= MAX_NUM_SEEDS or num_seeds & (num_seeds - 1):
         raise DirectionsError(
             f"num_seeds is {num_seeds}; {VERSION} needs a power of two from {MIN_NUM_SEEDS} to {MAX_NUM_SEEDS}"
-            " (4096 by default, 1024 for few bytes)"
+            "; 4096 is the default, 1024 sends fewer bytes"
         )
     return num_seeds
 
@@ -52,17 +52,17 @@ def check_num_seeds(num_seeds: int) -> int:
 def check_below(name: str, value: int, limit: int) -> int:
     """Return an integer in [0, limit), or raise DirectionsError naming it."""
     if not 0 <= value < limit:
-        raise DirectionsError(f"{name} is {value}; it must be at least 0 and below {limit}")
+        raise DirectionsError(f"{name} is {value}; expected at least 0 and below {limit}")
     return value
 
 
 def far_levels(num_seeds: int) -> list[int]:
-    """Row distances of the butterflies that come first: 16, 32, ... up to R / 2."""
+    """Row distances of the first butterfly levels over rows: 16, 32, ... up to R / 2."""
     return _doublings(16, num_seeds // LANES)
 
 
 def near_levels(num_seeds: int) -> list[int]:
-    """Row distances of the butterflies that come last: 1, 2, 4, 8, as far as there are rows."""
+    """Row distances of the last butterfly levels: those of 1, 2, 4, 8 below R."""
     return _doublings(1, min(16, num_seeds // LANES))
 
 
@@ -106,7 +106,7 @@ class RebuildVector(TypedDict):
 
 
 class OrderVector(TypedDict):
-    """The directions a client draws."""
+    """The directions that a client samples."""
 
     key: str
     round: int
@@ -117,7 +117,7 @@ class OrderVector(TypedDict):
 
 @dataclass(frozen=True)
 class Vectors:
-    """The published test vectors; docs/seed-pool.md says how each field is to be read."""
+    """The published test vectors; docs/seed-pool.md defines each field."""
 
     philox: list[PhiloxVector]
     directions: list[DirectionVector]

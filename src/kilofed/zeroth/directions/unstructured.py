@@ -1,4 +1,4 @@
-"""Directions without structure, to compare with: slow, one random number per parameter and direction.
+"""Unstructured directions as a reference: slow, one random number per parameter and direction.
 
 RademacherPool and GaussianPool draw every direction independently by Philox and have the same bits on every host.
 `official_direction` draws as the code of FedKSeed (Qin et al. 2024, arXiv:2312.06353) does; its bits depend on the
@@ -20,7 +20,7 @@ from kilofed.zeroth.directions.philox import Words, compiled, philox_into, split
 from kilofed.zeroth.directions.pool import Integers, SeedPool, check_coefficients
 
 GAUSSIAN_MEAN: Final = 510
-"""Of the sum of four bytes."""
+"""Mean of the sum of four bytes."""
 GAUSSIAN_SCALE: Final = np.float32(147.80053)
 """Its standard deviation, sqrt((2**16 - 1) / 3), in float32."""
 SPAN: Final = 1 << 14
@@ -28,7 +28,7 @@ SPAN: Final = 1 << 14
 
 @dataclass(frozen=True)
 class IndependentPool(ABC):
-    """What the two pools share; elements are numbered as in SeedPool, element 0 of block b being b * K."""
+    """Base of the two pools; elements are numbered as in SeedPool, element 0 of block b being b * K."""
 
     num_seeds: int = spec.DEFAULT_NUM_SEEDS
     key: int = 0
@@ -37,72 +37,72 @@ class IndependentPool(ABC):
         SeedPool(self.num_seeds, self.key)
 
     @abstractmethod
-    def _add_to(self, sums: Floats, first: int, chosen: Integers, a: Floats) -> None:
-        """Add a[i] z_chosen[i] to sums, by rising i; sums[0] is element `first`."""
+    def _add_to(self, sums: Floats, first: int, nonzero: Integers, a: Floats) -> None:
+        """Add a[i] z_k for each k = nonzero[i] to sums, in order; sums[0] is element `first`."""
 
     def rebuild(self, w0: Tensor, a: Floats | Tensor, *, first_block: int = 0, out: Tensor | None = None) -> Tensor:
-        """round(w0 + sum_k a_k z_k) on the CPU, summed in float32 by rising k, rounded once; see Position.rebuild."""
+        """round(w0 + sum_k a_k z_k) on the CPU, summed in float32 in order of k, rounded once; see Position.rebuild."""
         values = check_coefficients(a, self.num_seeds)
-        chosen = np.flatnonzero(values)
-        if not len(chosen):
+        nonzero = np.flatnonzero(values)
+        if not len(nonzero):
             return w0.clone() if out is None else out.copy_(w0)
         sums = np.zeros(w0.numel(), dtype=np.float32)
         for start in range(0, len(sums), SPAN):
-            self._add_to(sums[start : start + SPAN], first_block * self.num_seeds + start, chosen, values[chosen])
+            self._add_to(sums[start : start + SPAN], first_block * self.num_seeds + start, nonzero, values[nonzero])
         moved = (w0.float() + torch.from_numpy(sums).view(w0.shape)).to(w0.dtype)
         return moved if out is None else out.copy_(moved)
 
     def direction(self, k: int, num_elements: int, *, first_block: int = 0) -> Tensor:
-        """(num_elements,) float32: direction k from the start of a block on."""
+        """(num_elements,) float32: direction k from the start of `first_block`."""
         spec.check_below("direction k", k, self.num_seeds)
         a = np.zeros(self.num_seeds, dtype=np.float32)
         a[k] = 1
         return self.rebuild(torch.zeros(num_elements), a, first_block=first_block)
 
     def sample(self, round: int, client: int, num_steps: int, *, weights: Integers | None = None) -> Integers:
-        """As SeedPool.sample: the same order under the same key."""
+        """Same as SeedPool.sample under the same key."""
         return SeedPool(self.num_seeds, self.key).sample(round, client, num_steps, weights=weights)
 
 
 class RademacherPool(IndependentPool):
     """+1 or -1 by one bit: element p is bit p % 32 of word p // 32 % 4 of counter (p // 128, k, high half, 2)."""
 
-    def _add_to(self, sums: Floats, first: int, chosen: Integers, a: Floats) -> None:
-        add_rademacher(sums, first, chosen, a, np.array(split64(self.key), dtype=np.uint32))
+    def _add_to(self, sums: Floats, first: int, nonzero: Integers, a: Floats) -> None:
+        add_rademacher(sums, first, nonzero, a, np.array(split64(self.key), dtype=np.uint32))
 
 
 class GaussianPool(IndependentPool):
-    """Nearly normal: the four bytes of word p % 4 of counter (p // 4, k, high half, 3), summed, centred and scaled.
+    """Approximately normal: the four bytes of word p % 4 of counter (p // 4, k, high half, 3), summed, centred and scaled.
 
-    Variance 1, kurtosis 2.7, at most 3.45 in size; z is an exact integer divided once in float32.
+    Variance 1, kurtosis 2.7, magnitude at most 3.45; z is an exact integer divided once in float32.
     """
 
-    def _add_to(self, sums: Floats, first: int, chosen: Integers, a: Floats) -> None:
-        add_gaussian(sums, first, chosen, a, np.array(split64(self.key), dtype=np.uint32))
+    def _add_to(self, sums: Floats, first: int, nonzero: Integers, a: Floats) -> None:
+        add_gaussian(sums, first, nonzero, a, np.array(split64(self.key), dtype=np.uint32))
 
 
 @compiled
-def add_rademacher(sums: Floats, first: int, chosen: Integers, a: Floats, key: Words) -> None:
+def add_rademacher(sums: Floats, first: int, nonzero: Integers, a: Floats, key: Words) -> None:
     """See RademacherPool."""
     words = np.empty((4, 1), dtype=np.uint32)
-    for i in range(len(chosen)):
+    for i in range(len(nonzero)):
         for j in range(len(sums)):
             p = first + j
             if j == 0 or p % 128 == 0:
-                _draw(words, p // 128, chosen[i], 2, key)
+                _draw(words, p // 128, nonzero[i], 2, key)
             minus = words[p // 32 % 4, 0] >> np.uint32(p % 32) & np.uint32(1)
             sums[j] += -a[i] if minus else a[i]
 
 
 @compiled
-def add_gaussian(sums: Floats, first: int, chosen: Integers, a: Floats, key: Words) -> None:
+def add_gaussian(sums: Floats, first: int, nonzero: Integers, a: Floats, key: Words) -> None:
     """See GaussianPool."""
     words = np.empty((4, 1), dtype=np.uint32)
-    for i in range(len(chosen)):
+    for i in range(len(nonzero)):
         for j in range(len(sums)):
             p = first + j
             if j == 0 or p % 4 == 0:
-                _draw(words, p // 4, chosen[i], 3, key)
+                _draw(words, p // 4, nonzero[i], 3, key)
             word = np.int64(words[p % 4, 0])
             total = (word & 255) + (word >> 8 & 255) + (word >> 16 & 255) + (word >> 24)
             sums[j] += a[i] * (np.float32(total - GAUSSIAN_MEAN) / GAUSSIAN_SCALE)
@@ -122,7 +122,7 @@ def official_seeds(num_seeds: int, generator: np.random.RandomState) -> list[int
 def official_direction(seed: int, parameters: Iterable[Tensor]) -> Iterator[Tensor]:
     """Normal directions for parameters in model order, as `torch.manual_seed` and `torch.normal` draw them.
 
-    Seeds torch's global generators, like the code it copies.
+    Seeds torch's global generators, as the official code does.
     """
     torch.manual_seed(seed)
     for parameter in parameters:
@@ -130,7 +130,7 @@ def official_direction(seed: int, parameters: Iterable[Tensor]) -> Iterator[Tens
 
 
 def official_rebuild(parameters: Iterable[Tensor], amplitudes: dict[int, float], lr: float) -> list[Tensor]:
-    """The official replay: for every seed in turn w - lr * amplitude * z, in the dtype of the weights."""
+    """The official replay: w - lr * amplitude * z for one seed after the other, in the dtype of the weights."""
     moved = [parameter.detach().clone() for parameter in parameters]
     for seed, amplitude in amplitudes.items():
         if amplitude != 0:

@@ -2,16 +2,16 @@ import numpy as np
 import pytest
 import torch
 
-from kilofed.zeroth.directions.oracles import (
+from kilofed.zeroth.directions.philox import philox
+from kilofed.zeroth.directions.pool import SeedPool
+from kilofed.zeroth.directions.spec import DirectionsError
+from kilofed.zeroth.directions.unstructured import (
     GaussianPool,
     RademacherPool,
     official_direction,
     official_rebuild,
     official_seeds,
 )
-from kilofed.zeroth.directions.philox import philox
-from kilofed.zeroth.directions.pool import SeedPool
-from kilofed.zeroth.directions.spec import DirectionsError
 
 
 @pytest.mark.parametrize("pool", [RademacherPool(64, 7), GaussianPool(64, 7)])

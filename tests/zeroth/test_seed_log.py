@@ -1,0 +1,104 @@
+"""Formats of a seed-pool run round-trip and refuse what is damaged; sampling probabilities follow the paper's formula."""
+
+import numpy as np
+import pytest
+import torch
+
+from kilofed.errors import PayloadError
+from kilofed.zeroth import seed_log
+from kilofed.zeroth.seed_log import Report, Request
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        Request(0),
+        Request(3, b"8 bytes.", ((2, b"delta"), (3, b"")), b"levels"),
+        Request(65535, updates=((0, bytes(1000)),)),
+    ],
+)
+def test_a_request_round_trips(request_: Request) -> None:
+    assert Request.unpack(request_.pack()) == request_
+
+
+@pytest.mark.parametrize("length", [0, 5, 12])
+def test_a_truncated_request_is_refused(length: int) -> None:
+    packed = Request(1, updates=((1, b"delta"),)).pack()
+    with pytest.raises(PayloadError, match=f"the request of {length} bytes is truncated"):
+        Request.unpack(packed[:length])
+
+
+def test_a_request_that_is_not_bytes_is_refused() -> None:
+    with pytest.raises(PayloadError, match=r"torch\.float32 where bytes were expected"):
+        Request.unpack(torch.zeros(20))
+
+
+def test_a_report_round_trips_and_sums_by_seed() -> None:
+    report = Report(12, 1.5, (1, 3), np.array([1.0, 0.0, -2.0, 0.0]))
+    back = Report.unpack(report.pack(32), num_steps=4, max_gradient=10)
+    assert (back.weight, back.loss, back.skipped) == (12, 1.5, (1, 3))
+    assert np.array_equal(back.gradients, report.gradients)
+    sums = back.sums(np.array([5, 6, 5, 7]), 64)
+    assert sums[0, 5] == -1
+    assert sums[1, 5] == 3
+    assert sums[2].tolist()[5:8] == [2, 0, 0]
+
+
+def test_magnitudes_are_clipped_in_the_sums_and_gradients_are_not() -> None:
+    sums = Report(1, 0.0, (), np.array([-5000.0])).sums(np.array([3]), 64)
+    assert sums[:, 3].tolist() == [-5000.0, seed_log.MAX_AMPLITUDE, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("report", "message"),
+    [
+        (Report(9, 1.0, (), np.full(3, 1e5)), "a gradient of magnitude 100000 in the report; expected at most 10000"),
+        (Report(9, 1.0, (), np.ones(4)), "4 gradients in the report; expected 3"),
+        (Report(9, 1.0, (3,), np.ones(3)), "3 gradients in the report; expected 3"),
+        (Report(0, 1.0, (), np.ones(3)), "weight 0 and loss 1.0 in the report"),
+        (Report(9, float("nan"), (), np.ones(3)), "weight 9 and loss nan in the report"),
+    ],
+)
+def test_reports_out_of_range_are_refused(report: Report, message: str) -> None:
+    with pytest.raises(PayloadError, match=message):
+        Report.unpack(report.pack(32), num_steps=3, max_gradient=1e4)
+
+
+def test_reports_of_a_round_are_one_record() -> None:
+    replies = {7: b"a", 2: b"", 40: bytes(range(200))}
+    record = seed_log.pack_reports(replies)
+    assert seed_log.unpack_reports(record) == replies
+    assert list(seed_log.unpack_reports(record)) == [2, 7, 40]
+    assert seed_log.unpack_reports(seed_log.pack_reports({})) == {}
+    for length in (4, 12, len(record) - 1):
+        with pytest.raises(PayloadError, match="the record of a round is truncated"):
+            seed_log.unpack_reports(record[:length])
+
+
+def test_equal_amplitudes_are_uniform_and_unequal_follow_the_papers_formula() -> None:
+    equal = seed_log.normalized_amplitudes(np.full(64, 3.0), np.ones(64), "pro")
+    assert np.allclose(seed_log.probabilities(equal), 1 / 64)
+    totals, counts = np.array([6.0, 2.0, 0.0, 4.0]), np.array([2.0, 1.0, 0.0, 3.0])
+    a = totals / (counts + 1)  # The history of a seed begins with a zero.
+    n = (a - a.min()) / (a.max() + 1e-10 - a.min())
+    expected = np.exp(n) / np.exp(n).sum()
+    found = seed_log.probabilities(seed_log.normalized_amplitudes(totals, counts, "pro"))
+    assert np.allclose(found, expected, atol=1e-12)
+    unbiased = seed_log.normalized_amplitudes(totals, counts, "pro-unbiased")  # Means 3, 2, 4/3; 2 where unknown.
+    assert np.allclose(unbiased, [1, 0.4, 0.4, 0], atol=1e-9)
+    assert np.array_equal(seed_log.normalized_amplitudes(np.zeros(4), np.zeros(4), "pro-unbiased"), np.zeros(4))
+
+
+def test_probabilities_arrive_within_a_thirtieth_of_a_nat() -> None:
+    amplitudes = np.random.default_rng(0).random(256)
+    amplitudes[:2] = 0, 1
+    weights = seed_log.sampling_weights(seed_log.encode_levels(amplitudes))
+    assert weights is not None
+    off = np.log(weights / weights.sum()) - np.log(seed_log.probabilities(amplitudes))
+    assert np.abs(off - off.mean()).max() < 1 / 30 + 2e-3
+    assert seed_log.sampling_weights(b"") is None
+
+
+def test_levels_out_of_range_are_refused() -> None:
+    with pytest.raises(PayloadError, match="expected 0 to 15"):
+        seed_log.sampling_weights(seed_log.encode_levels(np.array([0.0, 1.2])))
