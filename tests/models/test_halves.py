@@ -143,7 +143,7 @@ def test_a_cut_off_the_blocks_is_refused(tiny_model: Path, cut: int) -> None:
 def test_a_part_that_lacks_something_below_the_cut_says_so(tmp_path: Path) -> None:
     part = loading.load_base(Part(saved(DECODERS["gpt2"](), tmp_path).path, num_blocks=1))
     blocks = halves.find_blocks(part)[1]
-    part.set_submodule("transformer.wpe", halves._Absent("transformer.wpe", blocks))  # type: ignore[arg-type]
+    part.set_submodule("transformer.wpe", halves._Removed("transformer.wpe", blocks))  # type: ignore[arg-type]
     rows = batch(classes=False)
     with pytest.raises(ModelError, match=r"transformer\.wpe runs before the cut"):
         Halves(part, 1).below(rows.input_ids, rows.attention_mask)
