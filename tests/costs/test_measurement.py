@@ -110,4 +110,5 @@ def test_a_process_does_not_count_the_memory_of_the_one_that_started_it() -> Non
     large = torch.ones(100_000_000)  # 400 MB, all of it touched.
     code = "from kilofed.costs import environment\nprint(environment.own_peak_memory())"
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
-    assert int(done.stdout) < 200e6 < large.nbytes < measurement.environment.own_peak_memory()
+    assert int(done.stdout) < 300e6 < large.nbytes  # torch itself takes more than half of that.
+    assert large.nbytes < measurement.environment.own_peak_memory()

@@ -43,6 +43,26 @@ def test_no_mechanism_changes_nothing() -> None:
     assert policy.epsilon(3) == math.inf
 
 
+@pytest.mark.parametrize("policy", [Mechanism(), gaussian(0.5), gaussian(), RowGaussian(1.0, 0.5, KEY)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_will_leave_is_known_from_shapes_without_numbers(policy: Mechanism, dtype: torch.dtype) -> None:
+    start = Payload({"a": torch.zeros(3, 5), "rows": torch.zeros(10, 4)})
+    reply = Payload({"a": torch.randn(3, 5), "rows": torch.randn(10, 4, dtype=dtype)}, {"weight": 41, "loss": 0.5})
+    left = policy.client(reply, start)
+    outline = policy.outline(Payload({name: t.to("meta") for name, t in reply.tensors.items()}, reply.scalars))
+    assert outline.num_bytes == left.num_bytes
+    assert outline.scalars == left.scalars
+    for name, tensor in left.tensors.items():
+        assert (outline.tensors[name].shape, outline.tensors[name].dtype) == (tensor.shape, tensor.dtype)
+
+
+def test_rows_that_noise_cannot_meet_are_refused_before_a_run() -> None:
+    policy = RowGaussian(1.0, 0.5, KEY)
+    for rows in (torch.zeros(10, 4, dtype=torch.int8, device="meta"), torch.zeros(10, device="meta")):
+        with pytest.raises(PrivacyError, match="noise needs floating-point rows"):
+            policy.outline(Payload({"rows": rows}))
+
+
 def test_infinite_clip_and_zero_noise_pass_tensors_bit_for_bit() -> None:
     policy, start, end = gaussian(math.inf, 0.0), random_payload(1), random_payload(2, 1e6)
     left = policy.client(end, start)

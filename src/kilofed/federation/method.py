@@ -193,9 +193,9 @@ def sent(method: Method, message: Message, policy: Mechanism) -> Sent:
 
 
 def leaving(method: Method, message: Message, policy: Mechanism) -> Payload:
-    """What leaves a client in answer to `message`, numbers made up."""
+    """What leaves a client in answer to `message`: names, shapes and dtypes, whatever the numbers."""
     _, about = _function(method, message.action)
-    return policy.client(message.reply, message.ask) if about.reads_data else message.reply
+    return policy.outline(message.reply) if about.reads_data else message.reply
 
 
 def handle(method: Method, policy: Mechanism, client: Client, body: bytes) -> bytes:

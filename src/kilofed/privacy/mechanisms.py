@@ -40,6 +40,10 @@ class Mechanism:
         """What leaves the client's walls instead of `reply`."""
         return reply
 
+    def outline(self, reply: Payload) -> Payload:
+        """What leaves instead of `reply`, right in names, shapes and dtypes; the tensors need no numbers."""
+        return reply
+
     def server(self, mean: Payload, ask: Payload, *, num_replies: int, expected: int, when: When) -> Payload:
         """What the method is given instead of `mean`, the mean of `num_replies` replies from `expected` clients."""
         return mean
@@ -83,6 +87,9 @@ class CentralGaussian(Mechanism):
             raise PrivacyError(
                 "privacy.clip is inf, so no finite noise hides one client: set a finite clip, or noise_multiplier 0"
             )
+
+    def outline(self, reply: Payload) -> Payload:
+        return Payload(reply.tensors)
 
     def server(self, mean: Payload, ask: Payload, *, num_replies: int, expected: int, when: When) -> Payload:
         if num_replies == expected and self.noise_multiplier == 0:
@@ -130,14 +137,9 @@ class RowGaussian(Mechanism):
     kind = "rows"
 
     def client(self, reply: Payload, ask: Payload) -> Payload:
-        rows = reply.tensors.get(ROWS)
+        rows = self.outline(reply).tensors.get(ROWS)
         if rows is None:
             return reply
-        if rows.dim() != 2 or not rows.is_floating_point():
-            raise PrivacyError(
-                f"{ROWS!r} is {rows.dtype} of shape {tuple(rows.shape)}; noise needs floating-point rows\n"
-                "  hint: set method.activations and method.gradients to float32 or bfloat16"
-            )
         norms = rows.double().norm(dim=1, keepdim=True)
         clipped = rows.double() * (self.clip / norms.clamp(min=self.clip))
         digest = hashlib.sha256(bytes.fromhex(self.key) + Payload({ROWS: rows}).encode()).digest()
@@ -145,6 +147,15 @@ class RowGaussian(Mechanism):
         deviation = self.noise_multiplier * self.clip / math.sqrt(rows.shape[1])
         noise = torch.from_numpy(source.normal(0.0, deviation, size=tuple(rows.shape)))
         return Payload({**reply.tensors, ROWS: (clipped + noise).to(rows.dtype)}, reply.scalars)
+
+    def outline(self, reply: Payload) -> Payload:
+        rows = reply.tensors.get(ROWS)
+        if rows is not None and (rows.dim() != 2 or not rows.is_floating_point()):
+            raise PrivacyError(
+                f"{ROWS!r} is {rows.dtype} of shape {tuple(rows.shape)}; noise needs floating-point rows\n"
+                "  hint: set method.activations and method.gradients to float32 or bfloat16"
+            )
+        return reply
 
     def __post_init__(self) -> None:
         if not 0 < self.clip < math.inf:
