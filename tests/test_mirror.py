@@ -35,7 +35,6 @@ PACKAGES_WITH_CODE = {"data/sources": "data/sources/test_sources.py"}
 UNTESTED = {
     "costs/test_counter.py",
     "costs/test_environment.py",
-    "costs/test_needs.py",
     "data/sources/test_families.py",
     "engines/test_inprocess.py",
     "engines/test_opener.py",
@@ -47,7 +46,6 @@ UNTESTED = {
     "reports/test_page.py",
     "runs/test_export.py",
     "runs/test_facts.py",
-    "runs/test_listing.py",
     "serving/test_responses.py",
     "serving/test_steps.py",
     "serving/test_streaming.py",

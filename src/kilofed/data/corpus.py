@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from kilofed.config.recipe import ModelSpec, Recipe
 from kilofed.data import public
 from kilofed.data.examples import Example, Renderer, class_names
+from kilofed.data.notices import Warn, log_warning
 from kilofed.data.partition import Share, divide
 from kilofed.data.readers import Row, Rows, layout, read, set_aside
 from kilofed.errors import DataError, ModelError
@@ -25,9 +26,17 @@ class Corpus:
     Args:
         recipe: its data, its seed, and its model for the tokeniser.
         tokenizer_of: loads the tokeniser of a model; asked once for each.
+        warn: is told of rows, columns and files that are skipped.
     """
 
-    def __init__(self, recipe: Recipe, tokenizer_of: "Callable[[ModelSpec], PreTrainedTokenizerBase]") -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        tokenizer_of: "Callable[[ModelSpec], PreTrainedTokenizerBase]",
+        *,
+        warn: Warn = log_warning,
+    ) -> None:
+        self._warn = warn
         self._data, self._seed, self._model = recipe.data, recipe.seed, recipe.model
         self._tokenizer_of = tokenizer_of
         self._renderers: dict[tuple[str, str], Renderer] = {}
@@ -47,12 +56,12 @@ class Corpus:
 
     @cached_property
     def _rows(self) -> tuple[Rows, list[Row]]:
-        return set_aside(read(self._data, self._seed), self._data, self._seed)
+        return set_aside(read(self._data, self._seed, warn=self._warn), self._data, self._seed, warn=self._warn)
 
     @cached_property
     def shares(self) -> list[Share]:
         """Each client's rows, by its number. Raises DataError."""
-        return divide(self.rows, self._data, self._seed)
+        return divide(self.rows, self._data, self._seed, warn=self._warn)
 
     @cached_property
     def classes(self) -> tuple[str, ...]:
@@ -68,7 +77,7 @@ class Corpus:
     @cached_property
     def renderer(self) -> Renderer:
         """Rows to examples for the recipe's model. Raises DataError, ModelError."""
-        return Renderer(self.tokenizer, self._data, self.layout, self.classes)
+        return Renderer(self.tokenizer, self._data, self.layout, self.classes, warn=self._warn)
 
     @cached_property
     def layout(self) -> str:
@@ -136,4 +145,4 @@ class Corpus:
                 f"{spec.path} has another vocabulary than {self._model.path} ({len(tokenizer)} and "
                 f"{len(self.tokenizer)} tokens): where tokens are learnt, all models need one tokeniser"
             )
-        return Renderer(tokenizer, self._data, self.layout, self.classes)
+        return Renderer(tokenizer, self._data, self.layout, self.classes, warn=self._warn)

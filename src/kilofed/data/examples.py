@@ -1,13 +1,13 @@
 """Rows to tokenised examples: map columns, fill the prompt template, mask the prompt, truncate."""
 
 import json
-import logging
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple, cast
 
 from jinja2 import TemplateError
 
 from kilofed.config.recipe import DataSpec
+from kilofed.data.notices import Warn, log_warning
 from kilofed.data.readers import Row, Rows, layout, read, row_hash, set_aside
 from kilofed.errors import DataError, nearest
 
@@ -27,8 +27,6 @@ __all__ = [
     "row_hash",
     "set_aside",
 ]
-
-log = logging.getLogger("kilofed")
 
 IGNORED = -100
 """Label of a token that is not a target."""
@@ -84,6 +82,7 @@ class Renderer:
     Args:
         kind: result of `layout` for the rows.
         classes: names of the classes in the order of their indices, for classification.
+        warn: is told of the first rows that have nothing to learn.
 
     Raises:
         DataError: the template does not exist or does not fit the rows, a conversation is malformed, or the chat template
@@ -91,9 +90,15 @@ class Renderer:
     """
 
     def __init__(
-        self, tokenizer: "PreTrainedTokenizerBase", spec: DataSpec, kind: str, classes: Sequence[str] = ()
+        self,
+        tokenizer: "PreTrainedTokenizerBase",
+        spec: DataSpec,
+        kind: str,
+        classes: Sequence[str] = (),
+        *,
+        warn: Warn = log_warning,
     ) -> None:
-        self.tokenizer, self.spec, self.kind = tokenizer, spec, kind
+        self.tokenizer, self.spec, self.kind, self._warn = tokenizer, spec, kind, warn
         self._classes = {name: number for number, name in enumerate(classes)}
         self.template = _template(tokenizer, spec, kind)
         self.num_cut = 0
@@ -109,12 +114,9 @@ class Renderer:
         learnt = [e for e in examples if e.has_targets]
         if (num_empty := len(examples) - len(learnt)) and not self.num_empty:
             what, column = ("label", "label") if self.kind == "label" else ("answer", "response")
-            log.warning(
-                "%d of %d rows have no %s and are skipped; fill in data.columns.%s, or drop them",
-                num_empty,
-                len(examples),
-                what,
-                column,
+            self._warn(
+                f"{num_empty} of {len(examples)} rows have no {what} and are skipped; fill in data.columns.{column}, "
+                "or drop them"
             )
         self.num_empty += num_empty
         return learnt

@@ -2,17 +2,15 @@
 
 import contextlib
 import io
-import logging
 import random
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from kilofed.config.recipe import DataSpec, PartitionSpec
+from kilofed.data.notices import Warn, log_warning
 from kilofed.data.readers import Row, Rows, row_hash
 from kilofed.errors import DataError, nearest
-
-log = logging.getLogger("kilofed")
 
 
 @dataclass(frozen=True)
@@ -25,7 +23,7 @@ class Share:
     test: list[Row]
 
 
-def divide(rows: Rows, spec: DataSpec, seed: int) -> list[Share]:
+def divide(rows: Rows, spec: DataSpec, seed: int, *, warn: Warn = log_warning) -> list[Share]:
     """One share per client, in a fixed order: by name for a column, else by number.
 
     Held-out rows are assigned by the column too; for other partitions they are spread evenly by a hash of their content.
@@ -41,7 +39,7 @@ def divide(rows: Rows, spec: DataSpec, seed: int) -> list[Share]:
         part = replace(part, column=spec.columns.label)  # By default the skew is over labels.
     if kind == "auto":
         kind = "column" if part.column in rows.train[0] or part.column != PartitionSpec().column else "iid"
-    shares = _by_column(rows, part) if kind == "column" else _by_partitioner(rows, part, kind, seed)
+    shares = _by_column(rows, part, warn) if kind == "column" else _by_partitioner(rows, part, kind, seed, warn)
     for share in shares:
         _check_size(share, part.min_rows)
     if not rows.test:
@@ -51,18 +49,17 @@ def divide(rows: Rows, spec: DataSpec, seed: int) -> list[Share]:
     if spec.max_test_rows:
         shares = [replace(share, test=sorted(share.test, key=row_hash)[: spec.max_test_rows]) for share in shares]
     if untested := [share.name for share in shares if not share.test]:
-        log.warning("clients without held-out rows are trained but not evaluated: %s", _shorten(untested))
+        warn(f"clients without held-out rows are trained but not evaluated: {_shorten(untested)}")
     return shares
 
 
-def _by_column(rows: Rows, part: PartitionSpec) -> list[Share]:
+def _by_column(rows: Rows, part: PartitionSpec, warn: Warn) -> list[Share]:
     train, test = _grouped(rows.train, part, "row"), _grouped(rows.test, part, "held-out row")
     if unmatched := sorted(set(test) - set(train)):
         number = sum(len(test[name]) for name in unmatched)
-        log.warning(
-            "%d held-out rows are skipped: no client has training rows with that value of the column: %s",
-            number,
-            _shorten(unmatched),
+        warn(
+            f"{number} held-out rows are skipped: no client has training rows with that value of the column: "
+            f"{_shorten(unmatched)}"
         )
     return [Share(name, train[name], test.get(name, [])) for name in sorted(train)]
 
@@ -78,13 +75,13 @@ def _grouped(rows: Sequence[Row], part: PartitionSpec, what: str) -> dict[str, l
     return groups
 
 
-def _by_partitioner(rows: Rows, part: PartitionSpec, kind: str, seed: int) -> list[Share]:
+def _by_partitioner(rows: Rows, part: PartitionSpec, kind: str, seed: int, warn: Warn) -> list[Share]:
     if part.num_clients > len(rows.train):
         raise DataError(
             f"data.partition.num_clients is {part.num_clients}, but there are {len(rows.train)} training rows; "
             "use fewer clients or more rows"
         )
-    indices = _indices(rows.train, part, kind, seed)
+    indices = _indices(rows.train, part, kind, seed, warn)
     order = sorted(range(len(rows.test)), key=lambda i: row_hash(rows.test[i], seed))
     indices_by_client = [sorted(order[client :: len(indices)]) for client in range(len(indices))]
     return [
@@ -93,7 +90,7 @@ def _by_partitioner(rows: Rows, part: PartitionSpec, kind: str, seed: int) -> li
     ]
 
 
-def _indices(rows: Sequence[Row], part: PartitionSpec, kind: str, seed: int) -> list[list[int]]:
+def _indices(rows: Sequence[Row], part: PartitionSpec, kind: str, seed: int, warn: Warn) -> list[list[int]]:
     """Row numbers of each client."""
     labels = _labels(rows, part) if kind in ("dirichlet", "pathological") else []
     if kind == "pathological" and part.classes > len(set(labels)):
@@ -113,9 +110,9 @@ def _indices(rows: Sequence[Row], part: PartitionSpec, kind: str, seed: int) -> 
             f"({hint}min_rows={part.min_rows}); use fewer clients, or less skew"
         ) from error
     if (num_unassigned := len(rows) - sum(map(len, indices_by_client))) > 0:
-        log.warning(
-            "%d of %d training rows are assigned to no client: %d clients with %d labels each do not cover all %d labels",
-            *(num_unassigned, len(rows), part.num_clients, part.classes, len(set(labels))),
+        warn(
+            f"{num_unassigned} of {len(rows)} training rows are assigned to no client: {part.num_clients} clients with "
+            f"{part.classes} labels each do not cover all {len(set(labels))} labels"
         )
     return [sorted(order[i] for i in own) for own in indices_by_client]
 

@@ -4,7 +4,6 @@ import csv
 import gzip
 import hashlib
 import json
-import logging
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,9 +14,8 @@ from kilofed import hub
 from kilofed.config.fields import Value
 from kilofed.config.recipe import ColumnsSpec, DataSpec
 from kilofed.data import sources
+from kilofed.data.notices import Warn, log_warning
 from kilofed.errors import DataError, nearest
-
-log = logging.getLogger("kilofed")
 
 Row = Mapping[str, object]
 
@@ -38,39 +36,39 @@ class Rows:
     """One line on what was read."""
 
 
-def read(spec: DataSpec, seed: int) -> Rows:
+def read(spec: DataSpec, seed: int, *, warn: Warn = log_warning) -> Rows:
     """The rows of `spec.source`; warns of unused columns.
 
     Raises:
         DataError: a missing file or column, a broken line (with its number), no rows, a hub id without network, or an
             unknown option.
     """
-    train, test, note = _read(spec.source, spec.options, seed)
+    train, test, note = _read(spec.source, spec.options, seed, warn)
     if not train:
         raise DataError(f"{spec.source} has no rows; expected at least one")
     if spec.test:
-        first, second, _ = _read(spec.test, {}, seed)
+        first, second, _ = _read(spec.test, {}, seed, warn)
         test = second or first
         if not test:
             raise DataError(f"data.test is {spec.test}, which has no rows; expected at least one")
     needed = _needed(layout(spec.columns, train, spec.task), spec.columns)
     _check_columns(needed, test, "held-out row")
     if spec.source not in sources.names() and (names := unused_columns(spec, train)):
-        log.warning("%s", unused_sentence(names))
+        warn(unused_sentence(names))
     if spec.max_rows and len(train) > spec.max_rows:
         note = f"{spec.source}: {len(train)} training rows, of which data.max_rows takes {spec.max_rows}"
         train = sorted(train, key=lambda row: row_hash(row, seed))[: spec.max_rows]
     return Rows(train, test, note or f"{spec.source}: {len(train)} training rows, {len(test)} held-out rows")
 
 
-def set_aside(rows: Rows, spec: DataSpec, seed: int) -> tuple[Rows, list[Row]]:
+def set_aside(rows: Rows, spec: DataSpec, seed: int, *, warn: Warn = log_warning) -> tuple[Rows, list[Row]]:
     """The clients' rows and the public rows: those of `spec.public`, or a share of the training rows.
 
     Raises:
         DataError: as `read`; or the share leaves one side without rows.
     """
     if spec.public:
-        first, second, _ = _read(spec.public, {}, seed)
+        first, second, _ = _read(spec.public, {}, seed, warn)
         if not first and not second:
             raise DataError(f"data.public is {spec.public}, which has no rows; expected at least one")
         return rows, first or second
@@ -157,7 +155,7 @@ def _check_columns(needed: set[str], rows: Sequence[Row], what: str) -> None:
             )
 
 
-def _read(source: str, options: Mapping[str, Value], seed: int) -> tuple[list[Row], list[Row], str]:
+def _read(source: str, options: Mapping[str, Value], seed: int, warn: Warn) -> tuple[list[Row], list[Row], str]:
     """Training rows, held-out rows and the note of an embedded source."""
     if source in sources.names():
         try:
@@ -167,13 +165,13 @@ def _read(source: str, options: Mapping[str, Value], seed: int) -> tuple[list[Ro
         return list(found.train), list(found.test), found.note
     path = Path(source).expanduser()
     if not path.exists() and not _looks_local(source, path):
-        return *_read_hub(source, options), ""
+        return *_read_hub(source, options, warn), ""
     if options:
         raise DataError(
             f"data.options has {', '.join(options)}, but {source} is a file, which has no options; remove them"
         )
     if path.is_dir():
-        return *_read_folder(path), ""
+        return *_read_folder(path, warn), ""
     if path.exists():
         return _read_file(path), [], ""
     raise DataError(f"file or folder {source} does not exist in {Path.cwd()}; check data.source and data.test")
@@ -183,9 +181,9 @@ def _looks_local(source: str, path: Path) -> bool:
     return source.startswith((".", "/", "~")) or source.count("/") > 1 or _reader(path) is not None
 
 
-def _read_folder(path: Path) -> tuple[list[Row], list[Row]]:
+def _read_folder(path: Path, warn: Warn) -> tuple[list[Row], list[Row]]:
     if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
-        return _read_saved(path)
+        return _read_saved(path, warn)
     files = sorted(f for f in path.iterdir() if _reader(f)) or sorted(f for f in path.rglob("*") if _reader(f))
     train = [file for file in files if file.name.lower().startswith("train")]
     kinds = [[file for file in files if file.name.lower().startswith(prefix)] for prefix in HELD_OUT]
@@ -195,29 +193,27 @@ def _read_folder(path: Path) -> tuple[list[Row], list[Row]]:
         names = ", ".join(sorted(item.name for item in path.iterdir())) or "nothing"
         raise DataError(f"{path} has no {FORMATS} file of training rows; it has {names}")
     if unread := [file.name for file in files if file not in train and file not in test]:
-        log.warning(
-            "%s: files whose names begin with neither train nor test are not read: %s", path, ", ".join(unread)
-        )
+        warn(f"{path}: files whose names begin with neither train nor test are not read: {', '.join(unread)}")
     return [row for file in train for row in _read_file(file)], [row for file in test for row in _read_file(file)]
 
 
-def _read_saved(path: Path) -> tuple[list[Row], list[Row]]:
+def _read_saved(path: Path, warn: Warn) -> tuple[list[Row], list[Row]]:
     import datasets
 
     try:
-        return _splits(datasets.load_from_disk(str(path)))
+        return _splits(datasets.load_from_disk(str(path)), warn)
     except (OSError, ValueError, KeyError) as error:
         raise DataError(f"{path} is not a complete data set of save_to_disk ({_first_line(error)})") from error
 
 
-def _read_hub(source: str, options: Mapping[str, Value]) -> tuple[list[Row], list[Row]]:
+def _read_hub(source: str, options: Mapping[str, Value], warn: Warn) -> tuple[list[Row], list[Row]]:
     import datasets
 
     if unknown := sorted(set(options) - set(HUB_OPTIONS)):
         raise DataError(f"data.options.{unknown[0]} is not an option of a hub id{nearest(unknown[0], HUB_OPTIONS)}")
     hub.settle()
     try:
-        return _splits(datasets.load_dataset(source, **options))
+        return _splits(datasets.load_dataset(source, **options), warn)
     except Exception as error:  # Every library below has its own exceptions for network failures.
         raise DataError(
             f"{source} is not an embedded source ({', '.join(sources.names())}), file or folder, and loading it from the hub "
@@ -225,7 +221,7 @@ def _read_hub(source: str, options: Mapping[str, Value]) -> tuple[list[Row], lis
         ) from error
 
 
-def _splits(found: object) -> tuple[list[Row], list[Row]]:
+def _splits(found: object, warn: Warn) -> tuple[list[Row], list[Row]]:
     import datasets
 
     if not isinstance(found, datasets.DatasetDict):
@@ -236,7 +232,7 @@ def _splits(found: object) -> tuple[list[Row], list[Row]]:
         raise DataError(f"the data set has the splits {', '.join(names) or 'nothing'}; expected one called train")
     test = next((name for prefix in HELD_OUT for name in names if name.startswith(prefix)), "")
     if unread := [name for name in names if name not in (train, test)]:
-        log.warning("splits that are not read: %s", ", ".join(unread))
+        warn(f"splits that are not read: {', '.join(unread)}")
     return list(found[train]), list(found[test]) if test and test != train else []
 
 

@@ -17,6 +17,7 @@ from kilofed.config.tables import from_table
 from kilofed.costs.measurement import MeasuredSites
 from kilofed.data.corpus import Corpus
 from kilofed.data.examples import Example
+from kilofed.data.notices import Warn, log_warning
 from kilofed.errors import RecipeError
 from kilofed.federation.method import load_method
 from kilofed.federation.parties import Server, generator
@@ -32,16 +33,17 @@ class Sites:
     Args:
         recipe: the run.
         folder: where client states are kept, one folder per client; None keeps them in memory.
+        warn: is told of rows, columns and files that are skipped.
 
     Raises:
         RecipeError, PrivacyError: no such method or mechanism, or one of its fields is wrong.
     """
 
-    def __init__(self, recipe: Recipe, folder: Path | None = None) -> None:
+    def __init__(self, recipe: Recipe, folder: Path | None = None, *, warn: Warn = log_warning) -> None:
         self.recipe = recipe
         self.method = load_method(recipe.method)
         self.policy = load_mechanism(recipe.privacy)
-        self.corpus = Corpus(recipe, loading.load_tokenizer)
+        self.corpus = Corpus(recipe, loading.load_tokenizer, warn=warn)
         self._folder = folder
         self._sites: dict[int, Site] = {}
 
