@@ -16,6 +16,7 @@ from kilofed.distillation import losses
 from kilofed.errors import BudgetSpent, ModelError, RecipeError
 from kilofed.federation.cohort import address
 from kilofed.federation.method import method_names
+from kilofed.federation.workload import RunPreview
 from kilofed.methods import fedpt
 from kilofed.models import evaluation, loading, training
 from kilofed.payload import Payload
@@ -409,6 +410,21 @@ def test_the_trial_of_a_rule_leaves_the_small_model_as_it_was(federate, rule: st
     after = loading.read_trained(found.server.model)
     assert all(torch.equal(after[name], before[name]) for name in before)
     assert "held-out loss" in diagnosis.text
+
+
+@pytest.mark.parametrize(
+    ("rule", "forwards_per_row"), [("difference", 0), ("realign", 0), ("mix", 2), ("entropy_mix", 2)]
+)
+def test_a_fit_is_foreseen_as_one_forward_of_the_large_and_the_small_model(
+    federate, rule: str, forwards_per_row: int
+) -> None:
+    found = federate("fedpt", rounds=0, rule=rule, **NEVER)
+    method, sites = found.sites.method, found.sites
+    preview = RunPreview(found.recipe, found.server, sites.corpus.train_examples, sites.corpus.public_examples)
+    work = method.costs().server(preview)
+    held_out = method.public_rows(found.server)[1] if forwards_per_row else []
+    assert sum(one.rows * one.times for one in work.passes) == forwards_per_row * len(held_out)
+    assert not any(one.learns for one in work.passes)
 
 
 @pytest.mark.slow
