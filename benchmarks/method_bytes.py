@@ -28,7 +28,7 @@ SHORT: dict[str, dict[str, object]] = {
     "fedkseed": {"num_seeds": 64, "steps": 3, "lr": 1e-4},
     "fedmezo": {"steps": 3, "lr": 1e-3},
     "fedpt": {"large": "builtin:large", "steps": 2, "batch_size": 4, "top_k": 8, "tolerance": 9.0},
-    "kd": {"steps": 2, "guide_steps": 1, "batch_size": 4, "top_k": 8, "public_rows": 3},
+    "kd": {"steps": 2, "client_distill_steps": 1, "batch_size": 4, "top_k": 8, "public_rows": 3},
     "split": {},
 }
 PUBLIC = {"fedpt", "kd"}
@@ -52,7 +52,7 @@ def digests(name: str, folder: Path) -> list[str]:
         "data": {"source": str(rows), "holdout": 0.2, "max_length": 64, "public_share": 0.2 * (name in PUBLIC)},
         "adapter": {"rank": 2},
         "train": {"steps": 2, "batch_size": 4},
-        "evaluate": {"generate": 0, "controls": []},
+        "evaluate": {"generate": 0, "baselines": []},
         "method": {"name": name, **SHORT[name]},
     }
     recipe = folder / "recipe.toml"

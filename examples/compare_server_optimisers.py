@@ -12,7 +12,7 @@ from kilofed.config.tables import parse_words
 
 
 def main(words: list[str]) -> None:
-    overrides = {"rounds": 2, "train.steps": 4, "evaluate.controls": ["base"], **parse_words(words)}
+    overrides = {"rounds": 2, "train.steps": 4, "evaluate.baselines": ["base"], **parse_words(words)}
     with tempfile.TemporaryDirectory() as folder:
         for method in ("fedavg", "fedprox", "fedavgm"):
             run = kilofed.run("tiny", {**overrides, "method.name": method}, out=Path(folder) / method)

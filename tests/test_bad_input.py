@@ -23,7 +23,7 @@ from kilofed.payload import Payload
 from kilofed.runs.loop import run
 
 Refused = Callable[..., str]
-QUICK = ("evaluate.generate=0", "evaluate.controls=[]", "rounds=1", "train.steps=1")
+QUICK = ("evaluate.generate=0", "evaluate.baselines=[]", "rounds=1", "train.steps=1")
 
 
 @pytest.fixture
@@ -67,7 +67,10 @@ def message(out: str, err: str) -> str:
         ("engine.name=cloud", "RecipeError: engine.name is 'cloud'; expected one of 'inprocess', 'pool', "),
         ("rounds=0", "RecipeError: rounds is 0; expected at least 1"),
         ("method=fedavgg", "RecipeError: method 'fedavgg' does not exist (did you mean fedavg?)"),
-        ("method.wieghts=uniform", "RecipeError: method.wieghts is not a field of FedAvg (did you mean weights?)"),
+        (
+            "method.client_wieghting=uniform",
+            "RecipeError: method.client_wieghting is not a field of FedAvg (did you mean client_weighting?)",
+        ),
         ("cohort=9", "RecipeError: cohort is 9, but there are 4 clients"),
         ("quorum=9", "RecipeError: quorum is 9, but there are 4 clients"),
         ("data=./none.jsonl", "DataError: file or folder ./none.jsonl does not exist"),
@@ -155,7 +158,7 @@ def test_a_model_of_the_hub_without_network_is_answered(
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_client_and_round(
     refused: Refused, recipe: Path, tmp_path: Path
 ) -> None:
-    words = ("train.lr=1e30", "train.optimizer=sgd", "train.steps=4", "evaluate.generate=0", "evaluate.controls=[]")
+    words = ("train.lr=1e30", "train.optimizer=sgd", "train.steps=4", "evaluate.generate=0", "evaluate.baselines=[]")
     said = refused("run", recipe, *words, "--out", tmp_path / "run")
     assert said.startswith("ClientError: round 1: client 0: the loss is ")
     assert "the state of round 0 is kept" in said
@@ -214,7 +217,7 @@ def finished(tiny_model: Path, tiny_rows: Path, tmp_path_factory: pytest.TempPat
     folder = tmp_path_factory.mktemp("finished") / "run"
     words = {
         "name": "test", "rounds": 1, "model": str(tiny_model), "data": {"source": str(tiny_rows), "max_length": 48},
-        "train": {"steps": 1, "lr": 0.01}, "evaluate": {"generate": 0, "controls": []},
+        "train": {"steps": 1, "lr": 0.01}, "evaluate": {"generate": 0, "baselines": []},
     }  # fmt: skip
     run(from_table(words), out=folder)
     return folder

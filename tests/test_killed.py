@@ -24,7 +24,7 @@ def table(tiny_model: Path, tiny_rows: Path) -> dict[str, Value]:
         "data": {"source": str(tiny_rows), "holdout": 0.2, "max_length": 48},
         "method": {"name": "fixtures.stateful_method"},
         "train": {"steps": 1, "batch_size": 2, "lr": 0.01},
-        "evaluate": {"generate": 0, "controls": ["base"]},
+        "evaluate": {"generate": 0, "baselines": ["base"]},
     }
 
 

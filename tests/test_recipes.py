@@ -33,7 +33,7 @@ def test_one_round_of_a_shipped_recipe_runs(
         "train.epochs": 0,
         "train.steps": 1,
         "train.batch_size": 2,
-        "evaluate.controls": [],
+        "evaluate.baselines": [],
         "evaluate.generate": 0,
     }
     if load(name).data.task == "classify":

@@ -23,7 +23,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     same: dict[str, Value] = {
-        "method": "kd", "data.public_share": 0.2, "evaluate.controls": [], "evaluate.generate": 0, "evaluate.every": 99,
+        "method": "kd", "data.public_share": 0.2, "evaluate.baselines": [], "evaluate.generate": 0, "evaluate.every": 99,
         "rounds": 1 if options.quick else 6, "seeds": 1 if options.quick else 3,
     }  # fmt: skip
     if options.quick:

@@ -24,7 +24,7 @@ def measure(name: str, words: dict[str, Value], rounds: int, folder: Path) -> di
     shared: dict[str, Value] = {
         "rounds": rounds,
         "evaluate.costs": True,
-        "evaluate.controls": [],
+        "evaluate.baselines": [],
         "evaluate.generate": 0,
         "engine.name": "pool",
         "engine.workers": 1,

@@ -58,7 +58,7 @@ def measure(template: str, seed: int, rounds: int) -> dict[str, object]:
     """One seed: shares of exact answers after every round, and ranks after the last."""
     began = time.process_time()
     recipe = make_recipe(template, seed, rounds)
-    plain, distilled = Job(changed(recipe, distil="none")), Job(changed(recipe, distil="forward"))
+    plain, distilled = Job(changed(recipe, distillation="none")), Job(changed(recipe, distillation="forward"))
     large = Job(
         from_table({**as_table(template, seed, rounds), "model": {"path": "builtin:large"}, "method": "fedavg"})
     )

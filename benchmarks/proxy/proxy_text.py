@@ -126,7 +126,7 @@ def measure(name: str, seed: int, part: str, shared: Path, *, quick: bool = Fals
 
 def steered(recipe: Recipe, test_rows: int) -> dict[str, object]:
     """Small models, the large base, the steered models, the forecast before them and the strengths after."""
-    plain, distilled = (Job(changed(recipe, distil=kind)) for kind in ("none", "forward"))
+    plain, distilled = (Job(changed(recipe, distillation=kind)) for kind in ("none", "forward"))
     held_out = plain.held_out(test_rows)
     fedpt = cast(FedPT, plain.sites.method)
     rows: dict[str, evaluation.Scores] = {}
@@ -229,9 +229,11 @@ class Job:
         return sum(statistics.fmean(by_client.values()) for by_client in ways)
 
 
-def changed(recipe: Recipe, *, distil: str) -> Recipe:
+def changed(recipe: Recipe, *, distillation: str) -> Recipe:
     """The recipe with another server phase."""
-    return replace(recipe, method=replace(recipe.method, fields={**recipe.method.fields, "distil": distil}))
+    return replace(
+        recipe, method=replace(recipe.method, fields={**recipe.method.fields, "distillation": distillation})
+    )
 
 
 def make_recipe(name: str, seed: int, shared: Path, folder: Path) -> Recipe:

@@ -157,7 +157,7 @@ def common(*, full_lr: float, steps: int, lr: float) -> Words:
         "full:adapter.kind": "full",
         "full:train.lr": full_lr,
         "kd:method.steps": 12,
-        "kd:method.guide_steps": 4,
+        "kd:method.client_distill_steps": 4,
         "kd:method.batch_size": 8,
         "kd:method.public_rows": 100,
         "fedkseed:adapter.kind": "full",

@@ -22,7 +22,7 @@ def words(tiny_model: Path, tiny_rows: Path) -> Callable[..., list[str]]:
         "train.steps": 1,
         "train.lr": 0.05,
         "evaluate.generate": 0,
-        "evaluate.controls": '["base"]',
+        "evaluate.baselines": '["base"]',
     }
     return lambda command, *more: [command, "tiny", *(f"{key}={value}" for key, value in small.items()), *more]
 

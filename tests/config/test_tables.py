@@ -135,9 +135,9 @@ def test_changed_changes_nothing_else() -> None:
         ("train.lr", -1.0, r"train\.lr is -1\.0; expected at least 0"),
         ("data.holdout", 1.0, r"data\.holdout is 1\.0; expected from 0 to below 1"),
         (
-            "evaluate.controls",
+            "evaluate.baselines",
             ["base", "locale"],
-            r"evaluate\.controls\[1\] is 'locale'; expected one of 'base', 'local', 'central'",
+            r"evaluate\.baselines\[1\] is 'locale'; expected one of 'base', 'local', 'centralized'",
         ),
         ("adapter.kind", "dora", r"adapter\.kind is 'dora'; expected one of 'lora', 'full'"),
     ],

@@ -41,7 +41,7 @@ def test_attention_on_the_cpu_is_two_products_forward_and_five_back() -> None:
 
 @pytest.fixture
 def measured(tiny_recipe: Recipe) -> Recipe:
-    return replace(tiny_recipe, evaluate=replace(tiny_recipe.evaluate, costs=True, generate=0, controls=()))
+    return replace(tiny_recipe, evaluate=replace(tiny_recipe.evaluate, costs=True, generate=0, baselines=()))
 
 
 def test_counting_changes_last_bits_at_most_and_finds_the_clients_at_work(measured: Recipe, tmp_path) -> None:

@@ -114,7 +114,7 @@ def test_a_wrong_recipe_is_refused_by_name(folder: Path) -> None:
 def test_a_run_gives_the_same_state_and_ledger_as_in_process(
     method: dict[str, Value], tiny_table: dict[str, Value], tmp_path: Path
 ) -> None:
-    few = {"evaluate.controls": [], "evaluate.generate": 0, "engine.threads": 1, "data.partition.num_clients": 2}
+    few = {"evaluate.baselines": [], "evaluate.generate": 0, "engine.threads": 1, "data.partition.num_clients": 2}
     recipe = changed(from_table(tiny_table), {**few, **method, "data.partition.kind": "iid"})  # type: ignore[dict-item]
     runs = {
         name: kilofed.run(changed(recipe, {"engine.name": name}), out=tmp_path / name)

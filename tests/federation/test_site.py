@@ -119,7 +119,13 @@ def test_another_clients_number_gives_other_bytes(recipe: Recipe, rows: Rows) ->
 @pytest.fixture
 def keeps_state(recipe: Recipe) -> Recipe:
     """A method whose clients keep what they learnt from round to round."""
-    kd = {"method": "kd", "method.steps": 2, "method.guide_steps": 1, "method.batch_size": 4, "method.top_k": 8}
+    kd = {
+        "method": "kd",
+        "method.steps": 2,
+        "method.client_distill_steps": 1,
+        "method.batch_size": 4,
+        "method.top_k": 8,
+    }
     return changed(recipe, {**kd, "data.public_share": 0.2})
 
 

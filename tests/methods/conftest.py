@@ -23,7 +23,7 @@ Engine = Callable[..., InProcess]
 SMALL: dict[str, dict[str, Value]] = {
     "fedkseed": {"num_seeds": 64, "steps": 3, "lr": 1e-3},
     "fedmezo": {"steps": 3, "lr": 1e-2},
-    "kd": {"steps": 2, "guide_steps": 1, "batch_size": 4, "lr": 1e-2, "top_k": 8, "public_rows": 3},
+    "kd": {"steps": 2, "client_distill_steps": 1, "batch_size": 4, "lr": 1e-2, "top_k": 8, "public_rows": 3},
     "fedpt": {"steps": 2, "batch_size": 4, "lr": 1e-2, "top_k": 8, "tolerance": 9.0},
 }
 """Fields with which a method whose defaults are for large models learns in a test."""

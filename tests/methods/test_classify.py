@@ -51,7 +51,7 @@ def test_the_head_is_sent_with_the_adapter(federate, tiny_encoder: Path) -> None
 def test_a_run_over_classes_is_reported_and_exported_and_does_not_chat(
     tiny_recipe: Recipe, tiny_encoder: Path, tmp_path: Path
 ) -> None:
-    less: dict[str, Value] = {"rounds": 1, "evaluate.controls": ["base"], "model.path": str(tiny_encoder)}
+    less: dict[str, Value] = {"rounds": 1, "evaluate.baselines": ["base"], "model.path": str(tiny_encoder)}
     done = kilofed.run(changed(tiny_recipe, {**CLASSIFY, **less}), out=tmp_path / "run")
     rows = done.rows
     assert 0 <= rows["federated"]["macro_f1"] <= 1

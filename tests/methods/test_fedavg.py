@@ -38,7 +38,7 @@ def test_a_round_is_the_weighted_mean_of_the_clients(federate, weights: str) -> 
     parts = replies(federate("fedavg", rounds=0, overrides=UNEVEN))
     assert len({count for _, count in parts}) == 3
     w = torch.tensor([count if weights == "examples" else 1 for _, count in parts], dtype=torch.float64)
-    found = federate("fedavg", rounds=1, weights=weights, overrides=UNEVEN)
+    found = federate("fedavg", rounds=1, client_weighting=weights, overrides=UNEVEN)
     for name, tensor in found.server.state.items():
         stack = torch.stack([end[name].double() for end, _ in parts])
         expected = (stack * w.reshape(-1, *[1] * tensor.dim())).sum(0) / w.sum()
@@ -46,7 +46,9 @@ def test_a_round_is_the_weighted_mean_of_the_clients(federate, weights: str) -> 
 
 
 def test_weights_matter_where_clients_differ_in_size(federate) -> None:
-    examples, uniform = (federate("fedavg", weights=kind, overrides=UNEVEN) for kind in ("examples", "uniform"))
+    examples, uniform = (
+        federate("fedavg", client_weighting=kind, overrides=UNEVEN) for kind in ("examples", "uniform")
+    )
     assert examples.content != uniform.content
 
 
@@ -82,7 +84,7 @@ def test_an_update_below_the_precision_of_bfloat16_is_not_lost(federate) -> None
 def test_infinite_clip_and_no_noise_is_no_mechanism_bit_for_bit(federate) -> None:
     idle = {"privacy.kind": "central", "privacy.clip": math.inf, "privacy.noise_multiplier": 0.0}
     private = federate("fedavg", overrides=idle)
-    assert private.content == federate("fedavg", weights="uniform").content
+    assert private.content == federate("fedavg", client_weighting="uniform").content
     assert private.metrics == [{}, {}]  # No loss leaves a client.
 
 

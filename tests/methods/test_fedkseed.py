@@ -81,7 +81,7 @@ def test_numbers_on_the_grid_are_exact() -> None:
 
 
 def test_deltas_and_whole_states_lead_to_the_same_state(federate) -> None:
-    found = federate("fedkseed", rounds=3, epoch=2, fresh=True, overrides={**FULL, "rounds": 3})
+    found = federate("fedkseed", rounds=3, rounds_per_pool=2, fresh=True, overrides={**FULL, "rounds": 3})
     server, method = found.server, found.sites.method
     method.pools.begin(server.state, 4)
     point = method.pools.point(server.seed, server.state)
@@ -89,7 +89,9 @@ def test_deltas_and_whole_states_lead_to_the_same_state(federate) -> None:
         client = found.sites.site(0).client
         client.state = {}
         if held[0] >= 0:  # What a client that left after that round has on its disk.
-            past = federate("fedkseed", rounds=2 * held[0] + held[1], epoch=2, overrides={**FULL, "rounds": 3})
+            past = federate(
+                "fedkseed", rounds=2 * held[0] + held[1], rounds_per_pool=2, overrides={**FULL, "rounds": 3}
+            )
             client.state = {k: t for k, t in past.server.state.items() if k.startswith("state.")}
         method._receive(client, Request(1, updates=method.pools.updates(server.state, held)))
         reached = method.pools.point(server.seed, client.state, num_pools=2)
@@ -97,7 +99,7 @@ def test_deltas_and_whole_states_lead_to_the_same_state(federate) -> None:
 
 
 def test_a_new_pool_starts_from_the_weights_of_the_last_one(federate) -> None:
-    found = federate("fedkseed", rounds=2, epoch=1, **EXACT)
+    found = federate("fedkseed", rounds=2, rounds_per_pool=1, **EXACT)
     one = federate("fedkseed", rounds=1, **EXACT)
     chain = found.sites.method.pools.point(found.server.seed, found.server.state).chain
     assert len(chain) == 2
@@ -158,7 +160,7 @@ def test_charts_show_every_coefficient_in_order_and_probabilities_that_sum_to_k(
 
 
 def test_gradients_out_of_range_are_refused_and_their_client_named(federate) -> None:
-    method = federate("fedkseed", rounds=0, max_slope=1e4, overrides=FULL).sites.method
+    method = federate("fedkseed", rounds=0, max_scalar_gradient=1e4, overrides=FULL).sites.method
     good, steep = Report(9, 1.0, (), np.ones(3)).pack(6), Report(9, 1.0, (), np.full(3, 1e5)).pack(32)
     for broken, words in ((steep, "gradient of magnitude 100000"), (good[:-1], "checksum"), (b"", "truncated")):
         with pytest.raises(PayloadError, match=words):

@@ -27,7 +27,7 @@ from kilofed.runs.loop import resume
 from kilofed.runs.sites import Sites, open_handler
 from kilofed.serving import chat
 
-NEVER = {"distil": "none"}
+NEVER = {"distillation": "none"}
 
 
 def logits(model: nn.Module) -> torch.Tensor:
@@ -110,7 +110,7 @@ def test_a_large_model_that_is_the_small_one_and_alpha_1_teaches_nothing(federat
 
 @pytest.mark.parametrize("distil", ["forward", "reverse"])
 def test_a_server_phase_brings_the_small_model_nearer_to_its_teacher(federate, distil: str) -> None:
-    found = federate("fedpt", rounds=0, fresh=True, distil=distil, steps=40, lr=5e-3, alpha=0.0)
+    found = federate("fedpt", rounds=0, fresh=True, distillation=distil, steps=40, lr=5e-3, alpha=0.0)
     method, server = found.sites.method, found.server
     rows = method.public_rows(server)[0]
     batch = training.collate(rows)
@@ -182,7 +182,12 @@ def test_a_worker_process_works_without_the_large_model(tiny_table, tiny_large: 
 def run(table: dict[str, Value], large: str, out: Path, **fields: Value) -> kilofed.Run:
     method = {"name": "fedpt", "large": large, "steps": 2, "batch_size": 4, "lr": 1e-2, "tolerance": 9.0, **fields}
     data = {**table["data"], "public_share": 0.2}
-    whole = {**table, "data": data, "method": method, "evaluate": {"generate": 1, "max_new_tokens": 4, "controls": []}}
+    whole = {
+        **table,
+        "data": data,
+        "method": method,
+        "evaluate": {"generate": 1, "max_new_tokens": 4, "baselines": []},
+    }
     return kilofed.run(kilofed.config.tables.from_table(whole), out=out)
 
 
@@ -229,7 +234,14 @@ def test_the_run_ends_when_the_steered_model_meets_its_target(tiny_table, tiny_l
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("every", 0), ("steps", 0), ("temperature", 0.0), ("own_answers", 1.5), ("held_out", 1.0), ("top_k", -1)],
+    [
+        ("distill_every", 0),
+        ("steps", 0),
+        ("temperature", 0.0),
+        ("hard_label_weight", 1.5),
+        ("validation_share", 1.0),
+        ("top_k", -1),
+    ],
 )
 def test_a_field_out_of_its_range_is_refused_before_any_work(federate, field: str, value: float) -> None:
     with pytest.raises(RecipeError, match=f"method.{field} is {value}"):
@@ -237,7 +249,7 @@ def test_a_field_out_of_its_range_is_refused_before_any_work(federate, field: st
 
 
 def test_distilling_without_public_rows_says_what_to_set(federate) -> None:
-    with pytest.raises(RecipeError, match=r"set data\.public or data\.public_share, or method\.distil=none"):
+    with pytest.raises(RecipeError, match=r"set data\.public or data\.public_share, or method\.distillation=none"):
         federate("fedpt", rounds=0, overrides={"data.public_share": 0.0})
     assert federate("fedpt", rounds=0, overrides={"data.public_share": 0.0}, **NEVER).server.state
 

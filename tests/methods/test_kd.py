@@ -59,7 +59,9 @@ def test_top_k_of_all_tokens_equals_full_scores(federate) -> None:
 
 def test_clients_that_do_not_train_do_not_change_the_server(federate) -> None:
     # SGD, since Adam also turns rounding errors into full steps.
-    still = federate("kd", overrides={"train.lr": 0.0, "train.optimizer": "sgd"}, guide_steps=0, wire="float32")
+    still = federate(
+        "kd", overrides={"train.lr": 0.0, "train.optimizer": "sgd"}, client_distill_steps=0, wire="float32"
+    )
     start = federate("kd", rounds=0).server.state
     for name, tensor in start.items():
         torch.testing.assert_close(still.server.state[name], tensor, rtol=0, atol=1e-5)

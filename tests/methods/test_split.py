@@ -74,8 +74,10 @@ def test_a_step_on_a_joint_part_follows_the_mean_of_the_clients_losses(federate)
     # With plain gradient descent, one step from the mean gradient is the mean of the clients' steps: FedAvg's.
     sgd = {"train.optimizer": "sgd", "train.steps": 1}
     for labels in ("server", "client"):
-        joint = federate("split", rounds=1, overrides=sgd, server_part="joint", labels=labels, weights="uniform")
-        plain = federate("fedavg", rounds=1, overrides=sgd, weights="uniform")
+        joint = federate(
+            "split", rounds=1, overrides=sgd, server_part="joint", labels=labels, client_weighting="uniform"
+        )
+        plain = federate("fedavg", rounds=1, overrides=sgd, client_weighting="uniform")
         for name, tensor in plain.server.state.items():
             torch.testing.assert_close(joint.server.state[name], tensor, rtol=1e-4, atol=1e-6)
 
@@ -269,7 +271,7 @@ def test_the_report_has_the_reconstruction_attacks(federate) -> None:
 
 @pytest.mark.parametrize("labels", ["server", pytest.param("client", marks=pytest.mark.slow)])
 def test_noise_on_hidden_states_comes_through_the_policy(federate, labels: str) -> None:
-    rows = {"privacy.kind": "rows", "privacy.noise_key": "ab" * 16, "privacy.clip": 1e6}
+    rows = {"privacy.kind": "activations", "privacy.noise_key": "ab" * 16, "privacy.clip": 1e6}
     plain = federate("split", labels=labels)
     still = federate("split", labels=labels, overrides={**rows, "privacy.noise_multiplier": 0.0})
     assert_equal(still.server.state, plain.server.state)

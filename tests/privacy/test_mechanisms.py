@@ -230,4 +230,4 @@ def test_rows_that_cannot_take_noise_and_an_endless_clip_are_refused() -> None:
     with pytest.raises(PrivacyError, match=r"set method\.activations and method\.gradients"):
         RowGaussian(1.0, 1.0, "ab" * 16).client(Payload({"rows": torch.zeros(2, 2, dtype=torch.int8)}), Payload())
     with pytest.raises(PrivacyError, match="needs a finite one"):
-        load_mechanism(PrivacySpec("rows", clip=math.inf))
+        load_mechanism(PrivacySpec("activations", clip=math.inf))

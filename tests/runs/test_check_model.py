@@ -91,7 +91,7 @@ def test_memory_grows_with_length_batch_processes_and_trained_parameters(tiny_re
     assert needed(evaluate__batch_size=256) > base
     assert needed(engine__name="pool") > base
     assert needed(adapter__kind="full", evaluate__batch_size=1) > needed(evaluate__batch_size=1)
-    assert needed(evaluate__controls=["base"]) < base
+    assert needed(evaluate__baselines=["base"]) < base
     large = needed(train__batch_size=64, evaluate__batch_size=1)
     assert needed(train__batch_size=64, train__accumulation=32, evaluate__batch_size=1) < large
 

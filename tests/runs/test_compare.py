@@ -31,7 +31,7 @@ def test_entries_share_model_rows_evaluation_and_budget_and_keep_their_own_metho
     assert found["fedkseed"].method.fields["lr"] == 5e-4
     own = compare.recipes(source, *compare.entries("fedavg,kd", {"kd:train.lr": 0.5}), 1)
     assert [one.train.lr for one in own.values()] == [0.01, 0.5]  # A budget is shared, a learning rate is not.
-    assert [bool(one.evaluate.controls) for one in found.values()] == [True, False, False]
+    assert [bool(one.evaluate.baselines) for one in found.values()] == [True, False, False]
 
 
 def test_public_rows_that_one_needs_are_set_aside_for_all(source: Path) -> None:

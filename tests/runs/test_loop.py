@@ -21,7 +21,7 @@ from kilofed.payload import Payload
 from kilofed.reports import report
 from kilofed.runs.loop import Run
 
-SMALL = {"evaluate.generate": 0, "evaluate.controls": []}
+SMALL = {"evaluate.generate": 0, "evaluate.baselines": []}
 
 
 class Told:
@@ -268,7 +268,7 @@ def test_a_cohort_is_drawn_anew_each_round(recipe: Recipe, tmp_path: Path) -> No
 
 
 def test_repeats_have_a_folder_each_and_one_table(recipe: Recipe, tmp_path: Path) -> None:
-    two = changed(recipe, {"evaluate.generate": 0, "evaluate.controls": ["base"], "rounds": 1, "seeds": 2, "seed": 4})
+    two = changed(recipe, {"evaluate.generate": 0, "evaluate.baselines": ["base"], "rounds": 1, "seeds": 2, "seed": 4})
     done = kilofed.run(two, out=tmp_path / "run")
     assert done.results["seeds"] == [4, 5]
     parts = [json.loads((done.folder / f"seed-{seed}" / "results.json").read_text("utf-8")) for seed in (4, 5)]

@@ -40,7 +40,7 @@ CASES: dict[str, Table] = {
     "fedavg": {},
     "accumulated": {"train": {"accumulation": 2}, "cohort": 3},
     "full": {"adapter": {"kind": "full"}, "method": {"name": "fedavg", "wire": "bfloat16"}},
-    "kd": {"method": {"name": "kd", "steps": 2, "guide_steps": 1, "top_k": 8, "public_rows": 5}, **PUBLIC},
+    "kd": {"method": {"name": "kd", "steps": 2, "client_distill_steps": 1, "top_k": 8, "public_rows": 5}, **PUBLIC},
     "kd all words": {"method": {"name": "kd", "top_k": 0, "score_share": 0.5, "weighting": "entropy"}, **PUBLIC},
     "split": {"method": {"name": "split", "activations": "int8", "average_every": 1}},
     "split joint": {"method": {"name": "split", "server_part": "joint", "gradients": "bfloat16"}},
@@ -57,7 +57,7 @@ FAST = {"fedavg", "kd", "split", "fedpt"}
 def test_bytes_exchanges_and_operations_are_foreseen_exactly(
     case: str, tiny_table: Table, tiny_large: Path, tmp_path: Path
 ) -> None:
-    evaluate = {"costs": True, "generate": 0, "controls": [], "every": 2}
+    evaluate = {"costs": True, "generate": 0, "baselines": [], "every": 2}
     table = changed(tiny_table, CASES[case], {"evaluate": evaluate})
     if case == "fedpt":
         table["method"]["large"] = {"path": str(tiny_large)}
@@ -78,7 +78,7 @@ def test_bytes_exchanges_and_operations_are_foreseen_exactly(
 def test_what_seeds_and_slopes_take_is_foreseen_closely(tiny_table: Table, tmp_path: Path) -> None:
     method = {"name": "fedkseed", "num_seeds": 1024, "steps": 40, "lr": 1e-4}
     table = changed(tiny_table, {"method": method, "adapter": {"kind": "full"}, "rounds": 3})
-    table["evaluate"] = {"costs": True, "generate": 0, "controls": [], "every": 3}
+    table["evaluate"] = {"costs": True, "generate": 0, "baselines": [], "every": 3}
     done = kilofed.run(from_table(table), out=tmp_path / "run")
     told = json.loads((done.folder / "run.json").read_text("utf-8"))["plan"]
     assert not told["exact"]
@@ -156,7 +156,7 @@ def test_a_model_that_looks_at_its_numbers_runs_without_a_forecast(
         return torch.ones(1).sum().item() * torch.ones(1)  # As some mixtures of experts do.
 
     monkeypatch.setattr(PassKind, "prepare", lambda *_: looks)
-    table = changed(tiny_table, {"evaluate": {"costs": True, "generate": 0, "controls": [], "every": 2}})
+    table = changed(tiny_table, {"evaluate": {"costs": True, "generate": 0, "baselines": [], "every": 2}})
     (found,) = plan.plan({"one": from_table(table)}, DEVICE)
     assert f"cannot forecast the costs of {tiny_table['model']['path']}" in found.refused
     done = kilofed.run(from_table(table), out=tmp_path / "run")

@@ -25,7 +25,7 @@ def recipe(tiny_model: Path, tiny_rows: Path) -> Recipe:
         "adapter": {"rank": 2},
         "data": {"source": str(tiny_rows), "holdout": 0.2, "max_length": 48},
         "train": {"steps": 2, "batch_size": 4, "lr": 0.01},
-        "evaluate": {"generate": 1, "max_new_tokens": 4, "controls": []},
+        "evaluate": {"generate": 1, "max_new_tokens": 4, "baselines": []},
     }
     return from_table(table)
 

@@ -20,7 +20,7 @@ from kilofed.runs.sites import Sites, drawn, open_handler
 KD: dict[str, Value] = {
     "method": "kd",
     "method.steps": 2,
-    "method.guide_steps": 1,
+    "method.client_distill_steps": 1,
     "method.batch_size": 4,
     "method.top_k": 8,
     "data.public_share": 0.2,

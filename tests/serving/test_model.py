@@ -35,7 +35,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, tiny_rows
     overrides = {
         "rounds": 1, "model.path": str(tiny_model), "adapter.rank": 2, "data.source": str(tiny_rows),
         "data.max_length": 200, "data.options": {}, "train.steps": 2, "train.lr": 0.1, "evaluate.generate": 0,
-        "evaluate.controls": [], "data.template": "alpaca",
+        "evaluate.baselines": [], "data.template": "alpaca",
     }  # fmt: skip
     return kilofed.run("tiny", overrides, out=tmp_path_factory.mktemp("run") / "tuned").folder
 

@@ -1,13 +1,20 @@
-"""Frozen dataclasses from plain values, and their fields with the texts that stand below them."""
+"""Frozen dataclasses from plain values, and their fields with the texts that stand below them.
+
+A field that was renamed says so in its type, as in `Annotated[int, FormerName("epoch")]`: the former name is accepted
+for one release, with a warning that names the present one.
+"""
 
 import ast
 import dataclasses
 import inspect
 import json
+import logging
 import math
 import types
 import typing
 from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
 from typing import Annotated, Literal, NamedTuple, TypeVar, cast
 
 from kilofed.config.bounds import bounds_of, refuse_outside
@@ -17,6 +24,22 @@ Value = str | int | float | bool | list["Value"] | dict[str, "Value"]
 """What TOML can say."""
 Table = Mapping[str, Value]
 T = TypeVar("T")
+log = logging.getLogger("kilofed")
+
+
+@dataclass(frozen=True)
+class FormerName:
+    """Marks a field with a name that it had before."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class FormerValue:
+    """Marks a choice with the name that one of its values had before."""
+
+    former: str
+    present: str
 
 
 class Described(NamedTuple):
@@ -42,6 +65,7 @@ def build(cls: type[T], table: Table, where: str = "") -> T:
     Raises:
         RecipeError: what was seen, what was expected, the nearest name.
     """
+    table = with_present_names(cls, table, where)
     hints = typing.get_type_hints(cls, include_extras=True)
     known = {item.name for item in dataclasses.fields(cls) if item.init}  # type: ignore[arg-type]
     owner = cls.__name__
@@ -49,6 +73,53 @@ def build(cls: type[T], table: Table, where: str = "") -> T:
         if key not in known:
             raise RecipeError(f"{where}{key} is not a field of {owner}{nearest(key, known)}")
     return cls(**{key: _convert(hints[key], value, where + key) for key, value in table.items()})
+
+
+def with_present_names(cls: type, table: Table, where: str = "") -> dict[str, Value]:
+    """`table` under the present names of `cls` and of the tables in it; a former one is warned of, once per process.
+
+    Raises:
+        RecipeError: a field is given under both names.
+    """
+    hints = typing.get_type_hints(cls, include_extras=True)
+    former = former_names(cls)
+    found: dict[str, Value] = {}
+    for key, value in table.items():
+        name = former.get(key, key)
+        if name != key:
+            if name in table:
+                raise RecipeError(
+                    f"{where}{key} is the former name of {where}{name}, and both are given: drop the former"
+                )
+            _warn_once(f"{where}{key} is deprecated and ends with the next release: write {where}{name}")
+        found[name] = _with_present_values(hints.get(name), value, where + name)
+    return found
+
+
+def former_names(cls: type) -> dict[str, str]:
+    """Present names of the fields that had another one before, by the former name."""
+    hints = typing.get_type_hints(cls, include_extras=True)
+    return {mark.name: name for name, hint in hints.items() for mark in _marks(hint) if isinstance(mark, FormerName)}
+
+
+def _with_present_values(hint: object, value: Value, where: str) -> Value:
+    bare = _bare(hint)
+    if dataclasses.is_dataclass(bare) and isinstance(value, dict):
+        return with_present_names(cast(type, bare), value, where + ".")
+    if typing.get_origin(bare) is tuple and isinstance(value, list):
+        return [_with_present_values(typing.get_args(bare)[0], item, where) for item in value]
+    if typing.get_origin(bare) is tuple:
+        return _with_present_values(typing.get_args(bare)[0], value, where)
+    for mark in _marks(hint):
+        if isinstance(mark, FormerValue) and value == mark.former:
+            _warn_once(f"{where}={mark.former} is deprecated and ends with the next release: write {mark.present}")
+            return mark.present
+    return value
+
+
+@cache
+def _warn_once(note: str) -> None:
+    log.warning("%s", note)
 
 
 def describe(cls: type) -> list[Described]:
@@ -113,6 +184,10 @@ def _float(value: int) -> float:
 
 def _bare(hint: object) -> object:
     return typing.get_args(hint)[0] if typing.get_origin(hint) is Annotated else hint
+
+
+def _marks(hint: object) -> tuple[object, ...]:
+    return typing.get_args(hint)[1:] if typing.get_origin(hint) is Annotated else ()
 
 
 def type_name(hint: object) -> str:

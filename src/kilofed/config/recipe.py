@@ -10,11 +10,11 @@ from typing import Annotated, Literal
 from annotated_types import Ge, Gt, Interval, MinLen
 
 from kilofed.config.bounds import Or, Settings
-from kilofed.config.fields import Value
+from kilofed.config.fields import FormerName, FormerValue, Value
 from kilofed.errors import RecipeError
 
 Dtype = Literal["float32", "bfloat16", "float16"]
-Baseline = Literal["base", "local", "central"]
+Baseline = Annotated[Literal["base", "local", "centralized"], FormerValue("central", "centralized")]
 
 
 @dataclass(frozen=True)
@@ -157,8 +157,8 @@ class TrainSpec(Settings):
 class PrivacySpec(Settings):
     """What happens to an update before the method may see it."""
 
-    kind: Literal["none", "central", "rows"] = "none"
-    """central: clip at the client, Gaussian noise on the mean at a trusted server; rows: each hidden state of split
+    kind: Annotated[Literal["none", "central", "activations"], FormerValue("rows", "activations")] = "none"
+    """central: clip at the client, Gaussian noise on the mean at a trusted server; activations: each hidden state of split
     learning is clipped and gets Gaussian noise at the client, which hides tokens a little and guarantees nothing."""
     clip: Annotated[float, Gt(0), Or(math.inf)] = 1.0
     """Largest L2 norm of one client's update, or of one hidden state; `inf` leaves updates as they are."""
@@ -202,8 +202,8 @@ class EvaluateSpec(Settings):
     costs: bool = False
     """Count floating-point operations and memory of clients and server in the first round, which slows that round and
     may change last bits."""
-    controls: tuple[Baseline, ...] = ("base", "local", "central")
-    """Rows beside the federated one: base (untouched), local (each client alone), central (all data)."""
+    baselines: Annotated[tuple[Baseline, ...], FormerName("controls")] = ("base", "local", "centralized")
+    """Rows next to the federated one: base (untouched), local (each client alone), centralized (all rows in one place)."""
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import cast
 
 import tomli_w
 
-from kilofed.config.fields import Table, Value, build
+from kilofed.config.fields import Table, Value, build, with_present_names
 from kilofed.config.recipe import Recipe
 from kilofed.errors import RecipeError, nearest
 
@@ -93,20 +93,39 @@ def text_of(source: str | Path) -> str:
 
 
 def read_table(source: str | Path) -> dict[str, Value]:
-    """A recipe as its file has it, nested; raises RecipeError: there is none, or it is not TOML."""
+    """A recipe as its file has it, nested, under present names; raises RecipeError: there is none, or it is not TOML."""
     try:
-        return tomllib.loads(text_of(source))
+        return with_present_names(Recipe, tomllib.loads(text_of(source)))
     except tomllib.TOMLDecodeError as error:
         raise RecipeError(f"{source} is not valid TOML: {error}") from error
 
 
 def lay_over(table: dict[str, Value], overrides: Mapping[str, Value]) -> None:
-    """Write dotted keys and their values into `table`; raises RecipeError: no such key."""
+    """Write dotted keys and their values into `table`; raises RecipeError: no such key, or one under two names."""
+    overrides = _under_present_names(overrides)
     data = table.get("data")
     if isinstance(data, dict) and overrides.keys() & {"data", "data.source"}:
         data.pop("options", None)  # They were those of the source that is laid over.
     for key, value in overrides.items():
         _lay_over(table, key, value)
+
+
+def _under_present_names(overrides: Mapping[str, Value]) -> dict[str, Value]:
+    """Overrides by their present keys; only a method knows the former names of its own fields."""
+    found: dict[str, Value] = {}
+    for key, value in overrides.items():
+        names, nested = key.split("."), value
+        for name in reversed(names):
+            nested = {name: nested}
+        nested = with_present_names(Recipe, cast(Table, nested))
+        path = []
+        for _ in names:
+            ((name, nested),) = cast(Table, nested).items()
+            path.append(name)
+        if (present := ".".join(path)) in found:
+            raise RecipeError(f"{present} is given twice, once under its former name: drop that one")
+        found[present] = nested
+    return found
 
 
 def _lay_over(table: dict[str, Value], key: str, value: Value) -> None:

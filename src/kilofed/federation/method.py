@@ -24,8 +24,9 @@ from typing import ClassVar, TypeVar, cast, overload
 
 from torch import nn
 
+from kilofed.config import fields
 from kilofed.config.bounds import Settings
-from kilofed.config.fields import build
+from kilofed.config.fields import Table, Value
 from kilofed.config.recipe import MethodSpec, ModelSpec, Recipe
 from kilofed.errors import ClientError, PayloadError, PrivacyError, RecipeError, nearest
 from kilofed.federation.cohort import ACTION, ERROR, EXCHANGE, KIND, ROUND, VERB, Cohort, address
@@ -143,7 +144,19 @@ def load_method(spec: MethodSpec) -> Method:
     Raises:
         RecipeError: no such file, no Method in it, unknown or wrong field.
     """
-    return build(find_method(spec.name), spec.fields, "method.")
+    return fields.build(find_method(spec.name), spec.fields, "method.")
+
+
+def with_present_names(table: Table, method: str) -> dict[str, Value]:
+    """A recipe's `table` with its own keys and those of the method called `method` as they are named now.
+
+    Raises:
+        RecipeError: no such method, or a field is given under both names.
+    """
+    found = fields.with_present_names(Recipe, table)
+    if isinstance(own := found.get("method"), dict):
+        found["method"] = fields.with_present_names(find_method(method), own, "method.")
+    return found
 
 
 def find_method(name: str) -> type[Method]:

@@ -6,10 +6,11 @@ Differs from the papers: a run's schedule and epochs go on from round to round; 
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 from torch import Tensor, nn
 
+from kilofed.config.fields import FormerName
 from kilofed.federation import wire
 from kilofed.federation.cohort import Cohort
 from kilofed.federation.method import Method, on_client
@@ -23,7 +24,7 @@ from kilofed.payload import Payload, Scalar
 class FedAvg(Method):
     """Clients train what they are sent; the server takes the weighted mean."""
 
-    weights: Literal["examples", "uniform"] = "examples"
+    client_weighting: Annotated[Literal["examples", "uniform"], FormerName("weights")] = "examples"
     """examples: a client counts by the examples it trained on; uniform: all count alike."""
     wire: Literal["float32", "bfloat16"] = "float32"
     """Dtype on the wire; bfloat16 halves the bytes."""
@@ -45,7 +46,7 @@ class FedAvg(Method):
         """Train from what was sent; reply with the trained tensors."""
         loading.write_trained(client.model, ask.tensors)
         done = client.fit_round(self.objective(client.model))
-        weight = done.num_examples if self.weights == "examples" else 1
+        weight = done.num_examples if self.client_weighting == "examples" else 1
         end = wire.up(loading.read_trained(client.model), ask.tensors, self.wire)
         return Payload(end, {"weight": weight, "train_loss": done.loss})
 

@@ -18,6 +18,7 @@ from annotated_types import Ge, Gt, Interval, Predicate
 from torch import Tensor, nn
 
 from kilofed.config.bounds import Or, power_of_two
+from kilofed.config.fields import FormerName
 from kilofed.data.examples import Example
 from kilofed.errors import ClientError, KilofedError, PayloadError, RecipeError, TooFewReplies, WrongWeights
 from kilofed.federation.cohort import Cohort, log
@@ -55,7 +56,7 @@ class FedKSeed(Method):
     sampling: seed_log.Sampling = "uniform"
     """uniform: equal probabilities; pro: seeds with large gradients more often, as in the paper; pro-unbiased: the same
     without the paper's lower estimate for seeds that were rarely drawn."""
-    weights: Literal["examples", "uniform"] = "examples"
+    client_weighting: Annotated[Literal["examples", "uniform"], FormerName("weights")] = "examples"
     """examples: clients are weighted by their number of examples; uniform: equally."""
     disclose: Literal["scalars", "sums"] = "scalars"
     """scalars: the server sees each client's gradients, fewest bytes; sums: it sees the mean of K sums only."""
@@ -63,10 +64,10 @@ class FedKSeed(Method):
     """Bits of a scalar gradient; 32 sends float32."""
     bits_down: Annotated[int, Interval(ge=2, le=16), Or(32)] = 5
     """Bits of a coefficient's change; 32 sends all K as float32."""
-    epoch: Annotated[int, Ge(0)] = 0
+    rounds_per_pool: Annotated[int, Ge(0), FormerName("epoch")] = 0
     """Rounds after which the coefficients are fixed and a new pool is drawn; 0 keeps one pool. Raise K or use several
     pools when K directions limit learning; every earlier pool costs one more pass over the weights per forward."""
-    max_slope: Annotated[float, Gt(0)] = 1e6
+    max_scalar_gradient: Annotated[float, Gt(0), FormerName("max_slope")] = 1e6
     """Gradients of larger magnitude are skipped by clients and refused by the server."""
     check_every: Annotated[int, Ge(0)] = 1
     """Rounds between checks that all sites rebuild the same weights, one pass and a hash each; 0 never checks."""
@@ -107,7 +108,13 @@ class FedKSeed(Method):
     def pools(self) -> SeedPools:
         """The run's pools and the operations on their coefficients."""
         return SeedPools(
-            self.num_seeds, self.steps, self.lr, self.sampling, self.bits_down, self.epoch, self.max_slope
+            self.num_seeds,
+            self.steps,
+            self.lr,
+            self.sampling,
+            self.bits_down,
+            self.rounds_per_pool,
+            self.max_scalar_gradient,
         )
 
     def perturbed(self, model: nn.Module) -> two_point.PerturbedModel:
@@ -182,9 +189,13 @@ class FedKSeed(Method):
         spec, first = replace(client.train, batch_size=self.batch_size), (client.round - 1) * self.steps
         batches = training.batches(client.data, spec, first=first, count=self.steps, order=client.order)
         result = two_point.take_steps(
-            perturbed, point, seeds.tolist(), batches, two_point.StepSettings(self.eps, self.lr, self.max_slope)
+            perturbed,
+            point,
+            seeds.tolist(),
+            batches,
+            two_point.StepSettings(self.eps, self.lr, self.max_scalar_gradient),
         )
-        weight = len(client.data) if self.weights == "examples" else 1
+        weight = len(client.data) if self.client_weighting == "examples" else 1
         report = Report(weight, result.loss, result.skipped, result.gradients)
         if self.disclose == "scalars":
             return Payload({BODY: seed_log.to_tensor(report.pack(self.bits_up))})
@@ -217,7 +228,7 @@ class FedKSeed(Method):
         return {client: [self._message(preview, client, ask, gradients)] for client in preview.ids}
 
     def _message(self, preview: RunPreview, client: int, ask: Payload, gradients: Floats) -> Message:
-        weight = len(preview.rows_of(client)) if self.weights == "examples" else 1
+        weight = len(preview.rows_of(client)) if self.client_weighting == "examples" else 1
         report = Report(weight, 1.0, (), gradients)
         if self.disclose == "scalars":
             return Message("walk", "call", ask, Payload({BODY: seed_log.to_tensor(report.pack(self.bits_up))}))

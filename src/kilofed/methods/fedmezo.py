@@ -110,7 +110,7 @@ class FedMeZO(FedAvg):
             ),
         )
         end = {name: tensor.to("cpu", torch.float32, copy=True) for name, tensor in perturbed.weights(result.end)}
-        weight = self.steps * min(self.batch_size, len(client.data)) if self.weights == "examples" else 1
+        weight = self.steps * min(self.batch_size, len(client.data)) if self.client_weighting == "examples" else 1
         return Payload(wire.up(end, ask.tensors, self.wire), {"weight": weight, "train_loss": result.loss})
 
     def costs(self) -> Costs:

@@ -18,6 +18,7 @@ import torch
 from annotated_types import Ge, Gt, Interval, IsFinite
 from torch import nn
 
+from kilofed.config.fields import FormerName
 from kilofed.config.recipe import ModelSpec, Recipe, TrainSpec
 from kilofed.data.examples import Example
 from kilofed.distillation import teacher_cache
@@ -72,9 +73,9 @@ class FedPT(FedAvg):
     """With rule=mix, the small model's share is fitted on held-out public rows after each average; false takes alpha."""
     fit_epochs: Annotated[int, Ge(1)] = 10
     """Passes over the held-out public rows when entropy_mix is fitted; more fit them closer."""
-    distil: Literal["none", "forward", "reverse"] = "forward"
+    distillation: Annotated[Literal["none", "forward", "reverse"], FormerName("distil")] = "forward"
     """forward: KL(teacher || small); reverse: KL(small || teacher); none: no server phase, which is FedAvg of the small."""
-    every: Annotated[int, Ge(1)] = 1
+    distill_every: Annotated[int, Ge(1), FormerName("every")] = 1
     """Rounds between server phases."""
     temperature: Annotated[float, Gt(0)] = 1.0
     """Softens teacher and small model alike; raising it teaches more of what is unlikely."""
@@ -84,13 +85,13 @@ class FedPT(FedAvg):
     """Public rows per step."""
     lr: Annotated[float, Gt(0)] = 5e-4
     """Learning rate of AdamW in the server phase."""
-    own_answers: Annotated[float, Interval(ge=0, le=1)] = 0.0
+    hard_label_weight: Annotated[float, Interval(ge=0, le=1), FormerName("own_answers")] = 0.0
     """Weight of the public rows' own answers in the loss; the teacher has the rest."""
     tokens: Literal["answers", "all"] = "answers"
     """Tokens of the public rows that are taught: their answers, or their prompts too."""
     top_k: Annotated[int, Ge(0)] = 64
     """Teacher scores kept per token, in float16; the other words are one bucket. 0 keeps all."""
-    held_out: Annotated[float, Interval(gt=0, lt=1)] = 0.25
+    validation_share: Annotated[float, Interval(gt=0, lt=1), FormerName("held_out")] = 0.25
     """Share of the public rows on which a server phase is judged, never taught."""
     tolerance: Annotated[float, Ge(0)] = 0.0
     """Nats per token by which the held-out loss may rise before a distillation is thrown away."""
@@ -108,7 +109,7 @@ class FedPT(FedAvg):
                 "data.task=generate, or take another method"
             )
         self._check_rule()
-        if self.distil != "none" or self.target_loss or self.is_fitted:
+        if self.distillation != "none" or self.target_loss or self.is_fitted:
             self.public_rows(server)
 
     def setup(self, server: Server) -> None:
@@ -119,7 +120,7 @@ class FedPT(FedAvg):
         metrics = dict(super().round(server, clients))
         if self.is_fitted:
             metrics |= self._fit(server)
-        if self.distil != "none" and server.round % self.every == 0:
+        if self.distillation != "none" and server.round % self.distill_every == 0:
             metrics |= self._distil(server)
         if self.target_loss:
             loss = self._loss(self.deliver(server), self.public_rows(server)[1])
@@ -214,7 +215,7 @@ class FedPT(FedAvg):
         """One server phase; the state changes if the small model does no worse."""
         rows, held_out = self.public_rows(server)
         spec = TrainSpec(steps=self.steps, batch_size=self.batch_size, lr=self.lr)
-        phase = server.round // self.every
+        phase = server.round // self.distill_every
         first = (phase - 1) * self.steps
         batches = training.batches(rows, spec, first=first, count=self.steps, order=lambda name: _order(server, name))
         stretch = list(batches)
@@ -223,8 +224,8 @@ class FedPT(FedAvg):
         taught = [row for batch in stretch for row in batch]
         # Asked before the first step: the teacher holds the student's weights, and must not learn with it.
         lessons = teacher_cache.score(teacher, taught, k=self.top_k, temperature=self.temperature)
-        assert self.distil != "none"
-        objective = teacher_cache.objective(lessons, direction=self.distil, own_answers=self.own_answers)
+        assert self.distillation != "none"
+        objective = teacher_cache.objective(lessons, direction=self.distillation, own_answers=self.hard_label_weight)
         try:
             total, dropout = first + self.steps, server.rng("distil dropout")
             training.fit(
@@ -245,12 +246,12 @@ class FedPT(FedAvg):
     def public_rows(self, server: Server) -> tuple[list[Example], list[Example]]:
         """Public rows that are taught and public rows that judge. Raises RecipeError: too few."""
         order = torch.randperm(len(server.public), generator=_order(server, "held out")).tolist()
-        number = max(round(self.held_out * len(order)), 1)
+        number = max(round(self.validation_share * len(order)), 1)
         if number >= len(order):
             raise RecipeError(
-                f"there are {len(order)} public rows, of which {number} would be held out: method.distil, "
+                f"there are {len(order)} public rows, of which {number} would be held out: method.distillation, "
                 "method.target_loss and fitted rules need some at the server; set data.public or data.public_share, or "
-                "method.distil=none"
+                "method.distillation=none"
             )
         taught, judging = ([server.public[at] for at in some] for some in (order[number:], order[:number]))
         if self.tokens == "all":
@@ -298,7 +299,7 @@ class FedPTCosts(LocalTraining):
 
     def server(self, preview: RunPreview) -> Work:
         method = self.method
-        distils = method.distil != "none" and preview.round % method.every == 0
+        distils = method.distillation != "none" and preview.round % method.distill_every == 0
         if not (distils or method.target_loss or method.is_fitted):
             return Work()
         rows, held_out = method.public_rows(preview.server)
@@ -308,7 +309,7 @@ class FedPTCosts(LocalTraining):
         if not distils:
             return Work([*fits, *again])
         spec = TrainSpec(steps=method.steps, batch_size=method.batch_size)
-        first = (preview.round // method.every - 1) * method.steps
+        first = (preview.round // method.distill_every - 1) * method.steps
         order = partial(_order, preview.server)
         lessons = list(training.batches(rows, spec, first=first, count=method.steps, order=order))
         taught = list({tuple(row.input_ids): row for batch in lessons for row in batch}.values())

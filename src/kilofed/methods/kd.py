@@ -21,6 +21,7 @@ import torch
 from annotated_types import Ge, Gt, Interval
 from torch import Tensor, nn
 
+from kilofed.config.fields import FormerName
 from kilofed.config.recipe import ModelSpec, Recipe, TrainSpec
 from kilofed.data.examples import Example
 from kilofed.distillation import ensemble
@@ -47,7 +48,7 @@ class KD(Method):
 
     steps: Annotated[int, Ge(1)] = 20
     """Distillation steps per round at the server."""
-    guide_steps: Annotated[int, Ge(0)] = 10
+    client_distill_steps: Annotated[int, Ge(0), FormerName("guide_steps")] = 10
     """Distillation steps per round at a client before local training, from round 2 on; 0 for none."""
     lr: Annotated[float, Ge(0)] = 1e-3
     """Learning rate of distillation at server and clients."""
@@ -55,11 +56,11 @@ class KD(Method):
     """Public rows per distillation step and per scoring forward."""
     temperature: Annotated[float, Gt(0)] = 2.0
     """Of the softmax; higher gives more weight to less probable tokens."""
-    direction: Literal["forward", "reverse"] = "forward"
+    kl_direction: Annotated[Literal["forward", "reverse"], FormerName("direction")] = "forward"
     """Of the KL: forward is mode-covering, reverse is mode-seeking."""
     weighting: ensemble.Weighting = "uniform"
     """A client's weight at each position. uniform: 1; confidence: its largest probability; entropy: 1 - H / ln V."""
-    weights: Literal["examples", "uniform"] = "examples"
+    client_weighting: Annotated[Literal["examples", "uniform"], FormerName("weights")] = "examples"
     """examples: clients are weighted by the number of examples they trained on; uniform: equally."""
     top_k: Annotated[int, Ge(0)] = 32
     """Tokens sent per position, chosen by the server; 0 sends all. Class logits are always sent in full."""
@@ -125,17 +126,17 @@ class KD(Method):
         self._check(client.model, rows, ask)
         global_NB = ensemble.decode(ask.tensors[LOG_PROBS], self.wire)
         global_loss = 0.0
-        if client.round > 1 and self.guide_steps:
+        if client.round > 1 and self.client_distill_steps:
             teacher = _as_scores(ask, global_NB.log_softmax(1))
             spec, rng = client.train, client.rng("distil")
-            global_loss = self._distil(client.model, rows, teacher, spec, self.guide_steps, rng).loss
+            global_loss = self._distil(client.model, rows, teacher, spec, self.client_distill_steps, rng).loss
         fitted = client.fit_round()
         client.state.update(loading.read_trained(client.model))
         own = self._own_scores(client, rows, ask)
         tensors = {LOG_PROBS: ensemble.encode(ensemble.contribution(global_NB, own), self.wire)}
         if self.counts:
             tensors[COUNTS] = own.weights_N.to(_float(self.wire))
-        weight = fitted.num_examples if self.weights == "examples" else 1
+        weight = fitted.num_examples if self.client_weighting == "examples" else 1
         return Payload(tensors, {"weight": weight, "train_loss": fitted.loss, "guide_loss": global_loss})
 
     @property
@@ -233,7 +234,7 @@ class KD(Method):
     ) -> training.Fit:
         spec = replace(spec, steps=steps, lr=self.lr, batch_size=self.batch_size)
         return ensemble.fit(
-            model, rows, teacher, spec, temperature=self.temperature, direction=self.direction, generator=rng
+            model, rows, teacher, spec, temperature=self.temperature, direction=self.kl_direction, generator=rng
         )
 
 
@@ -246,7 +247,7 @@ class KDCosts(Costs):
     def client(self, preview: RunPreview, client: int) -> Work:
         method, seed, round = self.method, preview.recipe.seed, preview.round
         public = method.rows(preview.public_of(method.client_model(preview.recipe, client)), seed, round)
-        distilled = self._steps(public, method.guide_steps, generator(seed, round, client, "distil"))
+        distilled = self._steps(public, method.client_distill_steps, generator(seed, round, client, "distil"))
         drawn = _drawn(len(public), method.score_share, generator(seed, round, client, "scored rows"))
         scored = self._scored([public[i] for i in drawn.nonzero()[:, 0].tolist()], method.top_k)
         return Work([*(distilled if round > 1 else ()), *preview.local_training(client), *scored])

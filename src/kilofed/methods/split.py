@@ -16,6 +16,7 @@ import torch
 from annotated_types import Ge
 from torch import Tensor, nn
 
+from kilofed.config.fields import FormerName
 from kilofed.config.recipe import ModelSpec, Recipe
 from kilofed.data.examples import Example
 from kilofed.errors import NonFiniteLoss, PayloadError, RecipeError
@@ -55,7 +56,7 @@ class Split(Method):
     like the clients' tensors (SplitFed v1); in float32 equal to FedAvg bit for bit."""
     average_every: Annotated[int, Ge(0)] = 0
     """Steps between averages of the clients' tensors; 0 averages once, at the end of a round."""
-    weights: Literal["examples", "uniform"] = "examples"
+    client_weighting: Annotated[Literal["examples", "uniform"], FormerName("weights")] = "examples"
     """examples: clients are weighted by the number of examples they trained on; uniform: equally."""
     activations: activation_codec.WireDtype = "float32"
     """Type of hidden states on the wire; int8 has a scale per token and needs about a quarter of the bytes."""
@@ -173,7 +174,8 @@ class Split(Method):
             client.state = {}
             client.cache.pop(CACHE)
         return Payload(
-            end, {"weight": examples if self.weights == "examples" else 1.0, "train_loss": loss / max(steps, 1)}
+            end,
+            {"weight": examples if self.client_weighting == "examples" else 1.0, "train_loss": loss / max(steps, 1)},
         )
 
 
@@ -347,7 +349,7 @@ class _Round:
         return tensors
 
     def _weights(self) -> dict[int, float]:
-        by_examples = self._method.weights == "examples"
+        by_examples = self._method.client_weighting == "examples"
         return {client: float(self._examples[client]) if by_examples else 1.0 for client in self._alive}
 
     def _loss(self, mean: Payload) -> float:

@@ -134,7 +134,7 @@ class RowGaussian(Mechanism):
     """Root of the expected squared norm of a row's noise, in units of `clip`."""
     key: str
     """32 hex digits: the client's secret. Equal rows get equal noise, so that asking again tells nothing."""
-    kind = "rows"
+    kind = "activations"
 
     def client(self, reply: Payload, ask: Payload) -> Payload:
         rows = self.outline(reply).tensors.get(ROWS)
@@ -159,7 +159,7 @@ class RowGaussian(Mechanism):
 
     def __post_init__(self) -> None:
         if not 0 < self.clip < math.inf:
-            raise PrivacyError(f"privacy.clip is {self.clip}; privacy.kind=rows needs a finite one above 0")
+            raise PrivacyError(f"privacy.clip is {self.clip}; privacy.kind=activations needs a finite one above 0")
 
 
 def load_mechanism(spec: PrivacySpec) -> Mechanism:
@@ -169,7 +169,7 @@ def load_mechanism(spec: PrivacySpec) -> Mechanism:
     key = spec.noise_key or new_key()
     if len(key) != 32 or any(c not in "0123456789abcdef" for c in key):
         raise PrivacyError("privacy.noise_key is not 32 lower-case hex digits; leave it empty to draw a secret one")
-    if spec.kind == "rows":
+    if spec.kind == "activations":
         return RowGaussian(spec.clip, spec.noise_multiplier, key)
     return CentralGaussian(spec.clip, spec.noise_multiplier, spec.delta, key)
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import cast
 
 from kilofed.config.fields import Table, Value
-from kilofed.config.recipe import Recipe
+from kilofed.config.recipe import EvaluateSpec, Recipe
 from kilofed.config.tables import from_table, lay_over, read_table, shipped, to_table, to_toml
 from kilofed.errors import RecipeError, RunError, nearest
 from kilofed.files import replace_file
@@ -131,8 +131,8 @@ def recipes(source: str | Path, chosen: Sequence[Entry], common: Mapping[str, Va
         if "adapter" in theirs[entry.label] and "adapter" not in _tops(common):
             table["adapter"] = theirs[entry.label]["adapter"]
         lay_over(table, {**public, **entry.words})
-        controls: list[Value] = list(CONTROLS) if entry is chosen[0] else []
-        lay_over(table, {"name": entry.label, "seeds": seeds, "evaluate.costs": True, "evaluate.controls": controls})
+        baselines: list[Value] = list(EvaluateSpec().baselines) if entry is chosen[0] else []
+        lay_over(table, {"name": entry.label, "seeds": seeds, "evaluate.costs": True, "evaluate.baselines": baselines})
         if dig(table, "engine", "name") in (None, "inprocess"):
             # Clients in a process apart, so that their memory is theirs.
             lay_over(table, {"engine.name": "pool", "engine.workers": 1})

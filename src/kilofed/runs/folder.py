@@ -11,6 +11,7 @@ from pathlib import Path
 from kilofed.config.recipe import Recipe
 from kilofed.config.tables import from_table
 from kilofed.errors import PayloadError, RunError
+from kilofed.federation.method import with_present_names
 from kilofed.federation.parties import Server
 from kilofed.files import replace_file, said
 from kilofed.payload import Payload
@@ -48,6 +49,8 @@ def recipe_of(folder: Path) -> Recipe:
         raise RunError(
             f"{folder} is not a run folder (no readable run.json and recipe.toml): check the path"
         ) from error
+    name = from_table(kept).method.name
+    kept, found = (with_present_names(table, name) for table in (kept, found))
     if edited := _differences(kept, found):
         raise RunError(
             f"{folder}/recipe.toml was edited after the run began ({', '.join(edited)}): undo that to resume, "

@@ -14,9 +14,10 @@ from transformers import PreTrainedTokenizerBase
 
 from kilofed.config.fields import Value
 from kilofed.config.recipe import Recipe
-from kilofed.config.tables import load, to_table, to_toml
+from kilofed.config.tables import from_table, load, to_table, to_toml
 from kilofed.costs import counter
 from kilofed.errors import RunError
+from kilofed.federation.method import with_present_names
 from kilofed.federation.parties import Server
 from kilofed.files import replace_file
 from kilofed.models import loading
@@ -98,6 +99,7 @@ def run(
     elif overrides:
         raise RunError("overrides lie over a recipe's file; change a Recipe with dataclasses.replace")
     Sites(recipe)  # Method, fields and privacy are checked before a folder is made.
+    recipe = from_table(with_present_names(to_table(recipe), recipe.method.name))
     folder = new_folder(recipe, Path(out) if out else None)
     # From here on the folder can be resumed; recipe.toml is a copy for the reader.
     write_json(
@@ -170,7 +172,7 @@ def _measured(sites: Sites, server: Server, policy: Mechanism, folder: Path, wat
         write_json(path, known | about(sites, server))
     scored = [client for client in sites.client_ids() if sites.corpus.shares[client].test]
     rows = _Rows(folder / "controls.json")
-    if "base" in recipe.evaluate.controls:
+    if "base" in recipe.evaluate.baselines:
         watch.stage("base model")
         rows.once("base", scored, lambda: baselines.base(sites, scored))
     with closing(run_rounds(sites, server, policy, folder)) as rounds:
@@ -185,10 +187,10 @@ def _measured(sites: Sites, server: Server, policy: Mechanism, folder: Path, wat
         watch.stage(name)
         rows.once(name, scored, lambda model=other: baselines.score_clients(sites, model, scored))  # type: ignore[misc]
     loading.save_adapter(sites.method.trained(server), folder / "adapter")
-    if "local" in recipe.evaluate.controls:
+    if "local" in recipe.evaluate.baselines:
         chosen = _spread(scored, recipe.evaluate.max_local)
         rows.once("local", chosen, lambda: baselines.local(sites, chosen, watch.stage))
-    if "central" in recipe.evaluate.controls:
+    if "centralized" in recipe.evaluate.baselines:
         watch.stage("central")
         rows.once("central", scored, lambda: baselines.central(sites, scored))
     assert federated

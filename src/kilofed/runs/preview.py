@@ -104,7 +104,7 @@ def run_memory(sites: Sites, preview: RunPreview, bench: CostCounter) -> int | N
     clients = client_memory(bench, works, traffic(sites, preview), together=together)
     weights = bench.weight_bytes(recipe.model)
     server = weights + bench.activations([_scored(recipe, preview)], recipe.model)
-    copies = bench.weight_bytes(recipe.model) if {"local", "central"} & set(recipe.evaluate.controls) else 0
+    copies = bench.weight_bytes(recipe.model) if {"local", "centralized"} & set(recipe.evaluate.baselines) else 0
     return (max(clients, server) if alone else recipe.engine.workers * clients + server) + copies
 
 
