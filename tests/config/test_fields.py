@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 import pytest
 from annotated_types import Gt, Interval
 
-from kilofed.config.fields import Value, build, describe
+from kilofed.config.fields import FormerName, FormerValue, Value, build, describe, warn_once
 from kilofed.errors import RecipeError
 
 
@@ -126,3 +126,62 @@ def test_a_base_class_gives_texts_and_the_derived_one_wins() -> None:
     rows = {one.name: (one.default, one.text) for one in describe(Derived)}
     assert rows["rate"] == (2.0, "Another speed.")
     assert rows["inner"][1] == "The inner one."
+
+
+@dataclass(frozen=True)
+class Renamed:
+    rounds_per_pool: Annotated[int, FormerName("epoch")] = 0
+    kind: Annotated[Literal["mean", "sum"], FormerValue("total", "sum")] = "mean"
+    kinds: tuple[Annotated[Literal["mean", "sum"], FormerValue("total", "sum")], ...] = ()
+
+
+@dataclass(frozen=True)
+class Holder:
+    table: Annotated[Renamed, FormerName("section")] = field(default_factory=Renamed)
+
+
+@pytest.mark.parametrize(
+    ("table", "expected", "said"),
+    [
+        ({"epoch": 3}, Renamed(3), "x.epoch is deprecated and ends with the next release: write x.rounds_per_pool"),
+        (
+            {"kind": "total"},
+            Renamed(kind="sum"),
+            "x.kind=total is deprecated and ends with the next release: write sum",
+        ),
+        ({"kinds": ["mean", "total"]}, Renamed(kinds=("mean", "sum")), "x.kinds=total is deprecated"),
+        ({"kinds": "total"}, Renamed(kinds=("sum",)), "x.kinds=total is deprecated"),
+        ({"rounds_per_pool": 3, "kind": "sum"}, Renamed(3, "sum"), ""),
+    ],
+)
+def test_a_former_name_is_taken_with_one_warning(
+    table: dict[str, Value], expected: Renamed, said: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    warn_once.cache_clear()
+    assert build(Renamed, table, "x.") == build(Renamed, table, "x.") == expected
+    assert len(caplog.messages) == bool(said)
+    assert "".join(caplog.messages).startswith(said)
+
+
+def test_former_names_within_tables_are_taken(caplog: pytest.LogCaptureFixture) -> None:
+    warn_once.cache_clear()
+    assert build(Holder, {"section": {"epoch": 2, "kind": "total"}}).table == Renamed(2, "sum")
+    assert [message.split()[0] for message in caplog.messages] == ["section", "table.epoch", "table.kind=total"]
+    assert build(Holder, {"table": 4}).table == Renamed(4)
+
+
+def test_a_field_under_both_names_is_refused() -> None:
+    said = r"^x\.epoch is the former name of x\.rounds_per_pool, and both are given: drop the former$"
+    for table in ({"epoch": 3, "rounds_per_pool": 3}, {"rounds_per_pool": 3, "epoch": 4}):
+        with pytest.raises(RecipeError, match=said):
+            build(Renamed, table, "x.")
+
+
+def test_a_former_name_is_held_to_the_bounds_under_its_present_one() -> None:
+    with pytest.raises(RecipeError, match=r"^rounds_per_pool is \"many\"; expected a whole number$"):
+        build(Renamed, {"epoch": "many"})
+
+
+def test_only_present_names_are_described() -> None:
+    assert [one.name for one in describe(Renamed)] == ["rounds_per_pool", "kind", "kinds"]
+    assert describe(Renamed)[1].kind == "mean | sum"

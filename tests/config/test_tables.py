@@ -10,10 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kilofed.config.bounds import bounds_of
-from kilofed.config.fields import Value
+from kilofed.config.fields import Value, warn_once
 from kilofed.config.recipe import Recipe
 from kilofed.config.tables import changed, from_table, lay_over, load, parse_words, shipped, text_of, to_table, to_toml
 from kilofed.errors import RecipeError
+from kilofed.federation.method import load_method
 
 TEXT = st.text(st.characters(codec="utf-8", exclude_categories=["Cs"]), max_size=12)
 VALUE = st.recursive(
@@ -184,3 +185,57 @@ def test_a_method_that_is_one_word_takes_fields_on_top() -> None:
     lay_over(table, {"method.mu": 0.5})
     assert from_table(table).method.fields == {"mu": 0.5}
     assert from_table(table).method.name == "fedprox"
+
+
+OLD = """
+[privacy]
+kind = "rows"
+[evaluate]
+controls = ["base", "central"]
+"""
+
+
+def test_a_recipe_under_former_names_is_read_and_written_under_present_ones(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    warn_once.cache_clear()
+    path = tmp_path / "old.toml"
+    path.write_text(OLD, "utf-8")
+    recipe = load(path)
+    assert recipe.evaluate.baselines == ("base", "centralized")
+    assert recipe.privacy.kind == "activations"
+    assert [message.split(" is ")[0] for message in caplog.messages] == [
+        "privacy.kind=rows",
+        "evaluate.controls",
+        "evaluate.baselines=central",
+    ]
+    assert from_table(to_table(recipe)) == recipe
+    assert not {"controls", '"central"', '"rows"'} & set(to_toml(recipe).replace("[", " ").replace("]", " ").split())
+
+
+@pytest.mark.parametrize("key", ["evaluate.controls", "evaluate.baselines"])
+@pytest.mark.parametrize("written", ["controls", "baselines"])
+def test_a_key_lies_over_the_file_under_either_name(key: str, written: str, tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text(f'[evaluate]\n{written} = ["base", "local"]\n', "utf-8")
+    assert load(path, {key: ["base"]}).evaluate.baselines == ("base",)
+    assert changed(load(path), {key: []}).evaluate.baselines == ()
+    assert load(path, {"evaluate": {key.partition(".")[2]: []}}).evaluate.baselines == ()
+
+
+def test_a_key_over_the_file_under_both_names_is_refused() -> None:
+    with pytest.raises(
+        RecipeError, match=r"^evaluate\.baselines is given twice, once under its former name: drop that"
+    ):
+        load("tiny", {"evaluate.controls": [], "evaluate.baselines": ["base"]})
+
+
+def test_a_former_value_for_a_whole_table_is_taken() -> None:
+    assert load("tiny", {"privacy": "rows"}).privacy.kind == "activations"
+
+
+@pytest.mark.parametrize("name", shipped())
+def test_shipped_recipes_use_present_names(name: str, caplog: pytest.LogCaptureFixture) -> None:
+    warn_once.cache_clear()
+    load_method(load(name).method)
+    assert not caplog.messages

@@ -6,13 +6,15 @@ from pathlib import Path
 import pytest
 import torch
 
+from kilofed.config.fields import Value, warn_once
 from kilofed.config.recipe import MethodSpec, TrainSpec
 from kilofed.engines.inprocess import InProcess
 from kilofed.errors import ClientError, KilofedError, NonFiniteLoss, PayloadError, PrivacyError, RecipeError
 from kilofed.federation.cohort import Cohort, address
 from kilofed.federation.ledger import Ledger
-from kilofed.federation.method import Method, handle, load_method, method_names, on_client
+from kilofed.federation.method import Method, handle, load_method, method_names, on_client, with_present_names
 from kilofed.federation.parties import Client, Server, generator
+from kilofed.methods.fedkseed import FedKSeed
 from kilofed.payload import Payload
 from kilofed.privacy.mechanisms import CentralGaussian, Mechanism
 
@@ -224,3 +226,20 @@ def test_a_method_in_one_file_outside_the_package_is_found_and_works(monkeypatch
     clients = {number: client(number) for number in (1, 2, 3)}
     engine = InProcess([1, 2, 3], lambda number, body: handle(method, OPEN, clients[number], body))
     assert method.round(server, Cohort([1, 2, 3], engine, Ledger(), OPEN, round=1)) == {"x": 1.0}
+
+
+def test_former_names_of_a_methods_fields_are_taken(caplog: pytest.LogCaptureFixture) -> None:
+    warn_once.cache_clear()
+    method = load_method(MethodSpec("fedkseed", {"epoch": 3, "weights": "uniform"}))
+    assert method == FedKSeed(rounds_per_pool=3, client_weighting="uniform")
+    assert [message.partition(" is ")[0] for message in caplog.messages] == ["method.epoch", "method.weights"]
+    with pytest.raises(RecipeError, match=r"method\.epoch is the former name of method\.rounds_per_pool, and both"):
+        load_method(MethodSpec("fedkseed", {"epoch": 3, "rounds_per_pool": 3}))
+
+
+def test_a_table_of_a_recipe_takes_present_names_in_all_its_parts() -> None:
+    table: dict[str, Value] = {"rounds": 2, "evaluate": {"controls": []}, "method": {"name": "kd", "guide_steps": 4}}
+    expected = {"rounds": 2, "evaluate": {"baselines": []}, "method": {"name": "kd", "client_distill_steps": 4}}
+    assert with_present_names(table, "kd") == expected
+    assert with_present_names(expected, "kd") == expected
+    assert with_present_names({"method": "kd"}, "kd") == {"method": "kd"}

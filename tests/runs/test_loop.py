@@ -283,6 +283,34 @@ def test_repeats_have_a_folder_each_and_one_table(recipe: Recipe, tmp_path: Path
     assert isinstance(model, torch.nn.Module)
 
 
+def test_former_names_are_kept_under_present_ones_and_old_folders_resumed(recipe: Recipe, tmp_path: Path) -> None:
+    words = {
+        "evaluate.generate": 0,
+        "evaluate.controls": ["base"],
+        "method.weights": "uniform",
+        "rounds": 1,
+        "seeds": 2,
+    }
+    done = kilofed.run(changed(recipe, words), out=tmp_path / "run")  # type: ignore[arg-type]
+    folders = [done.folder, done.folder / "seed-0", done.folder / "seed-1"]
+    for path in [folder / name for folder in folders for name in ("recipe.toml", "run.json")]:
+        text = path.read_text("utf-8")
+        assert "client_weighting" in text
+        assert "baselines" in text
+        # As a release before the present names wrote it.
+        path.write_text(text.replace("client_weighting", "weights").replace("baselines", "controls"), "utf-8")
+    for folder in folders:
+        (folder / "results.json").unlink()
+    (folders[2] / "state.safetensors").unlink()
+    again = kilofed.resume(done.folder)
+    assert again.rows["federated"]["loss"] == done.rows["federated"]["loss"]
+    assert isinstance(again.model()[0], torch.nn.Module)
+    text = (done.folder / "recipe.toml").read_text("utf-8")
+    (done.folder / "recipe.toml").write_text(text.replace('weights = "uniform"', 'weights = "examples"'), "utf-8")
+    with pytest.raises(RunError, match=r"edited after the run began \(method\.client_weighting\): undo"):
+        kilofed.resume(done.folder)
+
+
 def test_private_noise_has_a_secret_key_and_a_price(recipe: Recipe, tmp_path: Path) -> None:
     private = changed(recipe, {**SMALL, "privacy.kind": "central"})
     done = kilofed.run(private, out=tmp_path / "run")

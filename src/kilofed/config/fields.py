@@ -91,7 +91,7 @@ def with_present_names(cls: type, table: Table, where: str = "") -> dict[str, Va
                 raise RecipeError(
                     f"{where}{key} is the former name of {where}{name}, and both are given: drop the former"
                 )
-            _warn_once(f"{where}{key} is deprecated and ends with the next release: write {where}{name}")
+            warn_once(f"{where}{key} is deprecated and ends with the next release: write {where}{name}")
         found[name] = _with_present_values(hints.get(name), value, where + name)
     return found
 
@@ -112,13 +112,14 @@ def _with_present_values(hint: object, value: Value, where: str) -> Value:
         return _with_present_values(typing.get_args(bare)[0], value, where)
     for mark in _marks(hint):
         if isinstance(mark, FormerValue) and value == mark.former:
-            _warn_once(f"{where}={mark.former} is deprecated and ends with the next release: write {mark.present}")
+            warn_once(f"{where}={mark.former} is deprecated and ends with the next release: write {mark.present}")
             return mark.present
     return value
 
 
 @cache
-def _warn_once(note: str) -> None:
+def warn_once(note: str) -> None:
+    """Log a warning that this process has not logged yet."""
     log.warning("%s", note)
 
 

@@ -251,7 +251,13 @@ def _public(base: Table, theirs: Mapping[str, Table]) -> dict[str, Value]:
 
 def _check_same(folder: Path, recipe: Recipe) -> None:
     path = folder / "run.json"
-    if path.exists() and json.loads(path.read_text("utf-8")).get("recipe") != to_table(recipe):
+    if not path.exists():
+        return
+    from kilofed.federation.method import with_present_names
+
+    name = recipe.method.name
+    began = with_present_names(json.loads(path.read_text("utf-8")).get("recipe", {}), name)
+    if began != with_present_names(to_table(recipe), name):
         raise RunError(
             f"{folder} holds a run of another recipe (other data, base, method or settings), which cannot stand beside "
             "the others: choose another --out, or remove that folder"
