@@ -196,7 +196,9 @@ def test_an_unknown_method_is_refused_with_the_nearest() -> None:
 
 
 def test_an_unknown_field_is_refused_with_the_nearest() -> None:
-    with pytest.raises(RecipeError, match=r"^method\.moo is not a field of FedProx \(there is: client_weighting, mu, wire\)"):
+    with pytest.raises(
+        RecipeError, match=r"^method\.moo is not a field of FedProx \(there is: client_weighting, mu, wire\)"
+    ):
         load_method(MethodSpec("fedprox", {"moo": 1.0}))
 
 
