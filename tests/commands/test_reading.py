@@ -41,7 +41,7 @@ def test_show_explains_fields_with_types_defaults_and_texts(capsys: pytest.Captu
     assert found["kind"] == "method"
     assert found["text"].startswith("FedProx: ")
     fields = {field["name"]: field for field in found["fields"]}
-    assert set(fields) == {"mu", "weights", "wire"}
+    assert set(fields) == {"mu", "client_weighting", "wire"}
     assert fields["mu"]["default"] == 0.01
     assert fields["mu"]["text"].startswith("Strength of the pull")
     assert main(["show", "train"]) == 0
