@@ -16,7 +16,7 @@ from kilofed.runs.replay import replay
 from kilofed.runs.restore import delivered
 
 FIELDS = {
-    "method": "fedkseed", "method.num_seeds": 64, "method.steps": 3, "method.lr": 1e-3, "method.epoch": 2,
+    "method": "fedkseed", "method.num_seeds": 64, "method.steps": 3, "method.lr": 1e-3, "method.rounds_per_pool": 2,
     "method.sampling": "pro", "adapter.kind": "full", "rounds": 3,
     "evaluate.baselines": [], "evaluate.generate": 0, "evaluate.every": 3,
 }  # fmt: skip
