@@ -85,7 +85,7 @@ class Forecast:
     server_flops: float | None = None
     """Operations in the first round."""
     client_memory: float | None = None
-    """Bytes, the hungriest client's process."""
+    """Bytes, the largest of the clients' processes."""
     compute_seconds: float | None = None
     """Of the whole run: the slowest client, as clients work side by side, and the server."""
     link_seconds: float | None = None
@@ -160,7 +160,7 @@ class _Round:
     """Operations, by client."""
     server_flops: float | None
     memory: float | None
-    """Bytes beside the runtime, the hungriest client; told of the second round, the first in which all is done."""
+    """Bytes in addition to the runtime, the largest client; of the second round, the first with all kinds of messages."""
 
     @classmethod
     def of(cls, sites: Sites, preview: RunPreview, bench: CostCounter, number: int, together: int) -> "_Round":
