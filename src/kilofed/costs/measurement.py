@@ -76,23 +76,23 @@ def counted() -> Iterator[Cost]:
 
 
 class MeasuredSites:
-    """Hands messages to sites and keeps what their answers cost; to an engine, a handler like any other.
+    """A message handler for engines that passes messages to sites and records the costs of their replies.
 
-    Operations are counted in round 1; that takes memory itself, so memory is measured anew in round 2.
+    Operations are counted in round 1; counting takes memory, so memory is measured in round 2.
 
     Args:
-        site_of: a site by its number. Making one may load a model, which is no part of the cost.
-        folder: where costs are kept, one folder per client.
+        site_of: the site of a client id. Creating one may load a model, which does not count.
+        folder: of the run, with one folder per client.
     """
 
     def __init__(self, site_of: Callable[[int], Site], folder: Path) -> None:
         self._site_of, self._folder = site_of, folder
         self.spent: dict[int, Cost] = {}
-        """What clients of this process did in the first round."""
-        self._afresh = False
+        """Costs of the clients of this process in the first round."""
+        self._peak_was_reset = False
 
     def handle(self, number: int, body: bytes) -> bytes:
-        """The answer of client `number` to `body`. Raises PayloadError: it is not a message for a client."""
+        """The reply of client `number` to `body`. Raises PayloadError: it is not a message for a client."""
         site, round = self._site_of(number), int(Payload.peek(body).get(ROUND, 0))
         if round == 1:
             with counted() as cost:
@@ -100,9 +100,9 @@ class MeasuredSites:
             self.spent.setdefault(number, Cost()).add(cost)
             self._write(number)
             return reply
-        self._afresh = self._afresh or environment.reset_peak_memory()
+        self._peak_was_reset = self._peak_was_reset or environment.reset_peak_memory()
         reply = site.handle(body)
-        if round == 2 and self._afresh and number in self.spent:
+        if round == 2 and self._peak_was_reset and number in self.spent:
             self.spent[number].peak_memory_bytes = environment.own_peak_memory()
             self._write(number)
         return reply

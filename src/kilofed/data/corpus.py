@@ -1,7 +1,7 @@
-"""The rows of all clients of one source: read, divided, and as examples for each model's tokeniser.
+"""The rows of one source: read, partitioned over clients, and tokenised for each model.
 
-What is asked for is read when it is first asked for, and kept. A corpus of one client needs nobody else's rows, so a
-site that has only its own can make one too.
+Everything is loaded at its first use and kept. A corpus of one client needs no other client's rows, so a site that has
+only its own can make one too.
 """
 
 from collections.abc import Callable
@@ -25,7 +25,7 @@ class Corpus:
 
     Args:
         recipe: its data, its seed, and its model for the tokeniser.
-        tokenizer_of: loads the tokeniser of a model; asked once for each.
+        tokenizer_of: loads the tokeniser of a model; called once per model.
         warn: is told of rows, columns and files that are skipped.
     """
 
@@ -46,12 +46,12 @@ class Corpus:
 
     @property
     def rows(self) -> Rows:
-        """The rows of all clients, as the source gave them. Raises DataError."""
+        """The rows of all clients, before the partition. Raises DataError."""
         return self._rows[0]
 
     @property
     def public_rows(self) -> list[Row]:
-        """Rows that anyone may see; empty where the recipe names none. Raises DataError."""
+        """The public rows; empty if the recipe has none. Raises DataError."""
         return self._rows[1]
 
     @cached_property
@@ -60,12 +60,12 @@ class Corpus:
 
     @cached_property
     def shares(self) -> list[Share]:
-        """Each client's rows, by its number. Raises DataError."""
+        """Each client's rows, by client id. Raises DataError."""
         return divide(self.rows, self._data, self._seed, warn=self._warn)
 
     @cached_property
     def classes(self) -> tuple[str, ...]:
-        """Names of the classes, in the order of their numbers; empty where nothing is classified. Raises DataError."""
+        """Names of the classes in the order of their indices; empty for language models. Raises DataError."""
         spec = self._data
         return class_names(spec, self.rows) if spec.task == "classify" or spec.labels else ()
 
@@ -76,32 +76,32 @@ class Corpus:
 
     @cached_property
     def renderer(self) -> Renderer:
-        """Rows to examples for the recipe's model. Raises DataError, ModelError."""
+        """The renderer for the recipe's model. Raises DataError, ModelError."""
         return Renderer(self.tokenizer, self._data, self.layout, self.classes, warn=self._warn)
 
     @cached_property
     def layout(self) -> str:
-        """Which columns are learnt: `response`, `messages`, `text` or `label`. Raises DataError."""
+        """The layout of the rows: `response`, `messages`, `text` or `label`. Raises DataError."""
         return layout(self._data.columns, self.rows.train, self._data.task)
 
     def renderer_of(self, spec: ModelSpec) -> Renderer:
-        """Rows to examples for the model of `spec`, which may have a tokeniser of its own where rows are classified.
+        """The renderer for the model of `spec`, which in classification may have another tokeniser than the recipe's.
 
         Raises:
-            ModelError: tokens are learnt, and its vocabulary is not that of the recipe's model.
+            ModelError: a language model's vocabulary is not that of the recipe's model.
         """
-        where = spec.path, spec.revision
-        if where == (self._model.path, self._model.revision):
+        key = spec.path, spec.revision
+        if key == (self._model.path, self._model.revision):
             return self.renderer
-        if where not in self._renderers:
-            self._renderers[where] = self._other_renderer(spec)
-        return self._renderers[where]
+        if key not in self._renderers:
+            self._renderers[key] = self._other_renderer(spec)
+        return self._renderers[key]
 
     def train_examples(self, client: int, spec: ModelSpec | None = None) -> list[Example]:
-        """What client number `client` learns from, for the model of `spec`, by default the recipe's.
+        """Training examples of client `client` for the model of `spec`, by default the recipe's.
 
         Raises:
-            DataError: nothing in its rows can be learnt.
+            DataError: none of its rows has a target.
         """
         renderer = self.renderer_of(spec or self._model)
         if (client, id(renderer)) not in self._train:
@@ -115,13 +115,13 @@ class Corpus:
         return self._train[client, id(renderer)]
 
     def test_examples(self, client: int) -> list[Example]:
-        """What client number `client` is scored on; empty where it has no held-out rows."""
+        """Held-out examples of client `client`; empty if it has none."""
         if client not in self._test:
             self._test[client] = self.renderer(self.shares[client].test)
         return self._test[client]
 
     def public_examples(self, spec: ModelSpec | None = None) -> list[Example]:
-        """The public rows for the model of `spec`, by default the recipe's; empty where the recipe names none.
+        """Public examples for the model of `spec`, by default the recipe's; empty if the recipe has none.
 
         Raises:
             DataError: they have other columns or labels than the private ones.
@@ -132,7 +132,7 @@ class Corpus:
         return self._public[id(renderer)]
 
     def tokenize(self) -> None:
-        """Read and tokenise what all clients learn from, instead of when it is first asked for."""
+        """Read and tokenise the training rows of all clients now instead of at their first use."""
         for client in range(len(self.shares)):
             self.train_examples(client)
 
@@ -143,6 +143,6 @@ class Corpus:
         if not self.classes:
             raise ModelError(
                 f"{spec.path} has another vocabulary than {self._model.path} ({len(tokenizer)} and "
-                f"{len(self.tokenizer)} tokens): where tokens are learnt, all models need one tokeniser"
+                f"{len(self.tokenizer)} tokens); use language models with one tokeniser"
             )
         return Renderer(tokenizer, self._data, self.layout, self.classes, warn=self._warn)

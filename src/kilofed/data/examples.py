@@ -111,15 +111,15 @@ class Renderer:
     def __call__(self, rows: Iterable[Row]) -> list[Example]:
         """Examples of all rows that have a target, in order; warns once of rows that have none."""
         examples = [self._example(row) for row in rows]
-        learnt = [e for e in examples if e.has_targets]
-        if (num_empty := len(examples) - len(learnt)) and not self.num_empty:
+        usable = [e for e in examples if e.has_targets]
+        if (num_empty := len(examples) - len(usable)) and not self.num_empty:
             what, column = ("label", "label") if self.kind == "label" else ("answer", "response")
             self._warn(
                 f"{num_empty} of {len(examples)} rows have no {what} and are skipped; fill in data.columns.{column}, "
                 "or drop them"
             )
         self.num_empty += num_empty
-        return learnt
+        return usable
 
     def prompt(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         """Token ids of the prompt for the next answer; templates for single questions use the last message only."""
@@ -243,17 +243,17 @@ class Renderer:
         prompt_end = 0
         if self.template != "chat" and bos is not None:
             ids, labels = [bos], [IGNORED]
-        for text, learnt in pieces:
+        for text, is_target in pieces:
             piece = self.tokenizer.encode(text, add_special_tokens=False, verbose=False)
-            num_targets = len(piece) if learnt else 0
-            if learnt and self.template == "chat":
+            num_targets = len(piece) if is_target else 0
+            if is_target and self.template == "chat":
                 # The template may continue after the end token, for instance with a line break, which is not a target.
                 num_targets = 1 + max(
                     (i for i, token in enumerate(piece) if token in self._special), default=len(piece) - 1
                 )
-            elif learnt and piece and eos is not None:
+            elif is_target and piece and eos is not None:
                 piece, num_targets = [*piece, eos], len(piece) + 1
-            if learnt:
+            if is_target:
                 prompt_end = len(ids)
             ids += piece
             labels += piece[:num_targets] + [IGNORED] * (len(piece) - num_targets)

@@ -257,9 +257,9 @@ class KDCosts(Costs):
         public = method.rows(preview.server.public, seed, preview.round)
         chosen = method.num_kept(public, ensemble.num_outputs_of(preview.server.model, public)) > 0
         scored = self._scored(public, 0)
-        learnt = self._steps(public, method.steps, generator(seed, preview.round, -1, "distil"))
+        distilled = self._steps(public, method.steps, generator(seed, preview.round, -1, "distil"))
         # Where tokens are chosen, rows are scored once more for the choice.
-        return Work([*(replace(one, times=2.0 if chosen else 1.0) for one in scored), *learnt])
+        return Work([*(replace(one, times=2.0 if chosen else 1.0) for one in scored), *distilled])
 
     def _scored(self, rows: Sequence[Example], num_tokens: int) -> list[Pass]:
         return [replace(one, kind=Distilled(num_tokens)) for one in shapes(rows, self.method.batch_size)]

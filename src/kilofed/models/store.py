@@ -1,4 +1,4 @@
-"""Models that stay in memory, each loaded once, with what one recipe trains on them."""
+"""Models with one recipe's adapter, each loaded once and kept in memory."""
 
 from collections.abc import Sequence
 
@@ -9,12 +9,12 @@ from kilofed.models import loading
 
 
 class ModelStore:
-    """The models of one process, by what they are loaded from.
+    """The models of one process by their ModelSpec.
 
     Args:
-        adapter: what is trained on each.
+        adapter: adapter of each model.
         seed: equal seeds give equal trained tensors before training.
-        classes: names of the classes, for models that classify; empty for those that generate.
+        classes: names of the classes of classifiers; empty for language models.
     """
 
     def __init__(self, adapter: AdapterSpec, seed: int, classes: Sequence[str] = ()) -> None:
@@ -23,17 +23,17 @@ class ModelStore:
         self._starts: dict[ModelSpec, dict[str, Tensor]] = {}
 
     def __len__(self) -> int:
-        """How many models are in memory."""
+        """Number of models in memory."""
         return len(self._models)
 
     def model(self, spec: ModelSpec) -> nn.Module:
-        """The resident model of `spec`; all who ask share it, so write into it before use. Raises ModelError."""
+        """The model of `spec`, shared by all callers, so write the trained tensors before use. Raises ModelError."""
         if spec not in self._models:
             self._models[spec] = self._load(spec)
         return self._models[spec]
 
     def start(self, spec: ModelSpec) -> dict[str, Tensor]:
-        """The trained tensors of the model of `spec` before any training, whatever the resident one holds.
+        """The trained tensors of the model of `spec` before any training, from a separately loaded model.
 
         Raises:
             ModelError: it cannot be loaded.
