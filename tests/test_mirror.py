@@ -33,26 +33,6 @@ PACKAGES_WITH_CODE = {"data/sources": "data/sources/test_sources.py"}
 """A package's `__init__.py` that is more than a docstring and is tested in a file of its own."""
 
 UNTESTED = {
-    "costs/test_counter.py",
-    "costs/test_environment.py",
-    "data/sources/test_families.py",
-    "engines/test_inprocess.py",
-    "engines/test_opener.py",
-    "federation/test_parties.py",
-    "federation/test_presentation.py",
-    "federation/test_workload.py",
-    "proxy/test_large_model.py",
-    "proxy/test_logit_sources.py",
-    "reports/test_page.py",
-    "runs/test_export.py",
-    "runs/test_facts.py",
-    "serving/test_responses.py",
-    "serving/test_steps.py",
-    "serving/test_streaming.py",
-    "serving/test_validation.py",
-    "zeroth/directions/test_kernels.py",
-    "split/test_passes.py",
-    "distillation/test_passes.py",
     "runs/test_preview.py",
 }
 """Modules that only the tests of others reach."""

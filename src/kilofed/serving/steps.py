@@ -25,7 +25,7 @@ class Step:
 
 
 def steps(served: ServedModel, request: GenerationRequest) -> Iterator[Step]:
-    """All answers to `ask`, one after the other, piece by piece; close it to give the model's caches back."""
+    """All answers to `request`, one after the other, piece by piece; close it to give the model's caches back."""
     for number, prompt in enumerate(request.prompts):
         echoed = _echo(served, request, prompt) if request.echo else None
         for choice in range(request.n):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from kilofed.zeroth.directions import cpu, kernels
+from kilofed.zeroth.directions import cpu
 from kilofed.zeroth.directions.pool import SeedPool
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -21,13 +21,6 @@ def _coefficients(num_seeds, seed=0):
 
 def _weights(num_elements, dtype, seed=0):
     return torch.randn(num_elements, generator=torch.Generator().manual_seed(seed)).to(dtype)
-
-
-def _rebuild(kernel, w0, a, first_block):
-    out = torch.empty_like(w0)
-    work = cpu._workspace(cpu.row_butterflies(a, w0.dtype), cpu._lanes(w0.dtype), KEY)
-    kernel(w0.data_ptr(), out.data_ptr(), first_block, len(w0) // len(a), work)
-    return out
 
 
 @pytest.mark.parametrize("num_seeds", [64, 256, 1024])
@@ -74,14 +67,6 @@ def test_large_pools_equal_plain_numpy_bit_for_bit(plain, num_seeds):
     w0 = _weights(num_seeds + 999, torch.bfloat16)
     expected = torch.from_numpy(plain.rebuild(w0.float().numpy(), a, KEY, 2)).to(torch.bfloat16)
     assert torch.equal(_bits(SeedPool(num_seeds, KEY).rebuild(w0, a, first_block=2)), _bits(expected))
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("num_seeds", [1024, 4096])
-def test_nontemporal_stores_give_equal_bits(dtype, num_seeds):
-    a, w0 = _coefficients(num_seeds), _weights(3 * num_seeds, dtype)
-    usual, nontemporal = cpu.REBUILD[dtype]
-    assert torch.equal(_bits(_rebuild(usual, w0, a, 7)), _bits(_rebuild(nontemporal, w0, a, 7)))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -137,7 +122,3 @@ def test_an_error_in_a_thread_is_raised(monkeypatch):
     monkeypatch.setattr(cpu, "_workspace", fail)
     with pytest.raises(RuntimeError, match="no memory"):
         SeedPool(1024).rebuild(torch.zeros(1 << 20), _coefficients(1024))
-
-
-def test_lane_orders_are_permutations():
-    assert all(sorted(order) == list(range(16)) for order in kernels.LANE_ORDER.values())
