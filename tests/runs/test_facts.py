@@ -20,11 +20,11 @@ def test_the_facts_of_an_unequal_run_are_what_its_ledger_shows(tiny_recipe: Reci
     ]
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
-    recipe = changed(tiny_recipe, {"data.source": str(path), "data.partition.column": "site", "data.holdout": 0.0})
+    recipe = changed(tiny_recipe, {"data.source": str(path), "data.partition.column": "site", "data.holdout": 0.2})
     recipe = replace(recipe, rounds=2, evaluate=replace(recipe.evaluate, generate=0))
     done = kilofed.run(recipe, out=tmp_path / "run")
     facts = json.loads((done.folder / "run.json").read_text("utf-8"))
-    assert {one["name"]: one["train_rows"] for one in facts["clients"]} == COUNTS
+    assert {one["name"]: one["train_rows"] + one["test_rows"] for one in facts["clients"]} == COUNTS
     assert [one["id"] for one in facts["clients"]] == [0, 1, 2]
     assert 0 < facts["num_trained"] < facts["num_parameters"]
     (fit,) = facts["forecast"]
