@@ -16,9 +16,8 @@ def main(words: list[str]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         for method in ("fedavg", "fedprox", "fedavgm"):
             run = kilofed.run("tiny", {**overrides, "method.name": method}, out=Path(folder) / method)
-            loss = run.rows["federated"]["loss"]
-            sent = run.results["bytes"]
-            print(f"{method:8}  held-out loss {loss:.3f}  {sent['up'] / 1e6:.2f} MB up per client")
+            loss, sent = run.rows["federated"].loss, run.results.bytes
+            print(f"{method:8}  held-out loss {loss:.3f}  {sent.up / 1e6:.2f} MB up per client")
 
 
 if __name__ == "__main__":

@@ -151,6 +151,5 @@ def test_method_that_the_page_shows_second_runs_by_its_name(
     monkeypatch.syspath_prepend(str(tmp_path))
     recipe = changed(tiny_recipe, {"method.name": "shown_package.signs", "method.step": 0.01})
     run = kilofed.run(recipe, out=tmp_path / "run")
-    up, down = run.results["bytes"]["up"], run.results["bytes"]["down"]  # type: ignore[index]
-    assert run.rows["federated"]["loss"] != run.rows["base"]["loss"]
-    assert up < down  # A byte a parameter up, four down.
+    assert run.rows["federated"].loss != run.rows["base"].loss
+    assert run.results.bytes.up < run.results.bytes.down  # A byte a parameter up, four down.

@@ -20,7 +20,7 @@ MODULES = {
 # From the ground up; a package imports from those below it alone. A file of the package's root stands for itself.
 LAYERS: list[set[str]] = [
     {"errors", "units", "hub"},
-    {"files", "payload", "config"},
+    {"files", "payload", "config", "records"},
     {"data", "privacy"},
     {"models", "generation"},
     {"federation", "zeroth", "proxy"},
@@ -33,7 +33,18 @@ LAYERS: list[set[str]] = [
     {"__main__"},
 ]
 CONTRACT = {"federation", "methods", "engines", "runs"}
-MATHS = {"errors", "files", "payload", "config", "data", "models", "generation", "zeroth", "proxy"}
+MATHS = {
+    "errors",
+    "files",
+    "payload",
+    "config",
+    "records",
+    "data",
+    "models",
+    "generation",
+    "zeroth",
+    "proxy",
+}
 """Packages that a federated method uses and that know of none."""
 OUTSIDERS = {
     "transformers": {
@@ -56,7 +67,7 @@ OUTSIDERS = {
     "tqdm": {"commands.progress"},
     "fastapi": {"serving.app", "serving.service"},
     "prometheus_client": {"serving.metrics"},
-    "pydantic": {"serving.requests", "serving.validation"},
+    "pydantic": {"records.codec", "serving.requests", "serving.validation"},
     "uvicorn": {"serving.server"},
 }
 

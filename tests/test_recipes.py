@@ -41,4 +41,4 @@ def test_one_round_of_a_shipped_recipe_runs(
     if load(name).method.name == "fedpt":
         small |= {"method.large": str(tiny_model), "data.public_share": 0.2}
     done = kilofed.run(name, small, out=tmp_path / "run")
-    assert done.rows["federated"]["loss"] > 0
+    assert done.rows["federated"].loss > 0

@@ -65,13 +65,16 @@ def measure(out: Path, *, quick: bool) -> list[Line]:
 def _ratios(folder: Path) -> Line:
     found = read(folder)
     plan, results = found.run.get("plan"), found.results
+    assert results
+    assert results.costs
+    client, server = results.costs.client, results.costs.server
     pairs = [
-        (dig(plan, "up"), dig(results, "bytes", "up")),
-        (dig(plan, "down"), dig(results, "bytes", "down")),
-        (dig(plan, "exchanges"), results.get("exchanges")),
-        (dig(plan, "client_flops"), dig(results, "costs", "client", "flops")),
-        (dig(plan, "server_flops"), dig(results, "costs", "server", "flops")),
-        (dig(plan, "client_memory"), dig(results, "costs", "client", "peak_memory_bytes")),
+        (dig(plan, "up"), results.bytes.up),
+        (dig(plan, "down"), results.bytes.down),
+        (dig(plan, "exchanges"), results.exchanges),
+        (dig(plan, "client_flops"), client.flops),
+        (dig(plan, "server_flops"), server.flops),
+        (dig(plan, "client_memory"), client.peak_memory_bytes),
     ]
     return {what: _ratio(number(told), number(seen)) for what, (told, seen) in zip(WHAT, pairs, strict=True)}
 

@@ -32,10 +32,9 @@ def main() -> None:
     for top_k, wire in ((0, "float16"), (32, "float16"), (32, "int8"), (8, "float16")):
         with tempfile.TemporaryDirectory() as folder:
             done = kilofed.run("tiny", {**same, "method.top_k": top_k, "method.wire": wire}, out=Path(folder) / "run")
-            sent = done.results["bytes"]
-            assert isinstance(sent, dict)
-            loss = done.rows["federated"]["loss"]
-            found.append({"tokens": top_k or "all", "wire": wire, "loss": loss, "bytes": sent["up"] + sent["down"]})
+            sent = done.results.bytes
+            loss = done.rows["federated"].loss
+            found.append({"tokens": top_k or "all", "wire": wire, "loss": loss, "bytes": sent.up + sent.down})
         if not options.json:
             row, whole = found[-1], found[0]
             print(f"{row['tokens']:>4} tokens, {row['wire']:<8} loss {row['loss']:.4f} ({row['loss'] - whole['loss']:+.4f})  "

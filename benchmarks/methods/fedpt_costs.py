@@ -30,14 +30,15 @@ def measure(name: str, words: dict[str, Value], rounds: int, folder: Path) -> di
         "engine.workers": 1,
     }
     results = kilofed.run("fedpt", {**shared, **words}, out=folder / name).results
-    client = results["costs"]["client"]
+    assert results.costs
+    client = results.costs.client
     return {
         "row": name,
-        "up_kB": round(results["bytes"]["up"] / rounds / 1e3, 1),
-        "down_kB": round(results["bytes"]["down"] / rounds / 1e3, 1),
-        "client_GFLOP": round(client["flops"] / 1e9, 2),
-        "client_MB": round(client["peak_memory_bytes"] / 1e6),
-        "client_s": round(client["seconds"], 2),
+        "up_kB": round(results.bytes.up / rounds / 1e3, 1),
+        "down_kB": round(results.bytes.down / rounds / 1e3, 1),
+        "client_GFLOP": round(client.flops / 1e9, 2),
+        "client_MB": round(client.peak_memory_bytes / 1e6),
+        "client_s": round(client.seconds, 2),
     }
 
 

@@ -84,10 +84,10 @@ def full(same: dict[str, Value], seeds: int) -> list[dict[str, object]]:
             with tempfile.TemporaryDirectory() as folder:
                 words = {**same, **plan, "data.partition.kind": kind, "method": method}
                 done = kilofed.run("classify", words, out=Path(folder) / "run")
-                sent = done.results["bytes"]
+                sent = done.results.bytes
                 for name, row in done.rows.items():
-                    found.append({"partition": kind, "method": method, "row": name, "accuracy": row["accuracy"],
-                                  "macro_f1": row["macro_f1"], "loss": row["loss"], "bytes": sent})  # fmt: skip
+                    found.append({"partition": kind, "method": method, "row": name, "accuracy": row.accuracy,
+                                  "macro_f1": row.macro_f1, "loss": row.loss, "bytes": vars(sent)})  # fmt: skip
     return found
 
 

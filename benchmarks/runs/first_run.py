@@ -64,7 +64,7 @@ def run(words: list[str], out: Path) -> dict[str, object]:
 
 
 def summary(results: dict[str, object]) -> dict[str, object]:
-    """Losses with intervals, and the share of base to central that the federation closes."""
+    """Losses with intervals, and the share of base to centralized that the federation closes."""
     rows = results["rows"]
     losses = {name: {"loss": round(row["loss"], 4), "interval": row["interval"]} for name, row in rows.items()}
     return {"rows": losses, "closed": round(results["closed"], 3), "verdict": results["verdict"]}

@@ -24,7 +24,8 @@ from typing import Any
 import tomli_w
 
 from kilofed.config.fields import Table, Value
-from kilofed.reports.reading import dig, items, read
+from kilofed.records import results
+from kilofed.records.codec import to_json
 from kilofed.runs import compare
 from kilofed.units import number
 
@@ -69,16 +70,16 @@ def run(table: Table, methods: str, words: Words, out: Path, seeds: int) -> dict
     recipe.write_text(tomli_w.dumps(table))
     entries, common = compare.entries(methods, words)
     found = compare.compare(recipe, entries, common, out=out / "runs", seeds=seeds)
-    every = {entry.label: read(out / "runs" / entry.label).results for entry in entries}
-    rows: dict[str, object] = {label: dig(results, "rows", "federated") for label, results in every.items()}
-    rows |= {name: dig(every[entries[0].label], "rows", name) for name in compare.CONTROLS}
-    macro_f1 = {name: number(dig(row, "macro_f1")) for name, row in rows.items()}
+    every = {entry.label: results.read(out / "runs" / entry.label) for entry in entries}
+    rows = {label: whole.rows["federated"] for label, whole in every.items() if whole}
+    first = every[entries[0].label]
+    rows |= {name: first.rows[name] for name in compare.BASELINES if first and name in first.rows}
+    table = to_json(found)
     return {
-        "rows": found["rows"],
-        "controls": found["controls"],
-        "macro_f1": macro_f1,
+        **table,
+        "macro_f1": {name: row.macro_f1 for name, row in rows.items()},
         "text": compare.text(found),
-        "ordering": ordering([row for row in items(found["rows"]) if isinstance(row, Mapping)]),
+        "ordering": ordering([vars(row) for row in found.rows]),
     }
 
 

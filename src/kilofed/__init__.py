@@ -3,7 +3,7 @@
     import kilofed
 
     run = kilofed.run("tiny", {"rounds": 3})
-    print(run.rows["federated"]["loss"], run.folder)
+    print(run.rows["federated"].loss, run.folder)
 
 A name is imported when it is first used, so that `import kilofed` takes no time.
 """

@@ -50,10 +50,11 @@ def test_counting_changes_last_bits_at_most_and_finds_the_clients_at_work(measur
     states = [Payload.decode((one.folder / "state.safetensors").read_bytes()).tensors for one in (with_costs, without)]
     for name, tensor in states[0].items():
         torch.testing.assert_close(tensor, states[1][name], rtol=1e-4, atol=1e-5)
-    assert without.results["costs"] == {}
-    found = with_costs.results["costs"]
-    assert found["client"]["flops"] > 0 == found["server"]["flops"]  # FedAvg only adds.
-    assert found["client"]["num_messages"] == 1
+    assert without.results.costs is None
+    found = with_costs.results.costs
+    assert found
+    assert found.client.flops > 0 == found.server.flops  # FedAvg only adds.
+    assert found.client.num_messages == 1
     assert json.loads((tmp_path / "a" / "clients" / "0" / measurement.FILE).read_text())["flops"] > 0
 
 
@@ -100,9 +101,9 @@ def test_where_the_peak_cannot_be_forgotten_that_of_round_1_stands(
 @pytest.mark.slow
 def test_worker_processes_count_as_one_process_does(measured: Recipe, tmp_path) -> None:
     pooled = replace(measured, engine=replace(measured.engine, name="pool", workers=1))
-    flops = [kilofed.run(one, out=tmp_path / one.engine.name).results["costs"] for one in (measured, pooled)]
-    assert flops[0]["client"]["flops"] == flops[1]["client"]["flops"]
-    assert flops[0]["server"]["flops"] == flops[1]["server"]["flops"]
+    flops = [kilofed.run(one, out=tmp_path / one.engine.name).results.costs for one in (measured, pooled)]
+    assert flops[0].client.flops == flops[1].client.flops
+    assert flops[0].server.flops == flops[1].server.flops
 
 
 @pytest.mark.slow

@@ -176,7 +176,7 @@ def test_a_worker_process_works_without_the_large_model(tiny_table, tiny_large: 
     table["method"] = {"name": "fedpt", "large": str(tiny_large), "steps": 2, "lr": 1e-2, "tolerance": 9.0}
     pooled = kilofed.run(kilofed.config.tables.from_table(table), out=tmp_path / "pool")
     alone = kilofed.run(kilofed.config.tables.from_table({**table, "engine": {}}), out=tmp_path / "alone")
-    assert pooled.results["state_sha256"] == alone.results["state_sha256"]
+    assert pooled.results.state_sha256 == alone.results.state_sha256
 
 
 def run(table: dict[str, Value], large: str, out: Path, **fields: Value) -> kilofed.Run:
@@ -197,9 +197,9 @@ def test_a_run_shows_the_parts_beside_the_whole_and_every_command_reads_it(
 ) -> None:
     done = run(tiny_table, str(tiny_large), tmp_path / "run")
     assert set(done.rows) == {"federated", "small tuned", "large base"}
-    titles = [chart["title"] for chart in done.results["charts"]]
+    titles = [chart.title for chart in done.results.charts]
     assert titles == ["Strength of the steering", "Server phases"]
-    sweep = dict(map(tuple, done.results["charts"][0]["lines"]["steered large model"]))
+    sweep = dict(done.results.charts[0].lines["steered large model"])
     assert len(sweep) == 9
     page = (tmp_path / "run" / "report.html").read_text()
     assert "small tuned" in page
@@ -226,7 +226,7 @@ def test_the_run_ends_when_the_steered_model_meets_its_target(tiny_table, tiny_l
     assert lines[-1]["public_proxy_loss"] <= 1e9
     assert lines[-1]["loss"]
     (tmp_path / "early" / "results.json").unlink()
-    assert resume(tmp_path / "early").results["state_sha256"] == early.results["state_sha256"]
+    assert resume(tmp_path / "early").results.state_sha256 == early.results.state_sha256
     late = run({**tiny_table, "rounds": 2}, str(tiny_large), tmp_path / "late", target_loss=1e-9)
     assert len((tmp_path / "late" / "metrics.jsonl").read_text().splitlines()) == 3
     assert late.rows["federated"]
@@ -295,9 +295,9 @@ def test_a_budget_spent_in_the_middle_stops_the_run_and_another_one_resumes(
             except BudgetSpent:
                 continue
             break
-        assert done.rows["federated"]["loss"] > 0
+        assert done.rows["federated"].loss > 0
         whole = run({**tiny_table, "rounds": 1}, {**large, "max_requests": 1000}, tmp_path / "whole")  # type: ignore[arg-type, dict-item]
-        assert whole.results["state_sha256"] == done.results["state_sha256"]
+        assert whole.results.state_sha256 == done.results.state_sha256
 
 
 def test_the_trial_leaves_the_small_model_as_it_was(federate) -> None:

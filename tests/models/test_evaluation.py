@@ -150,18 +150,15 @@ def test_fewer_than_two_values_have_no_interval() -> None:
 
 def test_a_row_of_the_table_is_the_mean_over_clients() -> None:
     found = evaluation.summarise([Scores(1.0, 0.5, 10, 0.25, 1.0), Scores(3.0, 0.7, 90, 0.75, 0.0)], [2, 5])
-    assert (found["loss"], found["accuracy"], found["rouge_l"], found["exact_match"]) == (2.0, 0.6, 0.5, 0.5)
-    assert found["perplexity"] == pytest.approx(math.exp(2.0))
-    low, high = evaluation.interval([1.0, 3.0]) or (0, 0)
-    assert found["interval"] == [low, high]
-    clients = found["clients"]
-    assert isinstance(clients, list)
-    assert [(client["id"], client["loss"]) for client in clients] == [(2, 1.0), (5, 3.0)]
+    assert (found.loss, found.accuracy, found.rouge_l, found.exact_match) == (2.0, 0.6, 0.5, 0.5)
+    assert found.perplexity == pytest.approx(math.exp(2.0))
+    assert found.interval == evaluation.interval([1.0, 3.0])
+    assert [(client.id, client.loss, client.num_tokens) for client in found.clients] == [(2, 1.0, 10), (5, 3.0, 90)]
 
 
 def test_scores_that_were_not_taken_are_none() -> None:
     found = evaluation.summarise([Scores(1.0, 0.5, 10)], [0])
-    assert (found["rouge_l"], found["exact_match"], found["interval"]) == (None, None, None)
+    assert (found.rouge_l, found.exact_match, found.interval) == (None, None, None)
 
 
 def test_macro_f1_is_the_mean_over_classes_that_occur() -> None:
@@ -183,5 +180,5 @@ def test_classes_are_scored_by_row_and_have_no_perplexity(tiny_encoder: Path) ->
     assert scores.loss == pytest.approx(-float(chance[1] * 2 + chance[0]) / 3, rel=1e-6)
     assert (scores.accuracy, scores.num_tokens) == (pytest.approx(2 / 3), 3)
     assert scores.macro_f1 == pytest.approx((2 * 2 / (2 + 3) + 0) / 2)
-    assert scores.as_dict()["perplexity"] is None
-    assert evaluation.summarise([scores], [0])["perplexity"] is None
+    assert scores.perplexity is None
+    assert evaluation.summarise([scores], [0]).perplexity is None

@@ -78,7 +78,7 @@ def test_a_broken_line_is_named(tmp_path: Path) -> None:
         read(tmp_path)
 
 
-@pytest.mark.parametrize(("text", "said"), [("[]", "holds a list; expected a table"), ("{", "is not JSON")])
+@pytest.mark.parametrize(("text", "said"), [("[]", "has another content than expected"), ("{", "is not JSON")])
 def test_a_broken_file_is_named(tmp_path: Path, text: str, said: str) -> None:
     (make(tmp_path) / "results.json").write_text(text, "utf-8")
     with pytest.raises(RunError, match=rf"results\.json {said}"):

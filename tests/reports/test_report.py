@@ -5,13 +5,16 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterable
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from tests.made_results import MADE, made, row
 
 from kilofed.errors import RunError
 from kilofed.federation.ledger import Ledger, Row
+from kilofed.records.results import PrivacySpent, Results, TotalBytes
 from kilofed.reports import report
 
 NASTY = '<script>alert("x")</script> & co'
@@ -56,32 +59,6 @@ class Page(HTMLParser):
         return found
 
 
-def scores(loss: float, **others: object) -> dict[str, object]:
-    return {"loss": loss, "interval": [loss - 0.25, loss + 0.25], "accuracy": 0.3125, "perplexity": 2.5, **others}
-
-
-RESULTS: dict[str, object] = {
-    "name": "tiny",
-    "method": "fedavg",
-    "rounds": 3,
-    "seeds": [0],
-    "rows": {
-        "base": scores(4.5, rouge_l=None, exact_match=None),
-        "local": scores(3.75, rouge_l=0.125, exact_match=0.0),
-        "federated": scores(3.5, rouge_l=0.25, exact_match=0.5),
-        "central": scores(3.25, rouge_l=0.375, exact_match=0.25),
-    },
-    "bytes": {"up": 1_234_567.0, "down": 2_345_678.0},
-    "exchanges": 3,
-    "seconds": 12.34,
-    "peak_memory_bytes": 1_500_000_000,
-    "privacy": {"kind": "none"},
-    "verdict": ["federated is 0.250 nats below local-only training"],
-    "state_sha256": "abc123",
-    "closed": 0.8,
-}
-
-
 def a_row(at: int, client: int, way: str, num_bytes: int, action: str = "fit", verb: str = "mean") -> Row:
     return Row(at, 0, action, verb, way, client, num_bytes, 0.5)  # type: ignore[arg-type]
 
@@ -101,7 +78,7 @@ def make(
     rows: Iterable[Row] = (),
     name: str = "tiny",
     labels: bool = True,
-    results: dict[str, object] | None = None,
+    results: Results | None = None,
     num_rounds: int = 3,
     num_clients: int = 5,
 ) -> Path:
@@ -129,7 +106,7 @@ def make(
             }
             for i, each in enumerate(names)
         ],
-        "forecast": [{"action": "fit", "down": 2_007, "up": 1_003, "exchanges": 1}],
+        "forecast": [{"action": "fit", "down": [2_007, 2_007], "up": [1_003, 1_003], "exchanges": [1, 1]}],
         "num_trained": 43_776,
         "num_parameters": 769_440,
     }
@@ -147,10 +124,10 @@ def make(
     (folder / "run.json").write_text(json.dumps(run), "utf-8")
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in rounds), "utf-8")
     if results is not None:
-        (folder / "results.json").write_text(json.dumps(results), "utf-8")
+        (folder / "results.json").write_text(json.dumps(results.to_json()), "utf-8")
     ledger = Ledger(folder / "ledger.jsonl")
-    for row in rows:
-        ledger.add(row)
+    for sent in rows:
+        ledger.add(sent)
     ledger.close()
     return folder
 
@@ -158,7 +135,7 @@ def make(
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run with its page, to be read only."""
-    folder = make(tmp_path_factory.mktemp("run"), rows=plain_rows(), results=RESULTS)
+    folder = make(tmp_path_factory.mktemp("run"), rows=plain_rows(), results=MADE)
     report.write(folder)
     return folder
 
@@ -170,7 +147,7 @@ def test_totals_are_the_sums_of_ledger_rows(tmp_path: Path) -> None:
         for way in ("down", "up")
         for client in range(5)
     ]
-    page = Page(report.write(make(tmp_path, rows=rows, results=RESULTS)))
+    page = Page(report.write(make(tmp_path, rows=rows, results=MADE)))
     for way in ("down", "up"):
         assert f"{sum(row.bytes for row in rows if row.direction == way):,} bytes" in page.text
     for client, name in enumerate(NAMES):
@@ -190,13 +167,13 @@ def test_scores_and_intervals_are_those_of_the_results(folder: Path) -> None:
 
 
 def test_a_model_that_does_not_win_is_said_to_lose(tmp_path: Path) -> None:
-    rows = {"base": scores(3.0), "federated": scores(3.5)}
-    page = Page(report.write(make(tmp_path, results={**RESULTS, "rows": rows})))
+    rows = {"base": row(3.0), "federated": row(3.5)}
+    page = Page(report.write(make(tmp_path, results=made(rows=rows))))
     assert "NOT lower than the base model's (3.000)" in page.text
 
 
 def test_what_users_wrote_is_text_and_never_markup(tmp_path: Path) -> None:
-    results = {**RESULTS, "name": NASTY, "method": NASTY, "verdict": [NASTY]}
+    results = made(name=NASTY, method=NASTY, verdict=(NASTY,))
     folder = make(tmp_path, rows=[*plain_rows(), a_row(3, 0, "up", 1, action=NASTY)], name=NASTY, results=results)
     add_failure(folder, NASTY)
     page = Page(report.write(folder))
@@ -212,7 +189,7 @@ def add_failure(folder: Path, text: str) -> None:
 
 def test_failures_are_listed_by_round_and_name(tmp_path: Path, folder: Path) -> None:
     assert "None: every client that was asked answered." in Page(folder / "report.html").text
-    make(tmp_path, rows=plain_rows(), results=RESULTS)
+    make(tmp_path, rows=plain_rows(), results=MADE)
     add_failure(tmp_path, "the loss was NaN")
     assert ["4", NAMES[2], "the loss was NaN"] in Page(report.write(tmp_path)).rows
 
@@ -260,7 +237,7 @@ def test_forecast_beside_measured_is_said_in_words(tmp_path: Path, folder: Path)
         ["fit", "exchanges", "1", "1", "equal"],
     ]  # fmt: skip
     rows = [*plain_rows(), a_row(4, 0, "up", 1_004)]
-    page = Page(report.write(make(tmp_path, rows=rows, results=RESULTS)))
+    page = Page(report.write(make(tmp_path, rows=rows, results=MADE)))
     assert "1 of 3 forecasts differ from what was measured." in page.text
     assert ["fit", "up", "1,003", "1,003 to 1,004", "differs"] in page.rows
 
@@ -270,34 +247,34 @@ def test_the_verb_decides_what_is_said_about_privacy(tmp_path: Path, folder: Pat
     assert "the method never sees a single client's reply" in mean
     assert "saw every client's reply by itself" not in mean
     rows = [a_row(1, 0, way, 10, action="stack", verb="call") for way in ("down", "up")]
-    call = Page(report.write(make(tmp_path / "call", rows=rows, results=RESULTS))).text
+    call = Page(report.write(make(tmp_path / "call", rows=rows, results=MADE))).text
     assert "call (stack): the method saw every client's reply by itself" in call
     assert "never sees" not in call
 
 
 def test_spent_privacy_is_shown(tmp_path: Path) -> None:
-    spent = {"kind": "central", "epsilon": 3.21, "delta": 1e-5, "num_means": 6}
-    page = Page(report.write(make(tmp_path, rows=plain_rows(), results={**RESULTS, "privacy": spent})))
+    spent = PrivacySpent("central", 3.21, 1e-5, 6)
+    page = Page(report.write(make(tmp_path, rows=plain_rows(), results=made(privacy=spent))))
     assert "epsilon 3.21 at delta 1e-05 spent over 6 noisy means" in page.text
     assert "No noise was added" not in page.text
-    assert "no guarantee" in report.table({**RESULTS, "privacy": {**spent, "epsilon": None}}, 80)
+    assert "no guarantee" in report.table(made(privacy=replace(spent, epsilon=None)), 80)
 
 
 def test_results_that_disagree_with_the_ledger_are_told(tmp_path: Path, folder: Path) -> None:
     assert "disagree" not in Page(folder / "report.html").text
     up, down = (sum(row.bytes for row in plain_rows() if row.direction == way) for way in ("up", "down"))
-    results = {**RESULTS, "bytes_total": {"up": up, "down": down}}
+    results = made(bytes_total=TotalBytes(up, down))
     assert "disagree" not in Page(report.write(make(tmp_path / "a", rows=plain_rows(), results=results))).text
-    results = {**RESULTS, "bytes_total": {"up": up + 1, "down": down}}
+    results = made(bytes_total=TotalBytes(up + 1, down))
     assert "disagree" in Page(report.write(make(tmp_path / "b", rows=plain_rows(), results=results))).text
 
 
 def test_absent_rows_are_left_out(tmp_path: Path) -> None:
-    results = {**RESULTS, "rows": {"federated": scores(3.5)}}
+    results = made(rows={"federated": row(3.5)})
     page = Page(report.write(make(tmp_path, rows=plain_rows(), results=results)))
     assert [row[0] for row in page.rows[:2]] == ["", "federated"]
     assert page.row("federated")[-2:] == ["-", "-"]
-    assert "central" not in report.table(results, 80)
+    assert "centralized" not in report.table(results, 80)
 
 
 def test_an_unfinished_run_is_reported_as_such(tmp_path: Path) -> None:
@@ -318,7 +295,7 @@ def test_any_number_of_clients_and_rounds_can_be_drawn(tmp_path: Path, num_clien
     folder = make(
         tmp_path,
         rows=plain_rows(130, num_clients),
-        results=RESULTS,
+        results=MADE,
         labels=False,
         num_rounds=130,
         num_clients=num_clients,
@@ -330,12 +307,12 @@ def test_any_number_of_clients_and_rounds_can_be_drawn(tmp_path: Path, num_clien
 
 
 def test_seeds_are_summed_and_shown_one_by_one(tmp_path: Path) -> None:
-    results = {**RESULTS, "seeds": [0, 1], "per_seed": []}
+    results = made(seeds=(0, 1))
     make(tmp_path, results=results)
     (tmp_path / "metrics.jsonl").unlink()
     (tmp_path / "ledger.jsonl").unlink()
-    report.write(make(tmp_path / "seed-0", rows=plain_rows(up=1_003), results=RESULTS))
-    make(tmp_path / "seed-1", rows=plain_rows(up=2_003), results={**RESULTS, "rows": {"federated": scores(3.625)}})
+    report.write(make(tmp_path / "seed-0", rows=plain_rows(up=1_003), results=MADE))
+    make(tmp_path / "seed-1", rows=plain_rows(up=2_003), results=made(rows={"federated": row(3.625)}))
     page = Page(report.write(tmp_path))
     assert f"{15 * (1_003 + 2_003):,} bytes" in page.text
     assert page.row("seed-0") == ["seed-0", "3.500", "15,045", "30,105", "3"]
@@ -346,7 +323,7 @@ def test_seeds_are_summed_and_shown_one_by_one(tmp_path: Path) -> None:
 
 
 def test_a_broken_folder_leaves_the_page_as_it_was(tmp_path: Path) -> None:
-    page = report.write(make(tmp_path, rows=plain_rows(), results=RESULTS))
+    page = report.write(make(tmp_path, rows=plain_rows(), results=MADE))
     before = page.read_bytes()
     with (tmp_path / "ledger.jsonl").open("a", encoding="utf-8") as file:
         file.write('{"round": 4, "exch')
@@ -356,13 +333,13 @@ def test_a_broken_folder_leaves_the_page_as_it_was(tmp_path: Path) -> None:
 
 
 def test_table_says_scores_costs_and_verdict() -> None:
-    results = {**RESULTS, "bytes_total": {"up": 6_172_835, "down": 11_728_390}}
+    results = made(bytes_total=TotalBytes(6_172_835, 11_728_390))
     assert report.table(results, 120).splitlines() == [
-        "                            loss  accuracy  perplexity  ROUGE-L  exact match",
-        "base        4.500 [4.250, 4.750]    31.2 %        2.50        -            -",
-        "local-only  3.750 [3.500, 4.000]    31.2 %        2.50    0.125        0.0 %",
-        "federated   3.500 [3.250, 3.750]    31.2 %        2.50    0.250       50.0 %",
-        "central     3.250 [3.000, 3.500]    31.2 %        2.50    0.375       25.0 %",
+        "                             loss  accuracy  perplexity  ROUGE-L  exact match",
+        "base         4.500 [4.250, 4.750]    31.2 %        2.50        -            -",
+        "local-only   3.750 [3.500, 4.000]    31.2 %        2.50    0.125        0.0 %",
+        "federated    3.500 [3.250, 3.750]    31.2 %        2.50    0.250       50.0 %",
+        "centralized  3.250 [3.000, 3.500]    31.2 %        2.50    0.375       25.0 %",
         "",
         "loss: nats per held-out response token, with the 95 % interval over clients",
         "per client 1.2 MB up, 2.3 MB down; in all 6.2 MB up, 11.7 MB down; 3 exchanges, 12.3 s, 1.5 GB peak memory",
@@ -371,22 +348,22 @@ def test_table_says_scores_costs_and_verdict() -> None:
 
 
 def test_rows_of_a_methods_own_stand_behind_the_usual_ones() -> None:
-    rows = {"large base": scores(4.0), "federated": scores(3.0), "base": scores(5.0)}
-    lines = report.table({"rows": rows}, 100).splitlines()
+    rows = {"large base": row(4.0), "federated": row(3.0), "base": row(5.0)}
+    lines = report.scores(rows, 100).splitlines()
     assert [line.split("  ")[0] for line in lines[1:4]] == ["base", "federated", "large base"]
 
 
 @pytest.mark.parametrize("width", [40, 60, 80])
 def test_table_keeps_to_the_width(width: int) -> None:
-    text = report.table({**RESULTS, "seeds": [0, 1, 2]}, width)
+    text = report.table(made(seeds=(0, 1, 2)), width)
     assert max(map(len, text.splitlines())) <= width
     assert "over 3 seeds" in " ".join(text.split())
     for title in ("loss", "accuracy", "perplexity", "ROUGE-L", "exact match"):
         assert title in text
 
 
-def test_table_of_one_row_has_no_costs() -> None:
-    lines = report.table({"rows": {"federated": scores(3.5)}}, 100).splitlines()
+def test_scores_alone_have_no_costs() -> None:
+    lines = report.scores({"federated": row(3.5)}, 100).splitlines()
     assert [line.split()[0] for line in lines if line] == ["loss", "federated", "loss:"]
 
 

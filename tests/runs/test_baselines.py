@@ -34,9 +34,9 @@ def test_the_base_row_is_the_same_after_training(tiny_recipe: Recipe) -> None:
     assert baselines.base(sites, [0]) == before
 
 
-def test_with_one_client_local_only_is_central_bit_for_bit(tiny_recipe: Recipe) -> None:
+def test_with_one_client_local_only_is_centralized_bit_for_bit(tiny_recipe: Recipe) -> None:
     sites = Sites(changed(tiny_recipe, ALONE))
-    assert baselines.local(sites, [0], silent) == baselines.central(sites, [0])
+    assert baselines.local(sites, [0], silent) == baselines.centralized(sites, [0])
 
 
 def test_with_one_client_and_one_round_local_only_is_federated(tiny_recipe: Recipe) -> None:
@@ -52,10 +52,10 @@ def test_with_one_client_and_one_round_local_only_is_federated(tiny_recipe: Reci
     assert baselines.score_clients(sites, model, [0]) == local
 
 
-def test_controls_leave_the_model_as_it_began(tiny_recipe: Recipe) -> None:
+def test_baselines_leave_the_model_as_it_began(tiny_recipe: Recipe) -> None:
     sites = Sites(changed(tiny_recipe, {"evaluate.generate": 0}))
     start = loading.read_trained(sites.store.model(tiny_recipe.model))
-    for measure in (lambda: baselines.local(sites, [1], silent), lambda: baselines.central(sites, [1])):
+    for measure in (lambda: baselines.local(sites, [1], silent), lambda: baselines.centralized(sites, [1])):
         measure()
         end = loading.read_trained(sites.store.model(tiny_recipe.model))
         assert all(torch.equal(end[name], start[name]) for name in start)
@@ -68,7 +68,7 @@ def test_a_client_alone_does_not_depend_on_who_else_is_measured(tiny_recipe: Rec
     assert both[0] != both[1]
 
 
-def test_central_sees_as_many_examples_as_the_federation(tiny_recipe: Recipe, monkeypatch) -> None:
+def test_centralized_training_sees_as_many_examples_as_the_federation(tiny_recipe: Recipe, monkeypatch) -> None:
     sites = Sites(changed(tiny_recipe, {"evaluate.generate": 0}))
     seen = []
     fit_round = baselines.training.fit_round
@@ -78,7 +78,7 @@ def test_central_sees_as_many_examples_as_the_federation(tiny_recipe: Recipe, mo
         return seen[-1]
 
     monkeypatch.setattr(baselines.training, "fit_round", watched)
-    baselines.central(sites, [0])
+    baselines.centralized(sites, [0])
     recipe = tiny_recipe
     assert seen[0].num_steps == recipe.rounds * recipe.train.steps
     rows = sum(len(sites.corpus.train_examples(client)) for client in sites.client_ids())

@@ -73,7 +73,7 @@ def test_a_comparison_runs_goes_on_and_refuses_another_one_in_its_folder(
     assert rows["fedavg"]["secure_sum"]
     assert rows["kd"]["leaves"] == "logits on public rows"
     assert all(row["loss"] > 0 and row["up"] > 0 and row["client_flops"] > 0 for row in rows.values())
-    assert set(found["controls"]) == {"base", "local", "central"}
+    assert set(found["baselines"]) == {"base", "local", "centralized"}
     page = (tmp_path / "out" / "compare.html").read_text("utf-8")
     assert page.count("<svg viewBox") > 3
     assert "http" not in page.replace("http://www.w3.org", "")

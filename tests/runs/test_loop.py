@@ -88,7 +88,7 @@ def test_a_run_folder_holds_everything(done: Run) -> None:
         "metrics.jsonl",
         "state.safetensors",
         "results.json",
-        "controls.json",
+        "baselines.json",
         "report.html",
         "adapter",
     }
@@ -101,8 +101,8 @@ def test_the_recipe_in_the_folder_is_the_whole_recipe(done: Run, recipe: Recipe)
 
 def test_results_have_the_rows_and_the_costs(done: Run) -> None:
     found = json.loads((done.folder / "results.json").read_text("utf-8"))
-    assert found == json.loads(json.dumps(done.results))
-    assert list(found["rows"]) == ["base", "federated", "local", "central"]
+    assert found == json.loads(json.dumps(done.results.to_json()))
+    assert list(found["rows"]) == ["base", "federated", "local", "centralized"]
     for name, row in found["rows"].items():
         assert {"loss", "interval", "accuracy", "perplexity", "rouge_l", "exact_match", "macro_f1", "clients"} == set(
             row
@@ -116,12 +116,11 @@ def test_results_have_the_rows_and_the_costs(done: Run) -> None:
     assert found["peak_memory_bytes"] > 50e6
     assert found["run"] == str(done.folder)
     assert found["seeds"] == [0]
-    assert done.rows == found["rows"]
 
 
 def test_the_digest_is_that_of_the_state(done: Run) -> None:
     digest = hashlib.sha256((done.folder / "state.safetensors").read_bytes()).hexdigest()
-    assert done.results["state_sha256"] == digest
+    assert done.results.state_sha256 == digest
 
 
 def test_bytes_are_the_sums_of_the_ledgers_rows(done: Run) -> None:
@@ -130,8 +129,8 @@ def test_bytes_are_the_sums_of_the_ledgers_rows(done: Run) -> None:
     assert len(rows) == 2 * 2 * 4
     for way in ("up", "down"):
         total = sum(row.bytes for row in rows if row.direction == way)
-        assert done.results["bytes"][way] == total / 4
-        assert done.results["bytes_total"][way] == total
+        assert getattr(done.results.bytes, way) == total / 4
+        assert getattr(done.results.bytes_total, way) == total
 
 
 def test_the_forecast_in_the_folder_is_what_each_round_took(done: Run) -> None:
@@ -145,7 +144,7 @@ def test_the_forecast_in_the_folder_is_what_each_round_took(done: Run) -> None:
 def test_metrics_have_a_line_per_round_and_one_before_the_first(done: Run) -> None:
     rounds = lines(done.folder / "metrics.jsonl")
     assert [line["round"] for line in rounds] == [0, 1, 2]
-    base, last = done.rows["base"]["loss"], done.rows["federated"]["loss"]
+    base, last = done.rows["base"].loss, done.rows["federated"].loss
     assert rounds[0]["loss"] == pytest.approx(base, rel=1e-9)
     assert rounds[2]["loss"] == pytest.approx(last, rel=1e-9)
 
@@ -153,7 +152,7 @@ def test_metrics_have_a_line_per_round_and_one_before_the_first(done: Run) -> No
 def test_the_watch_is_told_of_every_round(done: Run, told: Told) -> None:
     assert told.folder == done.folder
     assert told.rounds == [1, 2]
-    assert {"base model", "federated model", "central", "local-only 1/2", "local-only 2/2"} <= set(told.stages)
+    assert {"base model", "federated model", "centralized", "local-only 1/2", "local-only 2/2"} <= set(told.stages)
 
 
 def test_a_run_gives_the_model_that_it_delivered(done: Run) -> None:
@@ -165,15 +164,34 @@ def test_a_run_gives_the_model_that_it_delivered(done: Run) -> None:
 def test_resuming_a_finished_run_reads_it_again(done: Run) -> None:
     before = (done.folder / "state.safetensors").stat().st_mtime_ns
     again = kilofed.resume(done.folder)
-    assert again.results == json.loads(json.dumps(done.results))
+    assert again.results == done.results
     assert (done.folder / "state.safetensors").stat().st_mtime_ns == before
 
 
 def test_the_same_recipe_ends_in_the_same_state(done: Run, recipe: Recipe, tmp_path: Path) -> None:
     again = kilofed.run(changed(recipe, SMALL), out=tmp_path / "again")
-    assert again.results["state_sha256"] == done.results["state_sha256"]
+    assert again.results.state_sha256 == done.results.state_sha256
     other = kilofed.run(changed(recipe, {**SMALL, "seed": 1}), out=tmp_path / "other")
-    assert other.results["state_sha256"] != done.results["state_sha256"]
+    assert other.results.state_sha256 != done.results.state_sha256
+
+
+def test_a_folder_of_an_older_kilofed_is_refused_in_one_sentence(recipe: Recipe, tmp_path: Path) -> None:
+    folder = kilofed.run(changed(recipe, SMALL), out=tmp_path / "run").folder
+    (folder / "results.json").unlink()
+    (folder / "controls.json").write_text("{}")
+    with pytest.raises(
+        RunError, match=r"begun by an older kilofed \(it holds controls\.json.*run its recipe\.toml anew"
+    ):
+        kilofed.resume(folder)
+
+
+def test_rows_that_were_scored_are_not_scored_again(recipe: Recipe, tmp_path: Path) -> None:
+    folder = kilofed.run(changed(recipe, {**SMALL, "evaluate.baselines": ["base"]}), out=tmp_path / "run").folder
+    (folder / "results.json").unlink()
+    found = json.loads((folder / "baselines.json").read_text("utf-8"))
+    found["rows"]["base"]["loss"] = 7.5
+    (folder / "baselines.json").write_text(json.dumps(found))
+    assert kilofed.resume(folder).rows["base"].loss == 7.5
 
 
 def test_an_edited_recipe_is_not_resumed(recipe: Recipe, tmp_path: Path) -> None:
@@ -185,7 +203,7 @@ def test_an_edited_recipe_is_not_resumed(recipe: Recipe, tmp_path: Path) -> None
     ):
         kilofed.resume(folder)
     (folder / "recipe.toml").write_text(text)
-    assert kilofed.resume(folder).rows["federated"]["loss"] > 0
+    assert kilofed.resume(folder).rows["federated"].loss > 0
 
 
 def test_a_folder_that_is_no_run_is_said(tmp_path: Path) -> None:
@@ -226,8 +244,8 @@ def test_stopped_between_rounds_and_resumed_equals_uninterrupted(done: Run, reci
     state = Payload.decode((tmp_path / "run" / "state.safetensors").read_bytes())
     assert state.scalars == {"round": 1}
     again = kilofed.resume(tmp_path / "run")
-    assert again.results["state_sha256"] == done.results["state_sha256"]
-    assert again.results["exchanges"] == 2
+    assert again.results.state_sha256 == done.results.state_sha256
+    assert again.results.exchanges == 2
 
 
 def test_a_first_line_of_metrics_that_was_cut_is_written_again(recipe: Recipe, tmp_path: Path) -> None:
@@ -270,15 +288,15 @@ def test_a_cohort_is_drawn_anew_each_round(recipe: Recipe, tmp_path: Path) -> No
 def test_repeats_have_a_folder_each_and_one_table(recipe: Recipe, tmp_path: Path) -> None:
     two = changed(recipe, {"evaluate.generate": 0, "evaluate.baselines": ["base"], "rounds": 1, "seeds": 2, "seed": 4})
     done = kilofed.run(two, out=tmp_path / "run")
-    assert done.results["seeds"] == [4, 5]
+    assert done.results.seeds == (4, 5)
     parts = [json.loads((done.folder / f"seed-{seed}" / "results.json").read_text("utf-8")) for seed in (4, 5)]
     losses = [part["rows"]["federated"]["loss"] for part in parts]
     assert losses[0] != losses[1]
-    assert done.rows["federated"]["loss"] == pytest.approx(sum(losses) / 2)
-    assert done.rows["federated"]["interval"] == list(evaluation.interval(losses) or ())
+    assert done.rows["federated"].loss == pytest.approx(sum(losses) / 2)
+    assert done.rows["federated"].interval == evaluation.interval(losses)
     single = kilofed.run(replace(two, seeds=1, seed=5), out=tmp_path / "single")
-    assert single.results["state_sha256"] == parts[1]["state_sha256"]
-    assert kilofed.resume(done.folder).results == json.loads(json.dumps(done.results))
+    assert single.results.state_sha256 == parts[1]["state_sha256"]
+    assert kilofed.resume(done.folder).results == done.results
     model, _ = done.model()
     assert isinstance(model, torch.nn.Module)
 
@@ -286,7 +304,7 @@ def test_repeats_have_a_folder_each_and_one_table(recipe: Recipe, tmp_path: Path
 def test_former_names_are_kept_under_present_ones_and_old_folders_resumed(recipe: Recipe, tmp_path: Path) -> None:
     words = {
         "evaluate.generate": 0,
-        "evaluate.controls": ["base"],
+        "evaluate.baselines": ["base"],
         "method.weights": "uniform",
         "rounds": 1,
         "seeds": 2,
@@ -303,7 +321,7 @@ def test_former_names_are_kept_under_present_ones_and_old_folders_resumed(recipe
         (folder / "results.json").unlink()
     (folders[2] / "state.safetensors").unlink()
     again = kilofed.resume(done.folder)
-    assert again.rows["federated"]["loss"] == done.rows["federated"]["loss"]
+    assert again.rows["federated"].loss == done.rows["federated"].loss
     assert isinstance(again.model()[0], torch.nn.Module)
     text = (done.folder / "recipe.toml").read_text("utf-8")
     (done.folder / "recipe.toml").write_text(text.replace('weights = "uniform"', 'weights = "examples"'), "utf-8")
@@ -316,12 +334,12 @@ def test_private_noise_has_a_secret_key_and_a_price(recipe: Recipe, tmp_path: Pa
     done = kilofed.run(private, out=tmp_path / "run")
     key = done.folder / "noise.key"
     assert key.stat().st_mode & 0o777 == 0o600
-    assert done.results["privacy"]["epsilon"] == pytest.approx(7.08, abs=0.01)
-    assert done.results["privacy"]["num_means"] == 2
+    assert done.results.privacy.epsilon == pytest.approx(7.08, abs=0.01)
+    assert done.results.privacy.num_means == 2
     text = "".join(p.read_text("utf-8", "replace") for p in done.folder.rglob("*") if p.is_file() and p != key)
     assert key.read_text("utf-8") not in text
     other = kilofed.run(private, out=tmp_path / "other")
-    assert other.results["state_sha256"] != done.results["state_sha256"]
+    assert other.results.state_sha256 != done.results.state_sha256
 
 
 def test_a_method_outside_the_package_runs_by_name(
@@ -337,4 +355,4 @@ def test_a_run_that_never_began_does_not_block_its_folder(done: Run, recipe: Rec
     missing = replace(recipe, data=replace(recipe.data, source=str(tmp_path / "rows.jsonl")))
     with pytest.raises(KilofedError, match=r"rows\.jsonl"):
         kilofed.run(missing, out=tmp_path / "run")
-    assert kilofed.run(recipe, out=tmp_path / "run").results["state_sha256"] == done.results["state_sha256"]
+    assert kilofed.run(recipe, out=tmp_path / "run").results.state_sha256 == done.results.state_sha256

@@ -19,7 +19,6 @@ from kilofed.costs import environment
 from kilofed.costs.counter import CostCounter
 from kilofed.errors import KilofedError
 from kilofed.federation.workload import WHOLE, Pass, PassKind, Work
-from kilofed.reports.reading import dig
 from kilofed.runs import plan
 from kilofed.runs.sites import Sites
 from kilofed.split.passes import PartName, PartOfModel
@@ -64,11 +63,11 @@ def test_bytes_exchanges_and_operations_are_foreseen_exactly(
     done = kilofed.run(from_table(table), out=tmp_path / "run")
     told = json.loads((done.folder / "run.json").read_text("utf-8"))["plan"]
     assert told["exact"]
-    assert (told["up"], told["down"]) == (done.results["bytes"]["up"], done.results["bytes"]["down"])
-    assert told["exchanges"] == done.results["exchanges"]
+    assert (told["up"], told["down"]) == (done.results.bytes.up, done.results.bytes.down)
+    assert told["exchanges"] == done.results.exchanges
     for whose in ("client", "server"):
-        assert told[f"{whose}_flops"] == pytest.approx(dig(done.results, "costs", whose, "flops"), rel=1e-9)
-    assert (told["server_flops"] > 0) == (done.results["method"] in ("kd", "split", "fedpt"))
+        assert told[f"{whose}_flops"] == pytest.approx(getattr(done.results.costs, whose).flops, rel=1e-9)
+    assert (told["server_flops"] > 0) == (done.results.method in ("kd", "split", "fedpt"))
     assert told["client_memory"] > 1e8
     page = (done.folder / "report.html").read_text("utf-8")
     assert page.count("<td>equal</td>") >= 5
@@ -83,8 +82,8 @@ def test_what_seeds_and_slopes_take_is_foreseen_closely(tiny_table: Table, tmp_p
     told = json.loads((done.folder / "run.json").read_text("utf-8"))["plan"]
     assert not told["exact"]
     for way in ("up", "down"):
-        assert told[way] == pytest.approx(done.results["bytes"][way], rel=0.1)
-    assert told["client_flops"] == pytest.approx(dig(done.results, "costs", "client", "flops"), rel=1e-9)
+        assert told[way] == pytest.approx(getattr(done.results.bytes, way), rel=0.1)
+    assert told["client_flops"] == pytest.approx(done.results.costs.client.flops, rel=1e-9)
 
 
 def test_seconds_follow_from_device_and_link(tiny_table: Table) -> None:

@@ -51,18 +51,18 @@ def test_the_delivered_model_has_the_federated_score(done: Run, recipe: Recipe) 
     assert tokenizer.pad_token_id == 0
     corpus = Sites(recipe).corpus
     losses = [evaluation.score(model, corpus.test_examples(client), 32).loss for client in range(4)]
-    assert sum(losses) / 4 == pytest.approx(done.rows["federated"]["loss"], rel=1e-9)
+    assert sum(losses) / 4 == pytest.approx(done.rows["federated"].loss, rel=1e-9)
 
 
 def test_scoring_a_run_again_gives_the_federated_row(done: Run) -> None:
     assert score(done.folder, {}) == done.rows["federated"]
-    assert score(done.folder, {"evaluate.generate": 0})["rouge_l"] is None
+    assert score(done.folder, {"evaluate.generate": 0}).rouge_l is None
 
 
 def test_other_held_out_rows_give_other_scores(done: Run) -> None:
     found = score(done.folder, {"data.max_test_rows": 1, "evaluate.generate": 0})
-    assert len(found["clients"]) == 4  # type: ignore[arg-type]
-    assert found["loss"] != done.rows["federated"]["loss"]
+    assert len(found.clients) == 4
+    assert found.loss != done.rows["federated"].loss
 
 
 def test_a_run_without_a_state_delivers_nothing(recipe: Recipe, tmp_path: Path) -> None:

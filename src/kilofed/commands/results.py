@@ -6,7 +6,8 @@ import shutil
 
 from kilofed.config.tables import parse_words
 from kilofed.errors import RunError
-from kilofed.reports.report import table
+from kilofed.records.codec import to_json
+from kilofed.reports.report import scores
 from kilofed.runs import export as exports
 from kilofed.runs import replay as replays
 from kilofed.runs import restore
@@ -16,9 +17,9 @@ def evaluate(options: argparse.Namespace) -> None:
     """Score a run's model on held-out rows and print the scores."""
     row = restore.score(options.folder, parse_words(options.words))
     if options.json:
-        print(json.dumps(row))
+        print(json.dumps(to_json(row)))
         return
-    print(table({"rows": {"federated": row}}, shutil.get_terminal_size((100, 24)).columns))
+    print(scores({"federated": row}, shutil.get_terminal_size((100, 24)).columns))
 
 
 def export(options: argparse.Namespace) -> None:

@@ -9,12 +9,13 @@ from kilofed.commands.progress import Progress
 from kilofed.config.fields import Value
 from kilofed.config.tables import load, parse_words
 from kilofed.errors import KilofedError, RecipeError
+from kilofed.records.codec import to_json
+from kilofed.records.results import Results
 from kilofed.reports.report import table
 from kilofed.runs import check as checks
 from kilofed.runs import compare as comparisons
 from kilofed.runs import loop
 from kilofed.runs import plan as plans
-from kilofed.runs.results import Results
 from kilofed.runs.sites import Sites
 
 
@@ -36,10 +37,10 @@ def resume(options: argparse.Namespace) -> None:
 def print_results(results: Results, as_json: bool) -> None:
     """Print a run's results as one JSON value, or as a table."""
     if as_json:
-        print(json.dumps(results))
+        print(json.dumps(results.to_json()))
         return
     print(table(results, shutil.get_terminal_size((100, 24)).columns))
-    print(f"report: {results['run']}/report.html")
+    print(f"report: {results.run}/report.html")
 
 
 def check(options: argparse.Namespace) -> None:
@@ -61,7 +62,7 @@ def compare(options: argparse.Namespace) -> None:
     chosen, common = comparisons.entries(options.methods, overrides)
     compared = comparisons.compare(source, chosen, common, out=options.out, seeds=options.seeds)
     if options.json:
-        print(json.dumps(compared))
+        print(json.dumps(to_json(compared)))
         return
     print(comparisons.text(compared))
     print(f"page: {options.out}/compare.html")

@@ -10,8 +10,10 @@ import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 PACKAGES = ("kilofed", "torch", "transformers", "peft", "safetensors", "numpy", "datasets", "flwr-datasets", "flwr")
 
@@ -88,8 +90,10 @@ def _ask_git(folder: Path, *words: str) -> str:
     return done.stdout.strip()
 
 
-def free_memory(device: torch.device) -> int:
+def free_memory(device: "torch.device") -> int:
     """Bytes of memory available on `device`."""
+    import torch
+
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     meminfo = Path("/proc/meminfo")

@@ -20,6 +20,7 @@ from kilofed.federation.cohort import ROUND
 from kilofed.federation.site import Site
 from kilofed.files import replace_file
 from kilofed.payload import Payload
+from kilofed.records.results import Costs, PartyCost
 
 FILE = "cost.json"
 SERVER = "server-cost.json"
@@ -117,21 +118,21 @@ def write(path: Path, cost: Cost) -> None:
     replace_file(path, json.dumps(asdict(cost)).encode())
 
 
-def read(folder: Path) -> dict[str, object]:
-    """Costs of clients and server in the first round of the run in `folder`; empty if not measured.
+def read(folder: Path) -> Costs | None:
+    """Costs of clients and server in the first round of the run in `folder`; None if not measured.
 
     Figures of `client` are means over clients; its memory is the maximum over clients.
     """
     clients = [_read(path) for path in sorted((folder / "clients").glob(f"*/{FILE}"))]
     if not clients or not (folder / SERVER).exists():
-        return {}
-    mean: dict[str, object] = {
-        "flops": fmean(cost.flops for cost in clients),
-        "seconds": fmean(cost.seconds for cost in clients),
-        "num_messages": fmean(cost.num_messages for cost in clients),
-        "peak_memory_bytes": max(cost.peak_memory_bytes for cost in clients),
-    }
-    return {"client": mean, "server": asdict(_read(folder / SERVER))}
+        return None
+    mean = PartyCost(
+        flops=fmean(cost.flops for cost in clients),
+        seconds=fmean(cost.seconds for cost in clients),
+        num_messages=fmean(cost.num_messages for cost in clients),
+        peak_memory_bytes=max(cost.peak_memory_bytes for cost in clients),
+    )
+    return Costs(mean, PartyCost(**asdict(_read(folder / SERVER))))
 
 
 def _read(path: Path) -> Cost:

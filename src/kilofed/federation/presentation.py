@@ -1,7 +1,7 @@
 """What a method shows of itself: findings before a run, models beside the delivered one, charts. Imports no torch."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -23,10 +23,6 @@ class Chart:
     y: str
     lines: Mapping[str, Sequence[tuple[float, float]]]
     """Points (x, y) by the line's label, in order of x."""
-
-    def as_dict(self) -> dict[str, object]:
-        """As it stands in results.json."""
-        return asdict(self)
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 import math
 import statistics
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
@@ -14,8 +14,7 @@ from kilofed.config.recipe import EvaluateSpec
 from kilofed.data.examples import IGNORED, Example
 from kilofed.models import loading
 from kilofed.models.training import class_logits, collate_classes, collate_tokens, token_losses
-
-SCORES = ("loss", "accuracy", "perplexity", "rouge_l", "exact_match", "macro_f1")
+from kilofed.records.results import ClientScore, ScoreRow
 
 
 @dataclass(frozen=True)
@@ -39,10 +38,6 @@ class Scores:
     def perplexity(self) -> float | None:
         """exp(loss) per token; None in classification."""
         return math.exp(min(self.loss, 700.0)) if self.macro_f1 is None else None
-
-    def as_dict(self) -> dict[str, float | int | None]:
-        """The fields and the perplexity."""
-        return {**asdict(self), "perplexity": self.perplexity}
 
 
 def score(model: nn.Module, examples: Sequence[Example], batch_size: int) -> Scores:
@@ -152,15 +147,24 @@ def interval(values: Sequence[float]) -> tuple[float, float] | None:
     return mean - half, mean + half
 
 
-def summarise(clients: Sequence[Scores], ids: Sequence[int]) -> dict[str, object]:
+def summarise(clients: Sequence[Scores], ids: Sequence[int]) -> ScoreRow:
     """One row of the results: means over clients, the 95 % interval of the loss, and each client's scores by id."""
-    row: dict[str, object] = {}
-    for name in SCORES:
-        values = [v for s in clients if (v := s.as_dict()[name]) is not None]
-        row[name] = statistics.fmean(values) if values else None
-    if row["perplexity"] is not None:
-        row["perplexity"] = math.exp(min(statistics.fmean(s.loss for s in clients), 700.0))
-    bounds = interval([s.loss for s in clients])
-    row["interval"] = list(bounds) if bounds else None
-    row["clients"] = [{"id": client, **s.as_dict()} for client, s in zip(ids, clients, strict=True)]
-    return row
+
+    def mean(values: Iterable[float | None]) -> float | None:
+        known = [value for value in values if value is not None]
+        return statistics.fmean(known) if known else None
+
+    loss = mean(s.loss for s in clients)
+    written = loss is not None and any(s.perplexity is not None for s in clients)
+    return ScoreRow(
+        loss=loss,
+        accuracy=mean(s.accuracy for s in clients),
+        perplexity=math.exp(min(loss, 700.0)) if loss is not None and written else None,
+        rouge_l=mean(s.rouge_l for s in clients),
+        exact_match=mean(s.exact_match for s in clients),
+        macro_f1=mean(s.macro_f1 for s in clients),
+        interval=interval([s.loss for s in clients]),
+        clients=tuple(
+            ClientScore(client, **asdict(s), perplexity=s.perplexity) for client, s in zip(ids, clients, strict=True)
+        ),
+    )

@@ -5,7 +5,7 @@ The ledger is streamed, one row at a time: only sums stay in memory, so that mil
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import groupby
 from operator import attrgetter
@@ -14,24 +14,9 @@ from pathlib import Path
 from kilofed.errors import RunError
 from kilofed.federation import ledger
 from kilofed.federation.ledger import Direction, Row
-from kilofed.units import number
-
-
-@dataclass(frozen=True)
-class Round:
-    """One line of metrics.jsonl; None is what was not measured."""
-
-    number: int
-    """0 is the untouched base model."""
-    loss: float | None
-    """Held-out, nats per response token, mean over clients."""
-    accuracy: float | None
-    train_loss: float | None
-    seconds: float | None
-    by_client: Mapping[str, float]
-    """Held-out loss of each client."""
-    failures: Mapping[str, str]
-    """What each client that failed said."""
+from kilofed.records import metrics, results
+from kilofed.records.metrics import RoundMetrics
+from kilofed.records.results import Results
 
 
 @dataclass(frozen=True)
@@ -61,9 +46,9 @@ class Reading:
     recipe_text: str
     run: Mapping[str, object]
     """run.json."""
-    results: Mapping[str, object]
-    """results.json; empty while the run is not finished."""
-    rounds: list[Round]
+    results: Results | None
+    """None while the run has not finished."""
+    rounds: list[RoundMetrics]
     traffic: Traffic
     """Of all repeats together, where the folder holds several."""
     seeds: list["Reading"]
@@ -78,14 +63,14 @@ def read(folder: Path) -> Reading:
     """
     if not (folder / "run.json").is_file():
         raise RunError(f"{folder} is not a run folder (it has no run.json); give the folder that `kilofed run` made")
-    results, recipe = folder / "results.json", folder / "recipe.toml"
+    recipe = folder / "recipe.toml"
     seeds = [read(path) for path in sorted(folder.glob("seed-*"), key=_seed) if path.is_dir()]
     return Reading(
         folder,
         recipe.read_text("utf-8") if recipe.exists() else "",
         _table(folder / "run.json"),
-        _table(results) if results.exists() else {},
-        list(_rounds(folder / "metrics.jsonl")),
+        results.read(folder),
+        list(metrics.read(folder / metrics.FILE)),
         merge([measure(ledger.read(folder / "ledger.jsonl")), *(seed.traffic for seed in seeds)]),
         seeds,
     )
@@ -156,33 +141,3 @@ def _table(path: Path) -> Mapping[str, object]:
     if not isinstance(table, dict):
         raise RunError(f"{path} holds a {type(table).__name__}; expected a table")
     return table
-
-
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    if path.exists():
-        with path.open(encoding="utf-8", errors="replace") as lines:
-            yield from enumerate(lines, 1)
-
-
-def _rounds(path: Path) -> Iterator[Round]:
-    for at, line in _lines(path):
-        try:
-            yield _round(json.loads(line))
-        except (ValueError, TypeError, KeyError) as error:
-            raise RunError(
-                f"{path} line {at} is not a round's metrics ({error}); resume the run to mend it"
-            ) from error
-
-
-def _round(row: Mapping[str, object]) -> Round:
-    losses = {str(dig(client, "id")): number(dig(client, "loss")) for client in items(row.get("clients"))}
-    failures = row.get("failures")
-    return Round(
-        int(str(row["round"])),
-        number(row.get("loss")),
-        number(row.get("accuracy")),
-        number(row.get("train_loss")),
-        number(row.get("seconds")),
-        {client: loss for client, loss in losses.items() if loss is not None},
-        {str(client): str(text) for client, text in failures.items()} if isinstance(failures, Mapping) else {},
-    )

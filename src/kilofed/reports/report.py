@@ -12,14 +12,13 @@ from pathlib import Path
 from typing import cast
 
 from kilofed.files import replace_file
+from kilofed.records.metrics import RoundMetrics
+from kilofed.records.results import ChartData, PrivacySpent, Results, ScoreRow, TotalBytes, in_order
 from kilofed.reports import plots
 from kilofed.reports.page import render
-from kilofed.reports.reading import Reading, Round, dig, items, read
+from kilofed.reports.reading import Reading, dig, items, read
 from kilofed.units import count, fixed, number, operations, percent, size
 
-__all__ = ["size", "table", "write"]
-
-ROWS = {"base": "base", "local": "local-only", "federated": "federated", "central": "central"}
 MAX_SHOWN = 60
 """Clients and rounds that are listed one by one."""
 
@@ -35,65 +34,71 @@ def write(folder: Path) -> Path:
     return path
 
 
-def table(results: Mapping[str, object], width: int | None = None) -> str:
-    """The scores, costs and verdict of `results.json` as plain text.
+def table(results: Results, width: int | None = None) -> str:
+    """The scores, costs and verdict of a run as plain text.
 
     Args:
         width: characters per line, None takes the terminal's; columns that do not fit go below.
     """
-    width = max(width or shutil.get_terminal_size((100, 24)).columns, 20)
-    rows = _rows(results)
-    titles = ["", *(title for title, _ in rows)]
-    columns = [[title, *(show(row) for _, row in rows)] for title, show in _columns(results).items()]
+    width = _width(width)
+    over = f"{len(results.seeds)} seeds" if len(results.seeds) > 1 else "clients"
+    lines = [scores(results.rows, width, over=over)]
+    for sentence in [_cost_line(results), *_privacy_lines(results.privacy), *results.verdict]:
+        lines += textwrap.wrap(sentence, width)
+    return "\n".join(lines)
+
+
+def scores(rows: Mapping[str, ScoreRow], width: int | None = None, *, over: str = "clients") -> str:
+    """The scores of some rows as plain text.
+
+    Args:
+        width: as in `table`.
+        over: what the intervals are over, in the plural.
+    """
+    width, rows = _width(width), in_order(rows)
+    titles = ["", *rows]
+    columns = [[title, *map(show, rows.values())] for title, show in _columns(rows.values()).items()]
     blocks: list[list[list[str]]] = [[titles]]
     for column in columns:
         if len(blocks[-1]) > 1 and sum(max(map(len, c)) + 2 for c in [*blocks[-1], column]) - 2 > width:
             blocks.append([titles])
         blocks[-1].append(column)
     lines = [line for block in blocks for line in [*_align(block), ""]]
-    over = f"{len(items(results.get('seeds')))} seeds" if _repeated(results) else "clients"
-    what = "row" if _classified(results) else "response token"
+    what = "row" if _classified(rows.values()) else "response token"
     lines += textwrap.wrap(f"loss: nats per held-out {what}, with the 95 % interval over {over}", width)
-    costs = [_cost_line(results)] if "bytes" in results else []
-    for sentence in [*costs, *_privacy_lines(results), *map(str, items(results.get("verdict")))]:
-        lines += textwrap.wrap(sentence, width)
     return "\n".join(lines)
 
 
-def _loss(row: object) -> str:
-    ends = [number(end) for end in items(dig(row, "interval"))]
-    return fixed(dig(row, "loss")) + (f" [{', '.join(map(fixed, ends))}]" if len(ends) == 2 else "")
+def _width(wanted: int | None) -> int:
+    return max(wanted or shutil.get_terminal_size((100, 24)).columns, 20)
 
 
-_COLUMNS: dict[str, Callable[[object], str]] = {
-    "loss": _loss,
-    "accuracy": lambda row: percent(dig(row, "accuracy")),
-    "perplexity": lambda row: fixed(dig(row, "perplexity"), 2),
-    "ROUGE-L": lambda row: fixed(dig(row, "rouge_l")),
-    "exact match": lambda row: percent(dig(row, "exact_match")),
+def loss_text(loss: float | None, interval: Sequence[float] | None) -> str:
+    """A loss with its 95 % interval, where it has one."""
+    return fixed(loss) + (f" [{', '.join(map(fixed, interval))}]" if interval else "")
+
+
+_COLUMNS: dict[str, Callable[[ScoreRow], str]] = {
+    "loss": lambda row: loss_text(row.loss, row.interval),
+    "accuracy": lambda row: percent(row.accuracy),
+    "perplexity": lambda row: fixed(row.perplexity, 2),
+    "ROUGE-L": lambda row: fixed(row.rouge_l),
+    "exact match": lambda row: percent(row.exact_match),
 }
-_CLASS_COLUMNS: dict[str, Callable[[object], str]] = {
-    "loss": _loss,
-    "accuracy": lambda row: percent(dig(row, "accuracy")),
-    "macro-F1": lambda row: fixed(dig(row, "macro_f1")),
+_CLASS_COLUMNS: dict[str, Callable[[ScoreRow], str]] = {
+    "loss": lambda row: loss_text(row.loss, row.interval),
+    "accuracy": lambda row: percent(row.accuracy),
+    "macro-F1": lambda row: fixed(row.macro_f1),
 }
 
 
-def _rows(results: Mapping[str, object]) -> list[tuple[str, object]]:
-    """Titles and rows of the table: the usual ones, then what the method shows beside them."""
-    found = results.get("rows")
-    rows = found if isinstance(found, Mapping) else {}
-    names = [*ROWS, *(name for name in rows if name not in ROWS)]
-    return [(ROWS.get(name, name), rows[name]) for name in names if rows.get(name) is not None]
+def _columns(rows: Iterable[ScoreRow]) -> dict[str, Callable[[ScoreRow], str]]:
+    return _CLASS_COLUMNS if _classified(rows) else _COLUMNS
 
 
-def _columns(results: Mapping[str, object]) -> dict[str, Callable[[object], str]]:
-    return _CLASS_COLUMNS if _classified(results) else _COLUMNS
-
-
-def _classified(results: Mapping[str, object]) -> bool:
+def _classified(rows: Iterable[ScoreRow]) -> bool:
     """Whether the run gave classes to rows."""
-    return any(dig(results, "rows", key, "macro_f1") is not None for key in ROWS)
+    return any(row.macro_f1 is not None for row in rows)
 
 
 def _align(columns: Sequence[Sequence[str]]) -> list[str]:
@@ -105,32 +110,26 @@ def _align(columns: Sequence[Sequence[str]]) -> list[str]:
     ]
 
 
-def _repeated(results: Mapping[str, object]) -> bool:
-    return len(items(results.get("seeds"))) > 1
-
-
-def _cost_line(results: Mapping[str, object]) -> str:
-    per_client, total = results.get("bytes"), results.get("bytes_total")
+def _cost_line(results: Results) -> str:
+    total, extra = results.bytes_total, results.framing_bytes
     return (
-        f"per client {size(dig(per_client, 'up'))} up, {size(dig(per_client, 'down'))} down; "
-        f"in all {size(dig(total, 'up'))} up, {size(dig(total, 'down'))} down; "
-        f"{count(results.get('exchanges'))} exchanges, {fixed(results.get('seconds'), 1)} s, "
-        f"{size(results.get('peak_memory_bytes'))} peak memory"
-        + (f"; and {size(extra)} of framing by the engine" if (extra := results.get("framing_bytes")) else "")
+        f"per client {size(results.bytes.up)} up, {size(results.bytes.down)} down; "
+        f"in all {size(total.up)} up, {size(total.down)} down; "
+        f"{count(results.exchanges)} exchanges, {fixed(results.seconds, 1)} s, "
+        f"{size(results.peak_memory_bytes)} peak memory"
+        + (f"; and {size(extra)} of framing by the engine" if extra else "")
     )
 
 
-def _privacy_lines(results: Mapping[str, object]) -> list[str]:
+def _privacy_lines(spent: PrivacySpent) -> list[str]:
     """What was spent; nothing where there is no mechanism."""
-    spent = results.get("privacy")
-    if dig(spent, "kind") in (None, "none"):
+    if spent.kind == "none":
         return []
-    epsilon, delta = number(dig(spent, "epsilon")), number(dig(spent, "delta"))
-    if epsilon is None or not math.isfinite(epsilon):
-        return [f"privacy ({dig(spent, 'kind')}): no finite epsilon, so no guarantee"]
+    if spent.epsilon is None or spent.delta is None:
+        return [f"privacy ({spent.kind}): no finite epsilon, so no guarantee"]
     return [
-        f"privacy ({dig(spent, 'kind')}): epsilon {epsilon:.3g} at delta {'-' if delta is None else f'{delta:g}'} "
-        f"spent over {count(dig(spent, 'num_means'))} noisy means"
+        f"privacy ({spent.kind}): epsilon {spent.epsilon:.3g} at delta {spent.delta:g} "
+        f"spent over {count(spent.num_means)} noisy means"
     ]
 
 
@@ -138,17 +137,18 @@ def _words(reading: Reading) -> dict[str, object]:
     """What the page says, by the names that it uses."""
     run, results, traffic = reading.run, reading.results, reading.traffic
     clients = items(run.get("clients"))
-    names = {str(dig(client, "id")): str(dig(client, "name") or dig(client, "id")) for client in clients}
+    names = {int(str(dig(client, "id"))): str(dig(client, "name") or dig(client, "id")) for client in clients}
+    rows = in_order(results.rows) if results else {}
     failures = [failure for part in [reading, *reading.seeds] for failure in _failures(part, names)]
     return {
         "reading": reading,
-        "name": str(dig(run, "recipe", "name") or results.get("name") or reading.folder.name),
+        "name": str(dig(run, "recipe", "name") or reading.folder.name),
         "sentence": _sentence(reading),
-        "scores": [[title, *(show(row) for show in _columns(results).values())] for title, row in _rows(results)],
-        "columns": list(_columns(results)),
+        "scores": [[title, *(show(row) for show in _columns(rows.values()).values())] for title, row in rows.items()],
+        "columns": list(_columns(rows.values())),
         "classes": [str(name) for name in items(run.get("classes"))],
-        "verdict": [str(line) for line in items(results.get("verdict"))],
-        "privacy": _privacy_lines(results),
+        "verdict": results.verdict if results else (),
+        "privacy": _privacy_lines(results.privacy) if results else [],
         "num_runs": max(len(reading.seeds), 1),
         "num_clients": len(clients) or len({client for client, _ in traffic.by_client}),
         "names": names,
@@ -159,7 +159,7 @@ def _words(reading: Reading) -> dict[str, object]:
         "train_plot": _train_plot(reading),
         "byte_plots": _byte_plots(reading, names),
         "holding_plot": _holding_plot(clients, names),
-        "charts": [_chart(f"chart{i}", chart) for i, chart in enumerate(items(results.get("charts")))],
+        "charts": [_chart(f"chart{i}", chart) for i, chart in enumerate(results.charts if results else ())],
         "forecast": _forecast(reading),
         "costs": _costs(reading),
         "leaves": [_leaves(message) for message in items(reading.run.get("leaves"))],
@@ -169,43 +169,45 @@ def _words(reading: Reading) -> dict[str, object]:
         "num_failures": len(failures),
         "verbs": {verb: sorted({a for a, v, _ in traffic.by_action if v == verb}) for verb in ("mean", "call")},
         "mismatch": not reading.seeds
-        and any(number(dig(results, "bytes_total", way)) not in (None, traffic.total(way)) for way in ("up", "down")),
+        and results is not None
+        and results.bytes_total != TotalBytes(traffic.total("up"), traffic.total("down")),
     }
 
 
-def _failures(reading: Reading, names: Mapping[str, str]) -> list[tuple[int, str, str]]:
+def _failures(reading: Reading, names: Mapping[int, str]) -> list[tuple[int, str, str]]:
     """(round, client, what it said)."""
     rounds = reading.rounds
     return [
-        (done.number, names.get(client, client), text) for done in rounds for client, text in done.failures.items()
+        (done.round, names.get(client, str(client)), text) for done in rounds for client, text in done.failures.items()
     ]
 
 
 def _sentence(reading: Reading) -> str:
     """The result in one sentence."""
-    rows = reading.results.get("rows")
-    loss = {key: number(dig(rows, key, "loss")) for key in ROWS}
-    federated = loss.pop("federated")
-    if federated is None:
-        done = max((done.number for done in reading.rounds), default=0)
+    results = reading.results
+    loss = {name: row.loss for name, row in results.rows.items()} if results else {}
+    federated = loss.get("federated")
+    if results is None or federated is None:
+        done = max((done.round for done in reading.rounds), default=0)
         return f"This run has not finished: {done} of {count(dig(reading.run, 'recipe', 'rounds'))} rounds are here."
     parts = []
     for key, what in (("base", "the base model's"), ("local", "that of training alone")):
-        if (other := loss[key]) is not None:
+        if (other := loss.get(key)) is not None:
             parts.append(f"{'lower' if federated < other else 'NOT lower'} than {what} ({fixed(other)})")
-    if loss["central"] is not None:
-        closed = number(reading.results.get("closed"))
-        share = "" if closed is None else f", which closes {percent(closed)} of the way there from base"
-        parts.append(f"against {fixed(loss['central'])} with all rows in one place{share}")
+    if (best := loss.get("centralized")) is not None:
+        share = (
+            "" if results.closed is None else f", which closes {percent(results.closed)} of the way there from base"
+        )
+        parts.append(f"against {fixed(best)} with all rows in one place{share}")
     return f"Held-out loss {fixed(federated)}" + "".join(f"{',' if i else ':'} {p}" for i, p in enumerate(parts)) + "."
 
 
-def _series(rounds: Iterable[Round], value: Callable[[Round], float | None]) -> dict[int, float]:
-    pairs = ((done.number, value(done)) for done in rounds)
+def _series(rounds: Iterable[RoundMetrics], value: Callable[[RoundMetrics], float | None]) -> dict[int, float]:
+    pairs = ((done.round, value(done)) for done in rounds)
     return {at: found for at, found in pairs if found is not None and math.isfinite(found)}
 
 
-def _of_client(client: str) -> Callable[[Round], float | None]:
+def _of_client(client: int) -> Callable[[RoundMetrics], float | None]:
     return lambda done: done.by_client.get(client)
 
 
@@ -214,7 +216,7 @@ def _course(values: Mapping[int, float]) -> str:
     return f"From {fixed(start)} in round {first} to {fixed(end)} in round {last}."
 
 
-def _loss_plot(reading: Reading, names: Mapping[str, str]) -> tuple[str, plots.Plot] | None:
+def _loss_plot(reading: Reading, names: Mapping[int, str]) -> tuple[str, plots.Plot] | None:
     if reading.seeds:
         parts = {seed.folder.name: _series(seed.rounds, lambda done: done.loss) for seed in reading.seeds}
         rounds = sorted({at for values in parts.values() for at in values})
@@ -224,14 +226,14 @@ def _loss_plot(reading: Reading, names: Mapping[str, str]) -> tuple[str, plots.P
         ids = list(dict.fromkeys(client for done in reading.rounds for client in done.by_client))
         parts = {}
         for client in ids:
-            name = names.get(client, client)
+            name = names.get(client, str(client))
             key = f"{name} ({client})" if name in parts else name
             parts[key] = _series(reading.rounds, _of_client(client))
         mean, label = _series(reading.rounds, lambda done: done.loss), "federated, mean over clients"
     if not mean:
         return None
-    levels = {title: number(dig(row, "loss")) for title, row in _rows(reading.results)}
-    shown = {title: loss for title, loss in levels.items() if loss is not None and title != "federated"}
+    levels = in_order(reading.results.rows) if reading.results else {}
+    shown = {title: row.loss for title, row in levels.items() if row.loss is not None and title != "federated"}
     words = _course(mean) + "".join(f" {title.capitalize()}: {fixed(loss)}." for title, loss in shown.items())
     return words, plots.losses("loss", mean, parts=parts, levels=shown, label=label)
 
@@ -241,7 +243,7 @@ def _train_plot(reading: Reading) -> tuple[str, plots.Plot] | None:
     return (_course(mean), plots.losses("train", mean, parts={}, levels={}, label="training loss")) if mean else None
 
 
-def _byte_plots(reading: Reading, names: Mapping[str, str]) -> dict[str, plots.Plot]:
+def _byte_plots(reading: Reading, names: Mapping[int, str]) -> dict[str, plots.Plot]:
     traffic = reading.traffic
     rounds, clients = sorted({at for at, _ in traffic.by_round}), sorted({client for client, _ in traffic.by_client})
     if not rounds:
@@ -251,7 +253,7 @@ def _byte_plots(reading: Reading, names: Mapping[str, str]) -> dict[str, plots.P
         "down, to the client": [traffic.by_client[client, "down"] for client in clients],
         "up, from the client": [traffic.by_client[client, "up"] for client in clients],
     }
-    labels = [names.get(str(client), str(client)) for client in clients]
+    labels = [names.get(client, str(client)) for client in clients]
     return {
         "rounds": plots.traffic("rounds", rounds, down, up),
         "growth": plots.growth("growth", rounds, list(accumulate(down)), list(accumulate(up))),
@@ -259,18 +261,12 @@ def _byte_plots(reading: Reading, names: Mapping[str, str]) -> dict[str, plots.P
     }
 
 
-def _chart(name: str, chart: object) -> tuple[str, str, str, plots.Plot]:
+def _chart(name: str, chart: ChartData) -> tuple[str, str, str, plots.Plot]:
     """Name, title, words and drawing of what the method shows of itself."""
-    lines = dig(chart, "lines")
-    found: dict[str, list[tuple[float, float]]] = {}
-    for label, points in lines.items() if isinstance(lines, Mapping) else ():
-        pairs = ((number(point[0]), number(point[1])) for point in items(points) if isinstance(point, list))
-        found[str(label)] = [(x, y) for x, y in pairs if x is not None and y is not None]
-    title, words, x, y = (str(dig(chart, key)) for key in ("title", "words", "x", "y"))
-    return name, title, words, plots.lines(name, found, x=x, y=y)
+    return name, chart.title, chart.words, plots.lines(name, chart.lines, x=chart.x, y=chart.y)
 
 
-def _holding_plot(clients: Sequence[object], names: Mapping[str, str]) -> plots.Plot | None:
+def _holding_plot(clients: Sequence[object], names: Mapping[int, str]) -> plots.Plot | None:
     if not clients:
         return None
     totals: dict[str, float] = {}
@@ -292,7 +288,7 @@ def _holding_plot(clients: Sequence[object], names: Mapping[str, str]) -> plots.
             "training": [rows(c, "train_rows") for c in clients],
             "held out": [rows(c, "test_rows") for c in clients],
         }
-    return plots.bars("rows", [names[str(dig(client, "id"))] for client in clients], stacks, unit="rows")
+    return plots.bars("rows", [names[int(str(dig(client, "id")))] for client in clients], stacks, unit="rows")
 
 
 def _forecast(reading: Reading) -> list[dict[str, object]]:
@@ -312,19 +308,17 @@ def _forecast(reading: Reading) -> list[dict[str, object]]:
 def _costs(reading: Reading) -> list[tuple[str, str, str, str]]:
     """(what, forecast, measured, one by the other) for each cost that was measured; empty where none was."""
     results, plan = reading.results, reading.run.get("plan")
-    if not dig(results, "costs", "client"):
+    if results is None or results.costs is None:
         return []
-    exchanges = number(results.get("exchanges"))
+    client, server = results.costs.client, results.costs.server
     rows: list[tuple[str, Callable[[object], str], object, object]] = [
-        ("bytes up per client", count, dig(plan, "up"), dig(results, "bytes", "up")),
-        ("bytes down per client", count, dig(plan, "down"), dig(results, "bytes", "down")),
-        ("exchanges", count, dig(plan, "exchanges"), exchanges and exchanges / max(len(reading.seeds), 1)),
+        ("bytes up per client", count, dig(plan, "up"), results.bytes.up),
+        ("bytes down per client", count, dig(plan, "down"), results.bytes.down),
+        ("exchanges", count, dig(plan, "exchanges"), results.exchanges / max(len(reading.seeds), 1)),
+        ("operations of a client, round 1", operations, dig(plan, "client_flops"), client.flops),
+        ("operations of the server, round 1", operations, dig(plan, "server_flops"), server.flops),
+        ("memory of the clients' process", size, dig(plan, "client_memory"), client.peak_memory_bytes),
     ]
-    for whose, of in (("a client", "client"), ("the server", "server")):
-        measured = dig(results, "costs", of, "flops")
-        rows.append((f"operations of {whose}, round 1", operations, dig(plan, f"{of}_flops"), measured))
-    peak = dig(results, "costs", "client", "peak_memory_bytes")
-    rows.append(("memory of the clients' process", size, dig(plan, "client_memory"), peak))
     return [(what, show(told), show(seen), _ratio(told, seen)) for what, show, told, seen in rows]
 
 

@@ -36,7 +36,7 @@ def local(sites: Sites, ids: list[int], tell: Callable[[str], None]) -> list[Sco
     return scores
 
 
-def central(sites: Sites, ids: list[int]) -> list[Scores]:
+def centralized(sites: Sites, ids: list[int]) -> list[Scores]:
     """Scores of one model trained on all clients' rows together.
 
     It takes as many steps as a client does, with a batch as many times larger as there are clients in a round, so it

@@ -18,17 +18,20 @@ from kilofed.config.recipe import EvaluateSpec, Recipe
 from kilofed.config.tables import from_table, lay_over, read_table, shipped, to_table, to_toml
 from kilofed.errors import RecipeError, RunError, nearest
 from kilofed.files import replace_file
+from kilofed.records.codec import to_json
+from kilofed.records.results import TITLES as TITLES_OF
+from kilofed.records.results import Results, ScoreRow
 from kilofed.reports import plots
 from kilofed.reports.page import render
-from kilofed.reports.reading import dig, items, read
-from kilofed.units import count, fixed, number, operations, percent, size
+from kilofed.reports.reading import Reading, read
+from kilofed.reports.report import loss_text
+from kilofed.units import count, fixed, operations, percent, size
 
 SHARED = ("model", "data", "evaluate", "seed", "seeds", "rounds", "cohort", "train")
 """Keys of a recipe that all entries have in common, but for FREE."""
 FREE = ("lr", "optimizer", "schedule", "warmup", "weight_decay", "max_grad_norm", "accumulation")
 """Keys of [train] that an entry may have to itself: what suits an adapter suits no full model."""
-CONTROLS = ("base", "local", "central")
-NAMES = {"local": "local-only"}
+BASELINES = ("base", "local", "centralized")
 TITLES = (
     "loss",
     "accuracy",
@@ -65,17 +68,17 @@ class Row:
     interval: tuple[float, float] | None
     """95 % of the loss, over seeds, or over clients where there is one seed."""
     accuracy: float | None
-    up: float | None
+    up: float
     """Bytes per client in the whole run of one seed."""
-    down: float | None
-    exchanges: float | None
+    down: float
+    exchanges: float
     """Of one seed."""
     client_flops: float | None
     """Operations per client in the first round."""
     client_memory: float | None
     """Bytes, the largest client process."""
     server_flops: float | None
-    seconds: float | None
+    seconds: float
     """Of all rounds of one seed."""
     delivered_as: str
     """What is scored."""
@@ -83,6 +86,27 @@ class Row:
     """What clients send."""
     secure_sum: bool
     """Whether every reply is only ever needed as part of a mean."""
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """What a row next to the entries scored."""
+
+    loss: float | None
+    interval: tuple[float, float] | None
+    accuracy: float | None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """compare.json."""
+
+    rows: tuple[Row, ...]
+    """By entry, in the order asked for."""
+    baselines: Mapping[str, Baseline]
+    """By name: base, local, centralized; those of the first entry."""
+    seeds: int
+    """Repeats of each entry."""
 
 
 def entries(names: str, words: Mapping[str, Value]) -> tuple[list[Entry], dict[str, Value]]:
@@ -126,14 +150,14 @@ def recipes(source: str | Path, chosen: Sequence[Entry], common: Mapping[str, Va
     found = {}
     for entry in chosen:
         table = copy.deepcopy(base)
-        same = dig(table, "method", "name") == entry.method
+        same = _at(table, "method", "name") == entry.method
         table["method"] = theirs[entry.label].get("method", table["method"] if same else {"name": entry.method})
         if "adapter" in theirs[entry.label] and "adapter" not in _tops(common):
             table["adapter"] = theirs[entry.label]["adapter"]
         lay_over(table, {**public, **entry.words})
         baselines: list[Value] = list(EvaluateSpec().baselines) if entry is chosen[0] else []
         lay_over(table, {"name": entry.label, "seeds": seeds, "evaluate.costs": True, "evaluate.baselines": baselines})
-        if dig(table, "engine", "name") in (None, "inprocess"):
+        if _at(table, "engine", "name") in (None, "inprocess"):
             # Clients in a process apart, so that their memory is theirs.
             lay_over(table, {"engine.name": "pool", "engine.workers": 1})
         found[entry.label] = from_table(table)
@@ -142,11 +166,8 @@ def recipes(source: str | Path, chosen: Sequence[Entry], common: Mapping[str, Va
 
 def compare(
     source: str | Path, chosen: Sequence[Entry], common: Mapping[str, Value], *, out: Path, seeds: int = 1
-) -> dict[str, object]:
+) -> Comparison:
     """Run what is not finished under `out`, and write `compare.json` and `compare.html` there.
-
-    Returns:
-        rows (as `Row`, by label), controls (loss, interval and accuracy by name), seeds.
 
     Raises:
         RecipeError: an entry's recipe is wrong. RunError: `out` holds another comparison, or an entry stopped.
@@ -156,63 +177,54 @@ def compare(
         _check_same(out / label, recipe)
     for label, recipe in wanted.items():
         _run(out / label, recipe)
-    rows = [_row(out / entry.label, entry) for entry in chosen]
-    first = read(out / chosen[0].label).results
-    controls = {
-        name: {key: dig(first, "rows", name, key) for key in ("loss", "interval", "accuracy")}
-        for name in CONTROLS
-        if dig(first, "rows", name)
-    }
-    found: dict[str, object] = {"rows": [vars(row) for row in rows], "controls": controls, "seeds": seeds}
-    replace_file(out / "compare.json", (json.dumps(found, indent=1) + "\n").encode())
-    replace_file(out / "compare.html", _page(rows, controls, wanted[chosen[0].label]).encode("utf-8", "replace"))
+    rows = tuple(_row(out / entry.label, entry) for entry in chosen)
+    first = _finished(read(out / chosen[0].label)).rows
+    beside = {name: _baseline(first[name]) for name in BASELINES if name in first}
+    found = Comparison(rows, beside, seeds)
+    replace_file(out / "compare.json", (json.dumps(to_json(found), indent=1) + "\n").encode())
+    replace_file(out / "compare.html", _page(found, wanted[chosen[0].label]).encode("utf-8", "replace"))
     return found
 
 
-def text(found: Mapping[str, object]) -> str:
+def text(found: Comparison) -> str:
     """The comparison as a plain table."""
-    lines = [["", *TITLES], *([str(dig(row, "label")), *_cells(row)] for row in items(found["rows"]))]
-    lines += [
-        [NAMES.get(name, name), *_scores(row), *[""] * (len(TITLES) - 2)]
-        for name, row in cast(Table, found["controls"]).items()
-    ]
+    lines = [["", *TITLES], *([row.label, *_cells(row)] for row in found.rows)]
+    lines += [[TITLES_OF[name], *_scores(row), *[""] * (len(TITLES) - 2)] for name, row in found.baselines.items()]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join("  ".join(cell.rjust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines)
 
 
-def _scores(row: object) -> list[str]:
+def _scores(row: Row | Baseline) -> list[str]:
     """Loss with its interval, and accuracy."""
-    ends = dig(row, "interval")
-    around = f" [{', '.join(map(fixed, ends))}]" if isinstance(ends, list | tuple) else ""
-    return [fixed(dig(row, "loss")) + around, percent(dig(row, "accuracy"))]
+    return [loss_text(row.loss, row.interval), percent(row.accuracy)]
 
 
-def _cells(row: object) -> list[str]:
+def _cells(row: Row) -> list[str]:
     return [
         *_scores(row),
-        size(dig(row, "up")),
-        size(dig(row, "down")),
-        count(dig(row, "exchanges")),
-        operations(dig(row, "client_flops")),
-        size(dig(row, "client_memory")),
-        operations(dig(row, "server_flops")),
-        fixed(dig(row, "seconds"), 1) + " s",
-        str(dig(row, "leaves")),
-        "yes" if dig(row, "secure_sum") else "no",
+        size(row.up),
+        size(row.down),
+        count(row.exchanges),
+        operations(row.client_flops),
+        size(row.client_memory),
+        operations(row.server_flops),
+        fixed(row.seconds, 1) + " s",
+        row.leaves,
+        "yes" if row.secure_sum else "no",
     ]
 
 
-def _page(rows: Sequence[Row], controls: Mapping[str, object], recipe: Recipe) -> str:
+def _page(found: Comparison, recipe: Recipe) -> str:
     costs: dict[str, tuple[str, str, str, Callable[[Row], float | None]]] = {
-        "bytes": ("Quality against bytes", "sent and received per client", "B", lambda row: _sum(row.up, row.down)),
+        "bytes": ("Quality against bytes", "sent and received per client", "B", lambda row: row.up + row.down),
         "compute": ("Quality against client compute", "per client and round", "FLOP", lambda row: row.client_flops),
         "memory": ("Quality against client memory", "largest client process", "B", lambda row: row.client_memory),
     }
     drawn = []
-    controls = {NAMES.get(name, name): row for name, row in controls.items()}
-    levels = {name: loss for name, row in controls.items() if (loss := number(dig(row, "loss"))) is not None}
+    baselines = {TITLES_OF[name]: row for name, row in found.baselines.items()}
+    levels = {title: row.loss for title, row in baselines.items() if row.loss is not None}
     for name, (title, x, unit, cost) in costs.items():
-        points = {row.label: (found, row.loss) for row in rows if (found := cost(row)) and row.loss is not None}
+        points = {row.label: (much, row.loss) for row in found.rows if (much := cost(row)) and row.loss is not None}
         if points:
             best = ", ".join(plots.pareto(points))
             words = f"Left and low is better. None is better in both than: {best}."
@@ -223,15 +235,11 @@ def _page(rows: Sequence[Row], controls: Mapping[str, object], recipe: Recipe) -
         {
             "recipe": recipe,
             "titles": TITLES,
-            "rows": [(row.label, row.method, row.delivered_as, _cells(vars(row))) for row in rows],
-            "controls": [(name, _scores(row)) for name, row in controls.items()],
+            "rows": [(row.label, row.method, row.delivered_as, _cells(row)) for row in found.rows],
+            "baselines": [(title, _scores(row)) for title, row in baselines.items()],
             "plots": drawn,
         },
     )
-
-
-def _sum(first: float | None, second: float | None) -> float | None:
-    return None if first is None or second is None else first + second
 
 
 def _tops(words: Mapping[str, Value]) -> set[str]:
@@ -241,12 +249,20 @@ def _tops(words: Mapping[str, Value]) -> set[str]:
 def _public(base: Table, theirs: Mapping[str, Table]) -> dict[str, Value]:
     """Public rows are set aside before rows are split, so all entries set aside those that one of them needs."""
     keys = ("public", "public_share")
-    if any(dig(base, "data", key) for key in keys):
+    if any(_at(base, "data", key) for key in keys):
         return {}
     for table in theirs.values():
-        if found := {f"data.{key}": cast(Value, dig(table, "data", key)) for key in keys if dig(table, "data", key)}:
+        if found := {f"data.{key}": cast(Value, _at(table, "data", key)) for key in keys if _at(table, "data", key)}:
             return found
     return {}
+
+
+def _at(table: Table, *path: str) -> object:
+    """What lies at `path` in a recipe's tables; None where nothing does."""
+    value: object = table
+    for key in path:
+        value = value.get(key) if isinstance(value, Mapping) else None
+    return value
 
 
 def _check_same(folder: Path, recipe: Recipe) -> None:
@@ -278,28 +294,36 @@ def _run(folder: Path, recipe: Recipe) -> None:
         raise RunError(f"{recipe.name} stopped (see above); what was finished is kept, call compare again to go on")
 
 
+def _finished(reading: Reading) -> Results:
+    if reading.results is None:
+        raise RunError(f"{reading.folder} has no results yet; call compare again to go on")
+    return reading.results
+
+
+def _baseline(row: ScoreRow) -> Baseline:
+    return Baseline(row.loss, row.interval, row.accuracy)
+
+
 def _row(folder: Path, entry: Entry) -> Row:
     from kilofed.federation.method import find_method
 
     found = read(folder)
-    results, seeds = found.results, max(len(found.seeds), 1)
-    scores = dig(results, "rows", "federated")
-    ends = dig(scores, "interval")
-    method = find_method(str(results.get("method")))
-    exchanges, seconds = number(results.get("exchanges")), number(results.get("seconds"))
+    results, seeds = _finished(found), max(len(found.seeds), 1)
+    scores, costs = results.rows["federated"], results.costs
+    method = find_method(results.method)
     return Row(
         entry.label,
-        str(results.get("method")),
-        number(dig(scores, "loss")),
-        (float(ends[0]), float(ends[1])) if isinstance(ends, list) and len(ends) == 2 else None,
-        number(dig(scores, "accuracy")),
-        number(dig(results, "bytes", "up")),
-        number(dig(results, "bytes", "down")),
-        None if exchanges is None else exchanges / seeds,
-        number(dig(results, "costs", "client", "flops")),
-        number(dig(results, "costs", "client", "peak_memory_bytes")),
-        number(dig(results, "costs", "server", "flops")),
-        None if seconds is None else seconds / seeds,
+        results.method,
+        scores.loss,
+        scores.interval,
+        scores.accuracy,
+        results.bytes.up,
+        results.bytes.down,
+        results.exchanges / seeds,
+        costs.client.flops if costs else None,
+        costs.client.peak_memory_bytes if costs else None,
+        costs.server.flops if costs else None,
+        results.seconds / seeds,
         method.delivered_as,
         method.sends,
         all(verb == "mean" for _, verb, _ in found.traffic.by_action),

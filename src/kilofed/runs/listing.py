@@ -2,7 +2,6 @@
 
 import ast
 import inspect
-import json
 from dataclasses import dataclass, fields, is_dataclass
 from importlib import resources
 from pathlib import Path
@@ -11,7 +10,9 @@ from typing import cast, get_type_hints
 from kilofed.config.fields import Described, describe
 from kilofed.config.recipe import Recipe
 from kilofed.config.tables import shipped, text_of
-from kilofed.errors import RecipeError, nearest
+from kilofed.errors import RecipeError, RunError, nearest
+from kilofed.records import results as results_file
+from kilofed.units import fixed
 
 
 @dataclass(frozen=True)
@@ -78,12 +79,15 @@ def runs(folder: Path = Path("runs")) -> dict[str, str]:
     """Each run folder below `folder` and how far it got."""
     found = {}
     for path in sorted(folder.glob("*/run.json")):
-        results = path.parent / "results.json"
-        if results.exists():
-            loss = json.loads(results.read_text("utf-8"))["rows"]["federated"]["loss"]
-            found[str(path.parent)] = f"finished, held-out loss {loss:.3f}"
-        else:
+        try:
+            results = results_file.read(path.parent)
+        except RunError as error:
+            found[str(path.parent)] = f"not readable: {error}"
+            continue
+        if results is None:
             found[str(path.parent)] = f"not finished: kilofed resume {path.parent}"
+        else:
+            found[str(path.parent)] = f"finished, held-out loss {fixed(results.rows['federated'].loss)}"
     return found
 
 

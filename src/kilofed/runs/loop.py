@@ -6,7 +6,7 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Protocol, cast
+from typing import Protocol
 
 import torch
 from torch import nn
@@ -19,16 +19,20 @@ from kilofed.costs import counter
 from kilofed.errors import RunError
 from kilofed.federation.method import with_present_names
 from kilofed.federation.parties import Server
+from kilofed.federation.presentation import Chart
 from kilofed.files import replace_file
 from kilofed.models import loading
 from kilofed.models.evaluation import Scores, summarise
 from kilofed.privacy.mechanisms import Mechanism, load_mechanism
+from kilofed.records import codec
+from kilofed.records import results as results_file
+from kilofed.records.results import ChartData, Results, ScoreRow, ScoreRows
 from kilofed.reports import report
 from kilofed.runs import baselines
 from kilofed.runs.facts import about
 from kilofed.runs.folder import clear, new_folder, noise_key, recipe_of, write_json
 from kilofed.runs.restore import delivered
-from kilofed.runs.results import Results, of_run, over_seeds
+from kilofed.runs.results import of_run, over_seeds
 from kilofed.runs.rounds import run_rounds
 from kilofed.runs.sites import Sites
 
@@ -67,9 +71,9 @@ class Run:
     results: Results
 
     @property
-    def rows(self) -> dict[str, dict[str, object]]:
-        """Scores by row: base, local, federated, central."""
-        return cast(dict[str, dict[str, object]], self.results["rows"])
+    def rows(self) -> Mapping[str, ScoreRow]:
+        """Scores by row: base, local, federated, centralized, as far as the recipe asked for them."""
+        return self.results.rows
 
     def model(self) -> tuple[nn.Module, PreTrainedTokenizerBase]:
         """The model that the run brought, and its tokeniser."""
@@ -143,14 +147,14 @@ def _run_all(recipe: Recipe, folder: Path, watch: Watch) -> Run:
         results = over_seeds(recipe, folder, every)
         top = {**json.loads((folder / f"seed-{recipe.seed}" / "run.json").read_text()), "recipe": to_table(recipe)}
         write_json(folder / "run.json", top)
-        write_json(folder / "results.json", results)
+        write_json(folder / results_file.FILE, results.to_json())
     report.write(folder)
     return Run(folder, results)
 
 
 def _run_one(recipe: Recipe, folder: Path, watch: Watch) -> Results:
-    if (folder / "results.json").exists():
-        return cast(Results, json.loads((folder / "results.json").read_text("utf-8")))
+    if (known := results_file.read(folder)) is not None:
+        return known
     if recipe.engine.threads:
         torch.set_num_threads(recipe.engine.threads)
     watch.stage("reading data and model")
@@ -171,7 +175,7 @@ def _measured(sites: Sites, server: Server, policy: Mechanism, folder: Path, wat
     if "clients" not in known:
         write_json(path, known | about(sites, server))
     scored = [client for client in sites.client_ids() if sites.corpus.shares[client].test]
-    rows = _Rows(folder / "controls.json")
+    rows = _Rows(folder)
     if "base" in recipe.evaluate.baselines:
         watch.stage("base model")
         rows.once("base", scored, lambda: baselines.base(sites, scored))
@@ -180,7 +184,7 @@ def _measured(sites: Sites, server: Server, policy: Mechanism, folder: Path, wat
             watch.round(number, recipe.rounds, metrics)
     model = sites.method.deliver(server)
     watch.stage("federated model")
-    federated = rows.once("federated", scored, lambda: baselines.score_clients(sites, model, scored))
+    rows.once("federated", scored, lambda: baselines.score_clients(sites, model, scored))
     presentation = sites.method.presentation()
     shown = presentation.charts(server, [e for client in scored for e in sites.corpus.test_examples(client)[:CHARTED]])
     for name, other in presentation.extra_models(server).items():
@@ -191,26 +195,35 @@ def _measured(sites: Sites, server: Server, policy: Mechanism, folder: Path, wat
         chosen = _spread(scored, recipe.evaluate.max_local)
         rows.once("local", chosen, lambda: baselines.local(sites, chosen, watch.stage))
     if "centralized" in recipe.evaluate.baselines:
-        watch.stage("central")
-        rows.once("central", scored, lambda: baselines.central(sites, scored))
-    assert federated
-    results = of_run(recipe, folder, rows.rows, policy) | {"charts": [chart.as_dict() for chart in shown]}
-    write_json(folder / "results.json", results)
+        watch.stage("centralized")
+        rows.once("centralized", scored, lambda: baselines.centralized(sites, scored))
+    results = of_run(recipe, folder, rows.rows, policy, [_drawn(chart) for chart in shown])
+    write_json(folder / results_file.FILE, results.to_json())
     return results
+
+
+def _drawn(chart: Chart) -> ChartData:
+    """A method's chart as results.json keeps it."""
+    lines = {label: tuple(points) for label, points in chart.lines.items()}
+    return ChartData(chart.title, chart.words, chart.x, chart.y, lines)
 
 
 class _Rows:
     """Rows of the table as they are finished; kept on the disk so that a resumed run does not repeat them."""
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self.rows: dict[str, object] = json.loads(path.read_text("utf-8")) if path.exists() else {}
+    def __init__(self, folder: Path) -> None:
+        if (folder / "controls.json").exists():
+            raise RunError(
+                f"{folder} was begun by an older kilofed (it holds controls.json, not baselines.json): "
+                "run its recipe.toml anew"
+            )
+        self._path = folder / "baselines.json"
+        self.rows = dict(codec.from_file(ScoreRows, self._path).rows) if self._path.exists() else {}
 
-    def once(self, name: str, ids: list[int], measure: Callable[[], list[Scores]]) -> object:
+    def once(self, name: str, ids: list[int], measure: Callable[[], list[Scores]]) -> None:
         if name not in self.rows:
             self.rows[name] = summarise(measure(), ids)
-            write_json(self._path, self.rows)
-        return self.rows[name]
+            write_json(self._path, codec.to_json(ScoreRows(self.rows)))
 
 
 def _spread(ids: list[int], most: int) -> list[int]:

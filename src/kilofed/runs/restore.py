@@ -11,6 +11,7 @@ from kilofed.config.tables import changed
 from kilofed.errors import RunError
 from kilofed.federation.parties import Server
 from kilofed.models.evaluation import summarise
+from kilofed.records.results import ScoreRow
 from kilofed.runs import baselines
 from kilofed.runs.folder import first_seed, load_state, recipe_of
 from kilofed.runs.sites import Sites
@@ -31,7 +32,7 @@ def delivered(folder: Path) -> tuple[nn.Module, PreTrainedTokenizerBase]:
     return sites.method.deliver(server).eval(), sites.corpus.tokenizer
 
 
-def score(folder: Path, overrides: Mapping[str, Value]) -> dict[str, object]:
+def score(folder: Path, overrides: Mapping[str, Value]) -> ScoreRow:
     """A row of scores of the run's model on its held-out rows, or on those that `overrides` name. Raises KilofedError."""
     recipe = recipe_of(first_seed(folder))
     model, _ = delivered(folder)
