@@ -443,8 +443,8 @@ def test_a_fit_is_foreseen_as_one_forward_of_the_large_and_the_small_model(
 @pytest.mark.parametrize("rule", ["mix", "entropy_mix", "realign"])
 def test_a_rule_runs_evaluates_resumes_and_chats(tiny_table, tiny_large: Path, tmp_path: Path, rule: str) -> None:
     done = run({**tiny_table, "rounds": 2}, str(tiny_large), tmp_path / "run", rule=rule, alpha=0.5)
-    assert done.rows["federated"]["loss"] > 0
-    titles = [chart["title"] for chart in done.results["charts"]]
+    assert done.rows["federated"].loss > 0
+    titles = [chart.title for chart in done.results.charts]
     assert ("Strength of the steering" in titles) == (rule != "entropy_mix")
     model, _ = done.model()
     assert isinstance(model, ProxyModel)
