@@ -96,6 +96,13 @@ def with_present_names(cls: type, table: Table, where: str = "") -> dict[str, Va
     return found
 
 
+def without_earlier_names(cls: type, table: Table) -> dict[str, Value]:
+    """`table` without the first of two names of one field, where the later one was laid over it."""
+    former = former_names(cls)
+    last = {former.get(key, key): key for key in table}
+    return {key: value for key, value in table.items() if last[former.get(key, key)] == key}
+
+
 def former_names(cls: type) -> dict[str, str]:
     """Present names of the fields that had another one before, by the former name."""
     hints = typing.get_type_hints(cls, include_extras=True)

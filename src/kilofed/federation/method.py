@@ -139,12 +139,13 @@ def on_client(function: F | None = None, *, reads_data: bool = True) -> F | Call
 
 
 def load_method(spec: MethodSpec) -> Method:
-    """The method that `spec` names, with its fields set.
+    """The method that `spec` names, with its fields set; of two names of one field the later counts, as it was laid over.
 
     Raises:
         RecipeError: no such file, no Method in it, unknown or wrong field.
     """
-    return fields.build(find_method(spec.name), spec.fields, "method.")
+    cls = find_method(spec.name)
+    return fields.build(cls, fields.without_earlier_names(cls, spec.fields), "method.")
 
 
 def with_present_names(table: Table, method: str) -> dict[str, Value]:
@@ -155,7 +156,8 @@ def with_present_names(table: Table, method: str) -> dict[str, Value]:
     """
     found = fields.with_present_names(Recipe, table)
     if isinstance(own := found.get("method"), dict):
-        found["method"] = fields.with_present_names(find_method(method), own, "method.")
+        cls = find_method(method)
+        found["method"] = fields.with_present_names(cls, fields.without_earlier_names(cls, own), "method.")
     return found
 
 
