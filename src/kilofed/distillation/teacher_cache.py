@@ -23,7 +23,7 @@ class TeacherCache:
     """A teacher's packed scores by row.
 
     Args:
-        num_words: V of the teacher.
+        vocab_size: V of the teacher.
         temperature: of the scores.
         packing: format of the log-probabilities.
     """
