@@ -59,7 +59,7 @@ def test_a_forgotten_peak_begins_anew() -> None:
     size = held.nbytes
     high = environment.own_peak_memory()
     del held
-    assert environment.forget_peak()
+    assert environment.reset_peak_memory()
     assert environment.own_peak_memory() < high - size // 2
 
 
