@@ -8,7 +8,7 @@ import pytest
 
 from kilofed.errors import RunError
 from kilofed.federation.ledger import Ledger, Row
-from kilofed.reports.reading import dig, measure, merge, read
+from kilofed.reports.reading import measure, merge, read
 
 ROWS = [
     Row(1, 0, "fit", "mean", "down", 0, 100, 0.0),
@@ -89,9 +89,3 @@ def test_a_folder_that_is_no_run_is_refused_and_left_alone(tmp_path: Path) -> No
     with pytest.raises(RunError, match=r"is not a run folder \(it has no run\.json\)"):
         read(tmp_path)
     assert not list(tmp_path.iterdir())
-
-
-def test_digging_where_nothing_lies_gives_none() -> None:
-    assert dig({"a": {"b": 3}}, "a", "b") == 3
-    assert dig({"a": [1]}, "a", "b") is None
-    assert dig(None, "a") is None

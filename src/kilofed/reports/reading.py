@@ -3,18 +3,22 @@
 The ledger is streamed, one row at a time: only sums stay in memory, so that millions of rows cost no more than ten.
 """
 
-import json
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import groupby
 from operator import attrgetter
 from pathlib import Path
+from typing import cast
 
+from kilofed.config.fields import Table
+from kilofed.config.recipe import Recipe
+from kilofed.config.tables import from_table
 from kilofed.errors import RunError
 from kilofed.federation import ledger
 from kilofed.federation.ledger import Direction, Row
-from kilofed.records import metrics, results
+from kilofed.records import facts, metrics, results
+from kilofed.records.facts import RunFacts
 from kilofed.records.metrics import RoundMetrics
 from kilofed.records.results import Results
 
@@ -44,8 +48,9 @@ class Reading:
 
     folder: Path
     recipe_text: str
-    run: Mapping[str, object]
-    """run.json."""
+    facts: RunFacts
+    recipe: Recipe
+    """What was asked for."""
     results: Results | None
     """None while the run has not finished."""
     rounds: list[RoundMetrics]
@@ -61,14 +66,15 @@ def read(folder: Path) -> Reading:
     Raises:
         RunError: not a run folder, or a file that is not what a run writes, with the number of the broken line.
     """
-    if not (folder / "run.json").is_file():
+    if not (folder / facts.FILE).is_file():
         raise RunError(f"{folder} is not a run folder (it has no run.json); give the folder that `kilofed run` made")
     recipe = folder / "recipe.toml"
     seeds = [read(path) for path in sorted(folder.glob("seed-*"), key=_seed) if path.is_dir()]
     return Reading(
         folder,
         recipe.read_text("utf-8") if recipe.exists() else "",
-        _table(folder / "run.json"),
+        known := facts.read(folder),
+        from_table(cast(Table, known.recipe)),
         results.read(folder),
         list(metrics.read(folder / metrics.FILE)),
         merge([measure(ledger.read(folder / "ledger.jsonl")), *(seed.traffic for seed in seeds)]),
@@ -111,18 +117,6 @@ def merge(parts: Iterable[Traffic]) -> Traffic:
     return whole
 
 
-def dig(value: object, *path: str) -> object:
-    """What lies at `path` in nested tables; None where nothing does."""
-    for key in path:
-        value = value.get(key) if isinstance(value, Mapping) else None
-    return value
-
-
-def items(value: object) -> list[object]:
-    """`value` if it is a list, else an empty one."""
-    return value if isinstance(value, list) else []
-
-
 def _widen(spans: dict[tuple[str, str], tuple[int, int]], key: tuple[str, str], low: int, high: int) -> None:
     least, most = spans.get(key, (low, high))
     spans[key] = (min(least, low), max(most, high))
@@ -131,13 +125,3 @@ def _widen(spans: dict[tuple[str, str], tuple[int, int]], key: tuple[str, str], 
 def _seed(path: Path) -> tuple[int, str]:
     number = path.name.removeprefix("seed-")
     return (int(number) if number.isdecimal() else 0, number)
-
-
-def _table(path: Path) -> Mapping[str, object]:
-    try:
-        table = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
-        raise RunError(f"{path} is not JSON ({error}); it was not written by a run, or was cut") from error
-    if not isinstance(table, dict):
-        raise RunError(f"{path} holds a {type(table).__name__}; expected a table")
-    return table

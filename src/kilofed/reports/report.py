@@ -6,17 +6,18 @@ A reading of the folder only: nothing here is measured, and every total is a sum
 import math
 import shutil
 import textwrap
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
-from typing import cast
 
 from kilofed.files import replace_file
+from kilofed.records.facts import VARIES, ClientFacts, Forecast, ReplyFacts
 from kilofed.records.metrics import RoundMetrics
 from kilofed.records.results import ChartData, PrivacySpent, Results, ScoreRow, TotalBytes, in_order
 from kilofed.reports import plots
 from kilofed.reports.page import render
-from kilofed.reports.reading import Reading, dig, items, read
+from kilofed.reports.reading import Reading, read
 from kilofed.units import count, fixed, number, operations, percent, size
 
 MAX_SHOWN = 60
@@ -135,18 +136,18 @@ def _privacy_lines(spent: PrivacySpent) -> list[str]:
 
 def _words(reading: Reading) -> dict[str, object]:
     """What the page says, by the names that it uses."""
-    run, results, traffic = reading.run, reading.results, reading.traffic
-    clients = items(run.get("clients"))
-    names = {int(str(dig(client, "id"))): str(dig(client, "name") or dig(client, "id")) for client in clients}
+    facts, results, traffic = reading.facts, reading.results, reading.traffic
+    clients = facts.clients
+    names = {client.id: client.name or str(client.id) for client in clients}
     rows = in_order(results.rows) if results else {}
     failures = [failure for part in [reading, *reading.seeds] for failure in _failures(part, names)]
     return {
         "reading": reading,
-        "name": str(dig(run, "recipe", "name") or reading.folder.name),
+        "name": str(facts.recipe.get("name") or reading.folder.name),
         "sentence": _sentence(reading),
         "scores": [[title, *(show(row) for show in _columns(rows.values()).values())] for title, row in rows.items()],
         "columns": list(_columns(rows.values())),
-        "classes": [str(name) for name in items(run.get("classes"))],
+        "classes": facts.classes,
         "verdict": results.verdict if results else (),
         "privacy": _privacy_lines(results.privacy) if results else [],
         "num_runs": max(len(reading.seeds), 1),
@@ -162,7 +163,7 @@ def _words(reading: Reading) -> dict[str, object]:
         "charts": [_chart(f"chart{i}", chart) for i, chart in enumerate(results.charts if results else ())],
         "forecast": _forecast(reading),
         "costs": _costs(reading),
-        "leaves": [_leaves(message) for message in items(reading.run.get("leaves"))],
+        "leaves": [_leaves(reply) for reply in facts.leaves],
         "num_rounds": len({at for at, _ in traffic.by_round}),
         "actions": sorted({(action, verb) for action, verb, _ in traffic.by_action}),
         "failures": failures[:MAX_SHOWN],
@@ -189,7 +190,7 @@ def _sentence(reading: Reading) -> str:
     federated = loss.get("federated")
     if results is None or federated is None:
         done = max((done.round for done in reading.rounds), default=0)
-        return f"This run has not finished: {done} of {count(dig(reading.run, 'recipe', 'rounds'))} rounds are here."
+        return f"This run has not finished: {done} of {count(reading.recipe.rounds)} rounds are here."
     parts = []
     for key, what in (("base", "the base model's"), ("local", "that of training alone")):
         if (other := loss.get(key)) is not None:
@@ -266,58 +267,50 @@ def _chart(name: str, chart: ChartData) -> tuple[str, str, str, plots.Plot]:
     return name, chart.title, chart.words, plots.lines(name, chart.lines, x=chart.x, y=chart.y)
 
 
-def _holding_plot(clients: Sequence[object], names: Mapping[int, str]) -> plots.Plot | None:
+def _holding_plot(clients: Sequence[ClientFacts], names: Mapping[int, str]) -> plots.Plot | None:
     if not clients:
         return None
-    totals: dict[str, float] = {}
+    totals: Counter[str] = Counter()
     for client in clients:
-        labels = dig(client, "labels")
-        for label, held in labels.items() if isinstance(labels, Mapping) else ():
-            totals[str(label)] = totals.get(str(label), 0) + (number(held) or 0)
+        totals.update(client.labels)
     ordered = sorted(totals, key=lambda label: (-totals[label], label))
     kept = ordered if len(ordered) <= plots.NUM_COLOURS else ordered[: plots.NUM_COLOURS - 1]
-
-    def rows(client: object, *path: str) -> float:
-        return number(dig(client, *path)) or 0
-
-    stacks = {label: [rows(client, "labels", label) for client in clients] for label in kept}
-    if kept != ordered:
-        stacks["other labels"] = [sum(rows(c, "labels", label) for label in ordered[len(kept) :]) for c in clients]
+    others = ordered[len(kept) :]
+    stacks = {label: [float(client.labels.get(label, 0)) for client in clients] for label in kept}
+    if others:
+        stacks["other labels"] = [float(sum(c.labels.get(label, 0) for label in others)) for c in clients]
     if not stacks:
         stacks = {
-            "training": [rows(c, "train_rows") for c in clients],
-            "held out": [rows(c, "test_rows") for c in clients],
+            "training": [float(client.train_rows) for client in clients],
+            "held out": [float(client.test_rows) for client in clients],
         }
-    return plots.bars("rows", [names[int(str(dig(client, "id")))] for client in clients], stacks, unit="rows")
+    return plots.bars("rows", [names[client.id] for client in clients], stacks, unit="rows")
 
 
 def _forecast(reading: Reading) -> list[dict[str, object]]:
     """What was foreseen per client and round, beside the least and most that was measured."""
     found: list[dict[str, object]] = []
-    for entry in items(reading.run.get("forecast")):
-        action = str(dig(entry, "action"))
-        for what in ("down", "up", "exchanges"):
-            span = reading.traffic.spans.get((action, what))
-            expected = [int(number(end) or 0) for end in items(dig(entry, what))]
-            if len(expected) == 2 and span:
-                row = {"action": action, "what": what, "expected": expected, "measured": list(span)}
-                found.append({**row, "equal": expected == list(span)})
+    for one in reading.facts.forecast:
+        for what, expected in (("down", one.down), ("up", one.up), ("exchanges", one.exchanges)):
+            if span := reading.traffic.spans.get((one.action, what)):
+                row = {"action": one.action, "what": what, "expected": expected, "measured": span}
+                found.append({**row, "equal": expected == span})
     return found
 
 
 def _costs(reading: Reading) -> list[tuple[str, str, str, str]]:
     """(what, forecast, measured, one by the other) for each cost that was measured; empty where none was."""
-    results, plan = reading.results, reading.run.get("plan")
+    results, plan = reading.results, reading.facts.plan or Forecast("", "", "")
     if results is None or results.costs is None:
         return []
     client, server = results.costs.client, results.costs.server
     rows: list[tuple[str, Callable[[object], str], object, object]] = [
-        ("bytes up per client", count, dig(plan, "up"), results.bytes.up),
-        ("bytes down per client", count, dig(plan, "down"), results.bytes.down),
-        ("exchanges", count, dig(plan, "exchanges"), results.exchanges / max(len(reading.seeds), 1)),
-        ("operations of a client, round 1", operations, dig(plan, "client_flops"), client.flops),
-        ("operations of the server, round 1", operations, dig(plan, "server_flops"), server.flops),
-        ("memory of the clients' process", size, dig(plan, "client_memory"), client.peak_memory_bytes),
+        ("bytes up per client", count, plan.up, results.bytes.up),
+        ("bytes down per client", count, plan.down, results.bytes.down),
+        ("exchanges", count, plan.exchanges, results.exchanges / max(len(reading.seeds), 1)),
+        ("operations of a client, round 1", operations, plan.client_flops, client.flops),
+        ("operations of the server, round 1", operations, plan.server_flops, server.flops),
+        ("memory of the clients' process", size, plan.client_memory, client.peak_memory_bytes),
     ]
     return [(what, show(told), show(seen), _ratio(told, seen)) for what, show, told, seen in rows]
 
@@ -329,20 +322,19 @@ def _ratio(told: object, seen: object) -> str:
     return "equal" if first == second else fixed(first / second) if second else "-"
 
 
-def _leaves(message: object) -> dict[str, object]:
+def _leaves(reply: ReplyFacts) -> dict[str, object]:
     """What one reply holds: names and shapes of its tensors, how many numbers, of which dtypes."""
-    tensors = cast(dict[str, list[str | int]], dig(message, "tensors"))
-    shapes = {name: [int(size) for size in rest] for name, (_, *rest) in tensors.items()}
-    varies = any(size < 0 for shape in shapes.values() for size in shape)
+    tensors = reply.tensors.values()
+    varies = any(VARIES in tensor.shape for tensor in tensors)
     return {
-        "action": dig(message, "action"),
-        "tensors": [(name, _shape(shape)) for name, shape in shapes.items()],
-        "numbers": None if varies else sum(math.prod(shape) for shape in shapes.values()),
-        "dtypes": sorted({str(dtype) for dtype, *_ in tensors.values()}),
-        "scalars": dig(message, "scalars"),
+        "action": reply.action,
+        "tensors": [(name, _shape(tensor.shape)) for name, tensor in reply.tensors.items()],
+        "numbers": None if varies else sum(math.prod(tensor.shape) for tensor in tensors),
+        "dtypes": sorted({tensor.dtype for tensor in tensors}),
+        "scalars": reply.scalars,
     }
 
 
-def _shape(sizes: list[int]) -> str:
+def _shape(sizes: Sequence[int]) -> str:
     """Sizes of a tensor; n is one that differs from reply to reply."""
-    return " x ".join("n" if size < 0 else str(size) for size in sizes) or "scalar"
+    return " x ".join("n" if size == VARIES else str(size) for size in sizes) or "scalar"

@@ -18,6 +18,7 @@ from kilofed.config.recipe import EvaluateSpec, Recipe
 from kilofed.config.tables import from_table, lay_over, read_table, shipped, to_table, to_toml
 from kilofed.errors import RecipeError, RunError, nearest
 from kilofed.files import replace_file
+from kilofed.records import facts
 from kilofed.records.codec import to_json
 from kilofed.records.results import TITLES as TITLES_OF
 from kilofed.records.results import Results, ScoreRow
@@ -266,13 +267,12 @@ def _at(table: Table, *path: str) -> object:
 
 
 def _check_same(folder: Path, recipe: Recipe) -> None:
-    path = folder / "run.json"
-    if not path.exists():
+    if not (folder / facts.FILE).exists():
         return
     from kilofed.federation.method import with_present_names
 
     name = recipe.method.name
-    began = with_present_names(json.loads(path.read_text("utf-8")).get("recipe", {}), name)
+    began = with_present_names(cast(Table, facts.read(folder).recipe), name)
     if began != with_present_names(to_table(recipe), name):
         raise RunError(
             f"{folder} holds a run of another recipe (other data, base, method or settings), which cannot stand beside "

@@ -1,6 +1,5 @@
 """A run from its recipe to the report: rounds, baselines, results; resumed at any instant it ends in the same bytes."""
 
-import json
 from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -25,11 +24,14 @@ from kilofed.models import loading
 from kilofed.models.evaluation import Scores, summarise
 from kilofed.privacy.mechanisms import Mechanism, load_mechanism
 from kilofed.records import codec
+from kilofed.records import facts as facts_file
 from kilofed.records import results as results_file
+from kilofed.records.codec import to_json
+from kilofed.records.facts import RunFacts
 from kilofed.records.results import ChartData, Results, ScoreRow, ScoreRows
 from kilofed.reports import report
 from kilofed.runs import baselines
-from kilofed.runs.facts import about
+from kilofed.runs.facts import facts
 from kilofed.runs.folder import clear, new_folder, noise_key, recipe_of, write_json
 from kilofed.runs.restore import delivered
 from kilofed.runs.results import of_run, over_seeds
@@ -106,9 +108,8 @@ def run(
     recipe = from_table(with_present_names(to_table(recipe), recipe.method.name))
     folder = new_folder(recipe, Path(out) if out else None)
     # From here on the folder can be resumed; recipe.toml is a copy for the reader.
-    write_json(
-        folder / "run.json", {"recipe": to_table(recipe), "created": datetime.now(UTC).isoformat("T", "seconds")}
-    )
+    began = RunFacts(to_table(recipe), datetime.now(UTC).isoformat("T", "seconds"))
+    write_json(folder / facts_file.FILE, to_json(began))
     replace_file(folder / "recipe.toml", to_toml(recipe).encode())
     return _run_all(recipe, folder, watch or Silent())
 
@@ -140,13 +141,14 @@ def _run_all(recipe: Recipe, folder: Path, watch: Watch) -> Run:
             below = folder / f"seed-{seed}"
             below.mkdir(exist_ok=True)
             replace_file(below / "recipe.toml", to_toml(one).encode())
-            if not (below / "run.json").exists():
-                write_json(below / "run.json", {"recipe": to_table(one)})
+            if not (below / facts_file.FILE).exists():
+                began = RunFacts(to_table(one), datetime.now(UTC).isoformat("T", "seconds"))
+                write_json(below / facts_file.FILE, to_json(began))
             every.append(_run_one(one, below, watch))
             report.write(below)
         results = over_seeds(recipe, folder, every)
-        top = {**json.loads((folder / f"seed-{recipe.seed}" / "run.json").read_text()), "recipe": to_table(recipe)}
-        write_json(folder / "run.json", top)
+        top = replace(facts_file.read(folder / f"seed-{recipe.seed}"), recipe=to_table(recipe))
+        write_json(folder / facts_file.FILE, to_json(top))
         write_json(folder / results_file.FILE, results.to_json())
     report.write(folder)
     return Run(folder, results)
@@ -170,10 +172,9 @@ def _run_one(recipe: Recipe, folder: Path, watch: Watch) -> Results:
 def _measured(sites: Sites, server: Server, policy: Mechanism, folder: Path, watch: Watch) -> Results:
     """All rounds, all rows of the table and what they come to."""
     recipe = sites.recipe
-    path = folder / "run.json"
-    known = json.loads(path.read_text("utf-8"))
-    if "clients" not in known:
-        write_json(path, known | about(sites, server))
+    began = facts_file.read(folder)
+    if not began.clients:
+        write_json(folder / facts_file.FILE, to_json(facts(sites, server, began)))
     scored = [client for client in sites.client_ids() if sites.corpus.shares[client].test]
     rows = _Rows(folder)
     if "base" in recipe.evaluate.baselines:

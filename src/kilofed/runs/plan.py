@@ -18,6 +18,7 @@ from kilofed.costs.counter import CostCounter
 from kilofed.errors import KilofedError
 from kilofed.federation.method import Sent, find_method
 from kilofed.federation.workload import RunPreview
+from kilofed.records.facts import Forecast
 from kilofed.runs import compare
 from kilofed.runs.preview import (
     MOST,
@@ -63,35 +64,6 @@ class Device:
     def serving(self) -> float:
         """Operations per second of the server."""
         return self.server_flops or self.flops
-
-
-@dataclass(frozen=True)
-class Forecast:
-    """One method's costs. None is what nobody can tell before the run."""
-
-    label: str
-    method: str
-    leaves: str
-    """What clients send."""
-    exact: bool = True
-    """Whether the ledger will count these very bytes; else they depend a little on what training finds, or are scaled up."""
-    up: float | None = None
-    """Bytes per client in the whole run."""
-    down: float | None = None
-    exchanges: int | None = None
-    """Of the whole run."""
-    client_flops: float | None = None
-    """Operations per client in the first round."""
-    server_flops: float | None = None
-    """Operations in the first round."""
-    client_memory: float | None = None
-    """Bytes, the largest of the clients' processes."""
-    compute_seconds: float | None = None
-    """Of the whole run: the slowest client, as clients work side by side, and the server."""
-    link_seconds: float | None = None
-    """Of the whole run: bytes on their way, and waiting for answers."""
-    refused: str = ""
-    """Why it does not fit; empty if it does."""
 
 
 def plan(recipes: Mapping[str, Recipe], device: Device) -> list[Forecast]:

@@ -5,7 +5,6 @@ Models have shapes and no numbers, so nothing large is loaded; `check`, `plan` a
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 from kilofed.config.recipe import ModelSpec, Recipe
 from kilofed.costs.counter import CostCounter
@@ -14,6 +13,7 @@ from kilofed.federation.method import Sent, forecast, leaving
 from kilofed.federation.workload import Pass, RunPreview, Work
 from kilofed.models import loading
 from kilofed.payload import Payload
+from kilofed.records.facts import ActionForecast
 from kilofed.runs.sites import Sites, drawn
 
 COPIES = 7
@@ -115,27 +115,21 @@ def _scored(recipe: Recipe, preview: RunPreview) -> Pass:
     return Pass(rows, longest, 0 if recipe.data.task == "classify" or recipe.data.labels else longest)
 
 
-@dataclass(frozen=True)
-class Span:
-    """Least and most of some figure, over clients and rounds."""
-
-    low: int
-    high: int
-
-
-def spans(sites: Sites, preview: RunPreview, num_rounds: int) -> dict[str, dict[str, Span]]:
-    """Bytes down and up and exchanges per client and round, by action, over the first rounds; empty if unknown."""
-    seen: dict[str, dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
+def spans(sites: Sites, preview: RunPreview, num_rounds: int) -> tuple[ActionForecast, ...]:
+    """Bytes and exchanges per client and round, by action, over the first rounds; empty if unknown."""
+    seen: dict[str, list[tuple[int, int, int]]] = defaultdict(list)
     for number in range(1, num_rounds + 1):
         turn_to(preview, sites, number)
         for messages in {id(mine): mine for mine in traffic(sites, preview).values()}.values():
             for action in {one.action for one in messages}:
                 own = [one for one in messages if one.action == action]
-                for what in ("down", "up", "exchanges"):
-                    seen[action][what].append(sum(vars(one)[what] for one in own))
-    return {
-        action: {what: Span(min(figures), max(figures)) for what, figures in by.items()} for action, by in seen.items()
-    }
+                seen[action].append(
+                    (sum(one.down for one in own), sum(one.up for one in own), sum(one.exchanges for one in own))
+                )
+    return tuple(
+        ActionForecast(action, *((min(some), max(some)) for some in zip(*seen[action], strict=True)))
+        for action in sorted(seen)
+    )
 
 
 def replies(sites: Sites, preview: RunPreview) -> dict[str, list[Payload]]:

@@ -1,6 +1,5 @@
 """What is served: a run's model or a model directory, as a generator with its tokeniser and its prompt template."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,6 +13,7 @@ from kilofed.errors import DataError, RunError
 from kilofed.generation.decoding import ModelGenerator, TokenGenerator, end_ids_of
 from kilofed.generation.detokenizer import TextCodec
 from kilofed.models import loading
+from kilofed.records import facts
 from kilofed.runs.folder import first_seed, recipe_of
 from kilofed.runs.restore import restored
 
@@ -105,8 +105,7 @@ def _of_run(folder: Path, name: str, template: str, device: str) -> ServedModel:
         model = model.to(loading.find_device(device))
     data = replace(recipe.data, template=template or recipe.data.template)
     takes_conversations = bool(sites.corpus.tokenizer.chat_template) and data.template in ("", "chat")
-    known = json.loads((first / "run.json").read_text("utf-8")).get("layout")
-    kind = str(known or ("messages" if takes_conversations else "response"))
+    kind = facts.read(first).layout or ("messages" if takes_conversations else "response")
     if template and kind == "text":
         kind = "response"
     return _served(name or folder.resolve().name, model, sites.corpus.tokenizer, (data, kind))
