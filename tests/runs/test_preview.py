@@ -1,0 +1,117 @@
+"""What is foreseen of rounds that have not run is what their ledger then shows, for clients of unequal size."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+
+import kilofed
+from kilofed.config.fields import Value
+from kilofed.config.recipe import Recipe
+from kilofed.config.tables import changed
+from kilofed.federation import ledger
+from kilofed.federation.workload import Costs
+from kilofed.methods.fedavg import FedAvg
+from kilofed.records.facts import ActionForecast
+from kilofed.runs.preview import (
+    bench_of,
+    client_memory,
+    client_works,
+    num_looked_at,
+    preview_of,
+    replies,
+    run_memory,
+    spans,
+    traffic,
+    turn_to,
+)
+from kilofed.runs.sites import Sites
+
+SIZES = {"few": 3, "some": 10, "many": 41}
+
+
+@pytest.fixture
+def uneven(tiny_recipe: Recipe, tmp_path: Path) -> Recipe:
+    """Three clients of 3, 10 and 41 rows, two of them drawn in each of three rounds."""
+    rows = [
+        {"client": name, "instruction": f"add {n}", "response": "is " + n % 5 * "1"}
+        for name, size in SIZES.items()
+        for n in range(size)
+    ]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    few: Mapping[str, Value] = {"evaluate.generate": 0, "evaluate.baselines": [], "rounds": 3, "cohort": 2}
+    return changed(tiny_recipe, {"data.source": str(path), **few})
+
+
+def measured(folder: Path) -> dict[str, dict[str, tuple[int, int]]]:
+    """Least and most bytes per client and round, by action and direction."""
+    sums: dict[tuple[str, str], dict[tuple[int, int], int]] = {}
+    for row in ledger.read(folder / "ledger.jsonl"):
+        by = sums.setdefault((row.action, row.direction), {})
+        by[row.round, row.client] = by.get((row.round, row.client), 0) + row.bytes
+    found: dict[str, dict[str, tuple[int, int]]] = {}
+    for (action, way), by in sums.items():
+        found.setdefault(action, {})[way] = min(by.values()), max(by.values())
+    return found
+
+
+@pytest.mark.parametrize("method", ["fedavg", "split"])
+def test_spans_are_those_of_the_ledger(method: str, uneven: Recipe, tmp_path: Path) -> None:
+    recipe = changed(uneven, {"method": method})
+    sites = Sites(recipe)
+    told = spans(sites, preview_of(sites, bench_of(sites)), recipe.rounds)
+    done = kilofed.run(recipe, out=tmp_path / "run")
+    assert {one.action: {"down": one.down, "up": one.up} for one in told} == measured(done.folder)
+    assert all(isinstance(one, ActionForecast) and one.exchanges[0] >= 1 for one in told)
+    assert any(one.up[0] < one.up[1] for one in told) == (method == "split")  # Batches of unequal rows.
+
+
+def test_a_preview_turns_to_the_clients_that_are_drawn(uneven: Recipe) -> None:
+    sites = Sites(uneven)
+    preview = preview_of(sites, bench_of(sites))
+    drawn = []
+    for number in (1, 2, 3):
+        turn_to(preview, sites, number)
+        drawn.append(tuple(preview.ids))
+        assert sorted(traffic(sites, preview)) == sorted(preview.ids)
+    assert all(len(ids) == 2 for ids in drawn)
+    assert len(set(drawn)) > 1
+
+
+def test_replies_hold_what_leaves_by_action(uneven: Recipe) -> None:
+    sites = Sites(changed(uneven, {"method": "split"}))
+    found = replies(sites, preview_of(sites, bench_of(sites)))
+    assert sorted(found) == ["forward", "part"]
+    assert len(found["forward"]) == 2 * len(found["part"]) == 4  # Two clients of two batches.
+
+
+def test_longer_messages_and_more_clients_in_a_process_take_more_memory(uneven: Recipe) -> None:
+    sites = Sites(changed(uneven, {"method": "split", "adapter.kind": "lora"}))
+    bench = bench_of(sites)
+    preview = preview_of(sites, bench)
+    works, sent = client_works(sites, preview), traffic(sites, preview)
+    one = client_memory(bench, works, sent)
+    assert client_memory(bench, works, sent, together=9) > one  # Each keeps its activations while it waits.
+    assert client_memory(bench, works, {}) <= one
+
+
+def test_a_method_that_does_not_say_what_it_computes_has_no_memory(
+    uneven: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sites = Sites(uneven)
+    bench = bench_of(sites)
+    assert run_memory(sites, preview_of(sites, bench), bench)
+    monkeypatch.setattr(FedAvg, "costs", lambda _: Costs())
+    assert run_memory(sites, preview_of(sites, bench), bench) is None
+
+
+@pytest.mark.parametrize(
+    ("rounds", "cohort", "most", "looked"), [(1, 0, 8, 1), (6, 0, 8, 2), (6, 0, 13, 4), (6, 2, 8, 4)]
+)
+def test_rounds_looked_at_are_bounded_by_clients(
+    rounds: int, cohort: int, most: int, looked: int, tiny_recipe: Recipe
+) -> None:
+    recipe = changed(tiny_recipe, {"rounds": rounds, "cohort": cohort})
+    assert num_looked_at(recipe, 3, most) == looked
