@@ -13,7 +13,7 @@ from kilofed.config.recipe import Recipe
 from kilofed.config.tables import changed
 from kilofed.errors import RunError
 from kilofed.records import codec, results
-from kilofed.records.results import ChartData, Costs, PartyCost, PrivacySpent, Results, SeedRows
+from kilofed.records.results import Chart, Costs, PartyCost, PrivacySpent, Results, SeedRows
 
 SCHEMA = Path(__file__).parents[2] / "docs" / "results.schema.json"
 COST = PartyCost(1e9, 0.5, 1.5, 1_000)
@@ -21,7 +21,7 @@ FULL = made(
     costs=Costs(COST, replace(COST, flops=0.0)),
     privacy=PrivacySpent("central", 3.2, 1e-5, 6),
     per_seed=(SeedRows(0, {"federated": row(3.0, clients=(client(2, 3.0),))}), SeedRows(1, {})),
-    charts=(ChartData("t", "w", "x", "y", {"a": ((0.0, 1.0), (2.0, 3.0)), "empty": ()}),),
+    charts=(Chart("t", "w", "x", "y", {"a": ((0.0, 1.0), (2.0, 3.0)), "empty": ()}),),
 )
 
 

@@ -4,25 +4,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from kilofed.records.results import Chart
+
 if TYPE_CHECKING:
     from torch import nn
 
     from kilofed.data.examples import Example
     from kilofed.federation.parties import Server
-
-
-@dataclass(frozen=True)
-class Chart:
-    """A drawing of at most eight lines."""
-
-    title: str
-    words: str
-    """What it shows, in a sentence or two; stands under the title."""
-    x: str
-    """What the horizontal axis counts, with its unit."""
-    y: str
-    lines: Mapping[str, Sequence[tuple[float, float]]]
-    """Points (x, y) by the line's label, in order of x."""
 
 
 @dataclass(frozen=True)

@@ -24,10 +24,11 @@ from kilofed.errors import ClientError, KilofedError, PayloadError, RecipeError,
 from kilofed.federation.cohort import Cohort, log
 from kilofed.federation.method import Method, on_client
 from kilofed.federation.parties import Client, Server
-from kilofed.federation.presentation import Chart, Presentation
+from kilofed.federation.presentation import Presentation
 from kilofed.federation.workload import Costs, Message, RunPreview, TwoPointSteps
 from kilofed.models import loading, training
 from kilofed.payload import Payload, Scalar
+from kilofed.records.results import Chart
 from kilofed.zeroth import seed_log, two_point
 from kilofed.zeroth.directions.spec import MAX_NUM_SEEDS, MIN_NUM_SEEDS
 from kilofed.zeroth.pools import NOTHING, SUMS, SeedPools, held_by_server, log_name
@@ -293,7 +294,7 @@ class SeedCharts(Presentation):
             f"{int((server.state[SUMS][2] > 0).sum())} seeds were drawn. The largest probability is "
             f"{probabilities[0] / probabilities[-1]:.2f} times the smallest; the rule allows at most 2.72."
         )
-        lines = {self.method.sampling: ranked(probabilities), "uniform": [(1.0, 1.0), (float(num), 1.0)]}
+        lines = {self.method.sampling: ranked(probabilities), "uniform": ((1.0, 1.0), (float(num), 1.0))}
         return [
             *charts,
             Chart(
@@ -306,10 +307,10 @@ class SeedCharts(Presentation):
         ]
 
 
-def ranked(values: npt.NDArray[np.floating]) -> list[tuple[float, float]]:
+def ranked(values: npt.NDArray[np.floating]) -> tuple[tuple[float, float], ...]:
     """(rank from 1, value) for at most 200 values, evenly spaced, the first and the last among them."""
     chosen = np.unique(np.linspace(0, len(values) - 1, 200).round().astype(int))
-    return [(float(i + 1), float(values[i])) for i in chosen]
+    return tuple((float(i + 1), float(values[i])) for i in chosen)
 
 
 def _numbers(reply: Payload) -> dict[str, float]:

@@ -27,7 +27,7 @@ from kilofed.errors import NonFiniteLoss, RecipeError
 from kilofed.federation import wire
 from kilofed.federation.cohort import Cohort
 from kilofed.federation.parties import Server, generator
-from kilofed.federation.presentation import Chart, Diagnosis, Presentation
+from kilofed.federation.presentation import Diagnosis, Presentation
 from kilofed.federation.workload import LocalTraining, Pass, RunPreview, Work, shape, shapes
 from kilofed.methods.fedavg import FedAvg
 from kilofed.models import evaluation, loading, training
@@ -39,6 +39,7 @@ from kilofed.proxy.large_model import LargeModel, open_large_model
 from kilofed.proxy.model import ProxyModel
 from kilofed.proxy.spec import LargeSpec
 from kilofed.proxy.trial import ProxyParts, Trial, run_trial, sweep
+from kilofed.records.results import Chart
 
 ALPHAS = tuple(i / 4 for i in range(9))
 """Strengths that the report draws."""
@@ -345,7 +346,7 @@ class SteeringReport(Presentation):
         """The loss against the strength of steering; and what each server phase did to the small model."""
         drawn = [self._sweep(server, rows)] if rows and self.method.strengths() else []
         if (phases := server.state.get(PHASES)) is not None:
-            before, after = ([(row[0], row[at]) for row in phases.tolist()] for at in (1, 2))
+            before, after = (tuple((row[0], row[at]) for row in phases.tolist()) for at in (1, 2))
             kept = f"{int(phases[:, 3].sum())} of {len(phases)} were kept"
             words = f"Loss of the small model on held-out public rows, around each distillation; {kept}."
             lines = {"before": before, "after": after}
@@ -357,7 +358,10 @@ class SteeringReport(Presentation):
         best = min(losses, key=lambda alpha: losses[alpha])
         rule = self.method.combination(server)
         strength = rule.weight if isinstance(rule, Mix) else self.method.alpha
-        lines = {"steered large model": list(losses.items()), "small model alone": [(a, losses.tuned) for a in losses]}
+        lines = {
+            "steered large model": tuple(losses.items()),
+            "small model alone": tuple((a, losses.tuned) for a in losses),
+        }
         words = (
             f"On {len(rows)} held-out rows; alpha 0 is the large model alone. "
             f"Least at {best:g}; the run has {strength:g}."

@@ -23,11 +23,12 @@ from kilofed.errors import NonFiniteLoss, PayloadError, RecipeError
 from kilofed.federation.cohort import Cohort
 from kilofed.federation.method import Method, on_client
 from kilofed.federation.parties import Client, Server
-from kilofed.federation.presentation import Chart, Presentation
+from kilofed.federation.presentation import Presentation
 from kilofed.federation.workload import Costs, Message, RunPreview, Work, shape
 from kilofed.models import halves, loading, training
 from kilofed.models.halves import Halves, Part
 from kilofed.payload import Payload, Scalar
+from kilofed.records.results import Chart
 from kilofed.split import activation_codec, reconstruction, server_half
 from kilofed.split.client_half import CACHE, TURN, ClientHalf
 from kilofed.split.passes import PartName, PartOfModel

@@ -129,12 +129,12 @@ class SeedRows:
 
 
 @dataclass(frozen=True)
-class ChartData:
+class Chart:
     """A drawing that the method adds to the report: at most eight lines."""
 
     title: str
     words: str
-    """What it shows, in a sentence or two."""
+    """What it shows, in a sentence or two; stands under the title."""
     x: str
     """What the horizontal axis counts, with its unit."""
     y: str
@@ -182,7 +182,7 @@ class Results:
     """Of the server's last state; of several seeds, of their digests."""
     per_seed: tuple[SeedRows, ...]
     """The rows of each repeat; empty for one seed."""
-    charts: tuple[ChartData, ...]
+    charts: tuple[Chart, ...]
     """What the method shows of itself."""
 
     def to_json(self) -> dict[str, object]:

@@ -14,7 +14,7 @@ from pathlib import Path
 from kilofed.files import replace_file
 from kilofed.records.facts import VARIES, ClientFacts, Forecast, ReplyFacts
 from kilofed.records.metrics import RoundMetrics
-from kilofed.records.results import ChartData, PrivacySpent, Results, ScoreRow, TotalBytes, in_order
+from kilofed.records.results import Chart, PrivacySpent, Results, ScoreRow, TotalBytes, in_order
 from kilofed.reports import plots
 from kilofed.reports.page import render
 from kilofed.reports.reading import Reading, read
@@ -262,7 +262,7 @@ def _byte_plots(reading: Reading, names: Mapping[int, str]) -> dict[str, plots.P
     }
 
 
-def _chart(name: str, chart: ChartData) -> tuple[str, str, str, plots.Plot]:
+def _chart(name: str, chart: Chart) -> tuple[str, str, str, plots.Plot]:
     """Name, title, words and drawing of what the method shows of itself."""
     return name, chart.title, chart.words, plots.lines(name, chart.lines, x=chart.x, y=chart.y)
 

@@ -18,7 +18,6 @@ from kilofed.costs import counter
 from kilofed.errors import RunError
 from kilofed.federation.method import with_present_names
 from kilofed.federation.parties import Server
-from kilofed.federation.presentation import Chart
 from kilofed.files import replace_file
 from kilofed.models import loading
 from kilofed.models.evaluation import Scores, summarise
@@ -28,7 +27,7 @@ from kilofed.records import facts as facts_file
 from kilofed.records import results as results_file
 from kilofed.records.codec import to_json
 from kilofed.records.facts import RunFacts
-from kilofed.records.results import ChartData, Results, ScoreRow, ScoreRows
+from kilofed.records.results import Results, ScoreRow, ScoreRows
 from kilofed.reports import report
 from kilofed.runs import baselines
 from kilofed.runs.facts import facts
@@ -198,15 +197,9 @@ def _measured(sites: Sites, server: Server, policy: Mechanism, folder: Path, wat
     if "centralized" in recipe.evaluate.baselines:
         watch.stage("centralized")
         rows.once("centralized", scored, lambda: baselines.centralized(sites, scored))
-    results = of_run(recipe, folder, rows.rows, policy, [_drawn(chart) for chart in shown])
+    results = of_run(recipe, folder, rows.rows, policy, shown)
     write_json(folder / results_file.FILE, results.to_json())
     return results
-
-
-def _drawn(chart: Chart) -> ChartData:
-    """A method's chart as results.json keeps it."""
-    lines = {label: tuple(points) for label, points in chart.lines.items()}
-    return ChartData(chart.title, chart.words, chart.x, chart.y, lines)
 
 
 class _Rows:

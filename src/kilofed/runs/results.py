@@ -16,7 +16,7 @@ from kilofed.privacy.mechanisms import Mechanism
 from kilofed.records import metrics
 from kilofed.records.results import (
     Bytes,
-    ChartData,
+    Chart,
     PrivacySpent,
     Results,
     ScoreRow,
@@ -29,7 +29,7 @@ Losses = Mapping[str, Mapping[int, float]]
 """Loss by row and by client, or by seed: not every client need have been trained alone."""
 
 
-def of_run(recipe: Recipe, folder: Path, rows: Rows, policy: Mechanism, charts: Sequence[ChartData] = ()) -> Results:
+def of_run(recipe: Recipe, folder: Path, rows: Rows, policy: Mechanism, charts: Sequence[Chart] = ()) -> Results:
     """The results of the finished run in `folder`, given the rows of its table."""
     rounds = list(metrics.read(folder / metrics.FILE))
     with closing(Ledger(folder / "ledger.jsonl")) as ledger:

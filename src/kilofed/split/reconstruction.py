@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from kilofed.data.examples import Example
-from kilofed.federation.presentation import Chart
 from kilofed.models import training
 from kilofed.models.halves import Halves, find_blocks
+from kilofed.records.results import Chart
 from kilofed.split import activation_codec
 
 RIDGE = 1e-3
@@ -95,8 +95,8 @@ def chart(
         "Split learning does not send rows, but activations do not hide their content."
     )
     lines = {
-        "linear inverter": [(float(one.cut), one.inverter) for one in results],
-        "nearest embedding": [(float(one.cut), one.nearest) for one in results],
+        "linear inverter": tuple((float(one.cut), one.inverter) for one in results),
+        "nearest embedding": tuple((float(one.cut), one.nearest) for one in results),
     }
     return Chart("Tokens that the server can reconstruct", words, "blocks at the client", "share of tokens", lines)
 
