@@ -127,7 +127,7 @@ class MethodSpec(Settings):
 
 @dataclass(frozen=True)
 class TrainSpec(Settings):
-    """How anything is trained by gradients: each client in its round, local-only and central alike."""
+    """How anything is trained by gradients: each client in its round, local-only and centralized alike."""
 
     steps: Annotated[int, Ge(1)] = 10
     """Optimiser steps per round and client; more means fewer rounds and more drift."""
