@@ -12,6 +12,7 @@ import pytest
 import kilofed
 
 ROOT = Path(kilofed.__file__).parent
+REPO = Path(__file__).parents[1]
 MODULES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") or "__init__": path
     for path in sorted(ROOT.rglob("*.py"))
@@ -240,3 +241,18 @@ print(json.dumps(sorted(set(kinds) & set(sys.modules))), file=sys.stderr)
     found = json.loads(done.stderr.splitlines()[-1])
     assert isinstance(found, list)
     return found
+
+
+SCRIPTS = sorted(path for folder in ("benchmarks", "examples", "scripts") for path in (REPO / folder).rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: str(path.relative_to(REPO)))
+def test_a_script_imports_names_that_are_there(path: Path) -> None:
+    missing = set()
+    for name in imports(path):
+        home, _, last = name.removeprefix("kilofed.").rpartition(".")
+        if not name.startswith("kilofed.") or f"{home}.{last}".strip(".") in MODULES:
+            continue
+        if (home not in MODULES and home) or last not in defined(MODULES[home or "__init__"]):
+            missing.add(name)
+    assert not missing

@@ -14,7 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from kilofed.config.fields import Value
-from kilofed.reports.reading import dig, read
+from kilofed.reports.reading import read
 from kilofed.runs import compare
 from kilofed.units import number
 
@@ -64,17 +64,18 @@ def measure(out: Path, *, quick: bool) -> list[Line]:
 
 def _ratios(folder: Path) -> Line:
     found = read(folder)
-    plan, results = found.run.get("plan"), found.results
+    plan, results = found.facts.plan, found.results
+    assert plan
     assert results
     assert results.costs
     client, server = results.costs.client, results.costs.server
     pairs = [
-        (dig(plan, "up"), results.bytes.up),
-        (dig(plan, "down"), results.bytes.down),
-        (dig(plan, "exchanges"), results.exchanges),
-        (dig(plan, "client_flops"), client.flops),
-        (dig(plan, "server_flops"), server.flops),
-        (dig(plan, "client_memory"), client.peak_memory_bytes),
+        (plan.up, results.bytes.up),
+        (plan.down, results.bytes.down),
+        (plan.exchanges, results.exchanges),
+        (plan.client_flops, client.flops),
+        (plan.server_flops, server.flops),
+        (plan.client_memory, client.peak_memory_bytes),
     ]
     return {what: _ratio(number(told), number(seen)) for what, (told, seen) in zip(WHAT, pairs, strict=True)}
 
