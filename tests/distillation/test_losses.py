@@ -103,15 +103,8 @@ def test_no_gradient_reaches_the_teacher(kl, k: int) -> None:
     assert student.grad is not None
 
 
-def test_the_rest_of_an_api_is_one_minus_its_top_tokens() -> None:
-    full = losses.top_k(scores(13), 4)
-    given = losses.from_log_probs(full.ids_NK, full.log_probs_NK, 11)
-    torch.testing.assert_close(given.rest_N, full.rest_N, rtol=1e-4, atol=1e-5)
-
-
-def test_an_api_that_rounds_above_one_leaves_nothing() -> None:
-    given = losses.from_log_probs(torch.tensor([[3, 1]]), torch.tensor([[0.0, -9.0]]), 5)
-    assert given.rest_N.item() == -math.inf
+def test_a_teacher_whose_top_tokens_hold_all_mass_gives_finite_losses() -> None:
+    given = losses.TopK(torch.tensor([[3, 1]]), torch.tensor([[0.0, -9.0]]), torch.tensor([-math.inf]), 5)
     student = scores(14, 1, 5).requires_grad_()
     both = losses.forward_kl(given, student) + losses.reverse_kl(given, student)
     both.sum().backward()

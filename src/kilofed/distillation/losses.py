@@ -58,16 +58,6 @@ def top_k(logits_NV: Tensor, k: int, temperature: float = 1.0) -> TopK:
     return TopK(kept.indices, kept.values, rest_NV.logsumexp(1), log_probs_NV.shape[1], temperature)
 
 
-def from_log_probs(ids_NK: Tensor, log_probs_NK: Tensor, vocab_size: int) -> TopK:
-    """From the top log-probabilities of an API, at temperature 1; the rest is 1 minus their sum.
-
-    Rounded probabilities can sum to slightly more than 1: then the rest is 0.
-    """
-    log_probs_NK = log_probs_NK.detach().float()
-    left_N = (1 - log_probs_NK.double().exp().sum(1)).clamp(min=0)
-    return TopK(ids_NK.long(), log_probs_NK, left_N.log().float(), vocab_size)
-
-
 def spread(teacher: TopK) -> Tensor:
     """Log-probabilities (N, V) that share the rest equally among the tokens outside the top k."""
     num_others = teacher.vocab_size - teacher.k

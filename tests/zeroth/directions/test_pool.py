@@ -30,7 +30,7 @@ def test_moved_is_one_coefficient_more():
     pool, w0, a = SeedPool(K, 3), torch.randn(3000), _a()
     moved = a.copy()
     moved[5] += np.float32(1e-3)
-    assert torch.equal(pool.rebuild_moved(w0, a, 5, 1e-3), pool.rebuild(w0, moved))
+    assert torch.equal(pool.at(a).moved(5, 1e-3).rebuild(w0), pool.rebuild(w0, moved))
     assert np.array_equal(pool.at(a).a, a)
 
 

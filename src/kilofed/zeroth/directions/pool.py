@@ -41,19 +41,6 @@ class SeedPool:
         """round(w0 + sum_k a_k z_k) for one tensor; see Position.rebuild."""
         return self.at(a).rebuild(w0, first_block=first_block, out=out)
 
-    def rebuild_moved(
-        self,
-        w0: Tensor,
-        a: Floats | Tensor,
-        k: int,
-        delta: float,
-        *,
-        first_block: int = 0,
-        out: Tensor | None = None,
-    ) -> Tensor:
-        """round(w0 + sum_j a_j z_j + delta z_k) for one tensor; see Position.moved and Position.rebuild."""
-        return self.at(a).moved(k, delta).rebuild(w0, first_block=first_block, out=out)
-
     def direction(
         self,
         k: int,
