@@ -157,7 +157,9 @@ class Ways:
         if way == "large alone":
             return [token.id for token in ModelGenerator(self.large, ()).generate_tokens(prompt, sampling)]
         if way == "shared":
-            return [token.id for token in self.proxy.generate_one_by_one(prompt, sampling)]
+            return [
+                token.id for token in ModelGenerator(self.proxy, self.proxy.end_ids).generate_tokens(prompt, sampling)
+            ]
         self.last = Speculation(self.proxy, sampling, Drafting())
         return [token.id for token in self.last.tokens(prompt)]
 

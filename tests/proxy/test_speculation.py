@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import MistralConfig, MistralForCausalLM
 
 from kilofed.errors import ModelError
-from kilofed.generation.decoding import Sampling, probabilities
+from kilofed.generation.decoding import ModelGenerator, Sampling, probabilities
 from kilofed.proxy.combination import Difference, Mix
 from kilofed.proxy.model import ProxyModel
 from kilofed.proxy.speculation import Drafting, Speculation, accept_or_resample, tokens_per_cost
@@ -20,7 +20,7 @@ PROMPT = [1, 5, 9, 30, 7]
 
 
 def plain(proxy: ProxyModel, sampling: Sampling, prompt: list[int] = PROMPT) -> list[int]:
-    return [token.id for token in proxy.generate_one_by_one(prompt, sampling)]
+    return [token.id for token in ModelGenerator(proxy, proxy.end_ids).generate_tokens(prompt, sampling)]
 
 
 @pytest.mark.parametrize("longest", [1, 2, 5])
@@ -31,7 +31,7 @@ def test_greedy_speculation_is_the_plain_loop(longest: int, alpha: float, seed: 
     proxy = ProxyModel(model(seed, width=24), adapted(seed + 10), rule=Difference(alpha), drafting=drafting)
     sampling = Sampling(max_new_tokens=30, num_logprobs=3)
     spoken = list(proxy.generate_tokens(PROMPT, sampling))
-    expected = list(proxy.generate_one_by_one(PROMPT, sampling))
+    expected = list(ModelGenerator(proxy, proxy.end_ids).generate_tokens(PROMPT, sampling))
     assert [t.id for t in spoken] == [t.id for t in expected]
     for one, other in zip(spoken, expected, strict=True):
         assert one.logprob == pytest.approx(other.logprob, abs=1e-4)

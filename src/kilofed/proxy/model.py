@@ -14,16 +14,7 @@ from transformers.generation.configuration_utils import GenerationMode
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from kilofed.errors import ModelError
-from kilofed.generation.decoding import (
-    ROWS_AT_ONCE,
-    UNBOUNDED,
-    Sampling,
-    Token,
-    as_token,
-    check_prompt,
-    choose,
-    end_ids_of,
-)
+from kilofed.generation.decoding import UNBOUNDED, ModelGenerator, Sampling, Token, check_prompt, end_ids_of
 from kilofed.proxy.api_model import RemoteModel
 from kilofed.proxy.combination import Difference, Rule, complete
 from kilofed.proxy.logit_sources import (
@@ -160,33 +151,11 @@ class ProxyModel(PreTrainedModel, GenerationMixin):  # type: ignore[no-untyped-c
         if self.drafting.longest and checks_several and can_crop(self.new_cache()):
             yield from Speculation(self, sampling, self.drafting).tokens(prompt_ids)
         else:
-            yield from self.generate_one_by_one(prompt_ids, sampling)
+            yield from ModelGenerator(self, self.end_ids).generate_tokens(prompt_ids, sampling)
 
-    def generate_one_by_one(self, prompt_ids: Sequence[int], sampling: Sampling) -> Iterator[Token]:
-        """As `generate_tokens`, one token at a time, all parts in one call."""
-        generator = torch.Generator().manual_seed(sampling.seed)
-        ids, cache = list(prompt_ids), self.new_cache()
-        for _ in range(min(sampling.max_new_tokens, self.context - len(ids))):
-            with torch.inference_mode():
-                logits = self(torch.tensor([ids]), past_key_values=cache, logits_to_keep=1).logits
-                token = choose(logits[0, -1], sampling, generator)
-            yield token
-            if token.id in self.end_ids:
-                return
-            ids = [token.id]
-
-    @torch.inference_mode()
     def score(self, ids: Sequence[int], num_logprobs: int = 0) -> list[Token | None]:
         """As TokenGenerator.score."""
-        check_prompt(ids, self.context + 1)
-        tokens: list[Token | None] = [None]
-        cache = self.new_cache()
-        for start in range(0, len(ids) - 1, ROWS_AT_ONCE):
-            part = list(ids[start : min(start + ROWS_AT_ONCE, len(ids) - 1)])
-            logits_TV = self(torch.tensor([part]), past_key_values=cache).logits[0]
-            following = ids[start + 1 : start + 1 + len(part)]
-            tokens += [as_token(row, chosen, num_logprobs) for row, chosen in zip(logits_TV, following, strict=True)]
-        return tokens
+        return ModelGenerator(self, self.end_ids).score(ids, num_logprobs)
 
     def _prepare_cache_for_generation(
         self,
