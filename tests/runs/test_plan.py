@@ -19,7 +19,7 @@ from kilofed.costs import environment
 from kilofed.costs.counter import CostCounter
 from kilofed.errors import KilofedError
 from kilofed.federation.workload import WHOLE, Pass, PassKind, Work
-from kilofed.runs import plan
+from kilofed.runs import plan, preview
 from kilofed.runs.sites import Sites
 from kilofed.split.passes import PartName, PartOfModel
 
@@ -169,7 +169,7 @@ def test_rounds_beyond_those_looked_at_are_taken_to_be_like_them(
 ) -> None:
     sites = Sites(from_table(changed(tiny_table, {"rounds": 6})))
     whole = plan.forecast(sites, DEVICE)
-    monkeypatch.setattr(plan, "MOST", 8)  # Two rounds of four clients.
+    monkeypatch.setattr(preview, "MOST", 8)  # Two rounds of four clients.
     part = plan.forecast(sites, DEVICE)
     assert whole.exact
     assert not part.exact

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,13 +15,15 @@ from kilofed.federation import ledger
 from kilofed.federation.workload import Costs
 from kilofed.methods.fedavg import FedAvg
 from kilofed.records.facts import ActionForecast
+from kilofed.runs import preview as module
 from kilofed.runs.preview import (
     bench_of,
     client_memory,
     client_works,
-    num_looked_at,
+    num_processes,
     preview_of,
     replies,
+    rounds,
     run_memory,
     spans,
     traffic,
@@ -61,7 +64,7 @@ def measured(folder: Path) -> dict[str, dict[str, tuple[int, int]]]:
 def test_spans_are_those_of_the_ledger(method: str, uneven: Recipe, tmp_path: Path) -> None:
     recipe = changed(uneven, {"method": method})
     sites = Sites(recipe)
-    told = spans(sites, preview_of(sites, bench_of(sites)), recipe.rounds)
+    told = spans(sites, preview_of(sites, bench_of(sites)))
     done = kilofed.run(recipe, out=tmp_path / "run")
     assert {one.action: {"down": one.down, "up": one.up} for one in told} == measured(done.folder)
     assert all(isinstance(one, ActionForecast) and one.exchanges[0] >= 1 for one in told)
@@ -108,10 +111,23 @@ def test_a_method_that_does_not_say_what_it_computes_has_no_memory(
 
 
 @pytest.mark.parametrize(
-    ("rounds", "cohort", "most", "looked"), [(1, 0, 8, 1), (6, 0, 8, 2), (6, 0, 13, 4), (6, 2, 8, 4)]
+    ("num", "cohort", "most", "looked"), [(1, 0, 8, 1), (6, 0, 8, 2), (6, 0, 13, 4), (6, 2, 8, 4)]
 )
 def test_rounds_looked_at_are_bounded_by_clients(
-    rounds: int, cohort: int, most: int, looked: int, tiny_recipe: Recipe
+    num: int, cohort: int, most: int, looked: int, uneven: Recipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recipe = changed(tiny_recipe, {"rounds": rounds, "cohort": cohort})
-    assert num_looked_at(recipe, 3, most) == looked
+    monkeypatch.setattr(module, "MOST", most)
+    sites = Sites(changed(uneven, {"rounds": num, "cohort": cohort}))
+    assert list(rounds(sites, preview_of(sites, bench_of(sites)))) == list(range(1, looked + 1))
+
+
+@pytest.mark.parametrize(("engine", "processes"), [("inprocess", 1), ("pool", 2), ("flower", 2), ("stream", 3)])
+def test_memory_counts_the_processes_of_the_engine(engine: str, processes: int, uneven: Recipe) -> None:
+    recipe = changed(uneven, {"engine.name": engine, "engine.workers": 2, "cohort": 0})
+    assert num_processes(recipe.engine, len(SIZES)) == processes
+    assert num_processes(replace(recipe.engine, workers=9), len(SIZES)) == (1 if engine == "inprocess" else 3)
+    sites = Sites(recipe)
+    bench = bench_of(sites)
+    found = run_memory(sites, preview_of(sites, bench), bench)
+    assert found is not None
+    assert found > (processes + (engine != "inprocess")) * bench.weight_bytes(recipe.model)

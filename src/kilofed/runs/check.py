@@ -24,7 +24,7 @@ PARTS: dict[str, Callable[[Look], Iterator[Finding]]] = {
     "leaks": check_data.leaks,
     "memory": check_model.memory,
     "disk": check_model.disk,
-    "bytes": check_model.bytes,
+    "bytes": check_model.messages,
     "weights": check_model.weights,
     "method": check_model.method,
 }

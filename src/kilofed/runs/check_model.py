@@ -12,7 +12,7 @@ import torch
 from kilofed.federation.presentation import Presentation
 from kilofed.models import loading
 from kilofed.runs.look import Finding, Look
-from kilofed.runs.preview import MOST, num_looked_at, traffic, turn_to
+from kilofed.runs.preview import rounds, traffic
 from kilofed.units import count, percent, size
 
 HELD_OUT = 128
@@ -89,23 +89,19 @@ def weights(look: Look) -> Iterator[Finding]:
         yield Finding("good", "weights", f"{count(num)} tensors of {spec.path} are there")
 
 
-def bytes(look: Look) -> Iterator[Finding]:
-    recipe, ids = look.recipe, look.sites.client_ids()
-    looked = num_looked_at(recipe, len(ids), MOST)
-    rounds = []
-    for number in range(1, looked + 1):
-        turn_to(look.preview, look.sites, number)
-        rounds.append(traffic(look.sites, look.preview))
-    if not all(rounds):
+def messages(look: Look) -> Iterator[Finding]:
+    """Bytes on the wire."""
+    recipe = look.recipe
+    sent = [traffic(look.sites, look.preview) for _ in rounds(look.sites, look.preview)]
+    if not all(sent):
         text = f"{recipe.method.name} does not say what it sends, so its bytes cannot be foreseen"
         yield Finding("warn", "bytes", text)
         return
-    first = rounds[0].values()
+    first = sent[0].values()
     down, up = (statistics.fmean(sum(vars(one)[way] for one in mine) for mine in first) for way in ("down", "up"))
-    total = (
-        sum(one.down + one.up for sent in rounds for mine in sent.values() for one in mine) * recipe.rounds / looked
-    )
-    about = "" if type(look.sites.method).exact_bytes and looked == recipe.rounds else "about "
+    seen = sum(one.down + one.up for clients in sent for mine in clients.values() for one in mine)
+    total = seen * recipe.rounds / len(sent)
+    about = "" if type(look.sites.method).exact_bytes and len(sent) == recipe.rounds else "about "
     text = f"{about}{size(down)} down and {size(up)} up per client in the first round, {size(total)} in the whole run"
     yield Finding("good", "bytes", text)
 

@@ -12,7 +12,7 @@ from kilofed.models import loading
 from kilofed.payload import Payload
 from kilofed.records.facts import VARIES, ClientFacts, Forecast, ReplyFacts, RunFacts, TensorFacts
 from kilofed.runs import plan
-from kilofed.runs.preview import MOST, bench_of, num_looked_at, preview_of, replies, spans
+from kilofed.runs.preview import bench_of, num_processes, preview_of, replies, spans
 from kilofed.runs.sites import Sites
 
 log = logging.getLogger("kilofed")
@@ -33,7 +33,7 @@ def facts(sites: Sites, server: Server, began: RunFacts) -> RunFacts:
         layout=sites.corpus.layout,
         clients=tuple(_client(number, share, column) for number, share in enumerate(sites.corpus.shares)),
         classes=tuple(sites.corpus.classes),
-        forecast=spans(sites, preview, num_looked_at(sites.recipe, len(sites.client_ids()), MOST)),
+        forecast=spans(sites, preview),
         leaves=contents,
         plan=_plan(sites),
         num_trained=sum(p.numel() for p in loading.trained(server.model).values()),
@@ -59,9 +59,8 @@ def _plan(sites: Sites) -> Forecast | None:
 
 def _here(sites: Sites) -> plan.Device:
     """This machine, with as many clients in a process as the run puts there."""
-    engine, num = sites.recipe.engine, len(sites.client_ids())
-    together = {"inprocess": num, "pool": -(-num // engine.workers)}.get(engine.name, 1)
-    return replace(plan.device(sites), together=together)
+    num = len(sites.client_ids())
+    return replace(plan.device(sites), together=-(-num // num_processes(sites.recipe.engine, num)))
 
 
 def _content(action: str, payloads: Sequence[Payload]) -> ReplyFacts:

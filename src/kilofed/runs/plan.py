@@ -21,14 +21,12 @@ from kilofed.federation.workload import RunPreview
 from kilofed.records.facts import Forecast
 from kilofed.runs import compare
 from kilofed.runs.preview import (
-    MOST,
     bench_of,
     client_memory,
     client_works,
-    num_looked_at,
     preview_of,
+    rounds,
     traffic,
-    turn_to,
 )
 from kilofed.runs.sites import Sites
 from kilofed.units import count, duration, operations, size
@@ -99,26 +97,25 @@ def forecast(sites: Sites, device: Device, *, bench: CostCounter | None = None, 
     preview = preview_of(sites, bench)
     sites.method.check(preview.server)
     ids = sites.client_ids()
-    looked = num_looked_at(recipe, len(ids), MOST)
-    rounds = [_Round.of(sites, preview, bench, number, device.together) for number in range(1, looked + 1)]
-    first, times = rounds[0], recipe.rounds / looked
-    memory = next((one.memory for one in rounds if one.memory), None)
-    told = all(one.sent is not None for one in rounds)
-    known = all(one.flops is not None and one.server_flops is not None for one in rounds)
-    messages = [message for one in rounds for mine in (one.sent or {}).values() for message in mine]
+    costs = [_Round.of(sites, preview, bench, number, device.together) for number in rounds(sites, preview)]
+    first, times = costs[0], recipe.rounds / len(costs)
+    memory = next((one.memory for one in costs if one.memory), None)
+    told = all(one.sent is not None for one in costs)
+    known = all(one.flops is not None and one.server_flops is not None for one in costs)
+    messages = [message for one in costs for mine in (one.sent or {}).values() for message in mine]
     return Forecast(
         label or recipe.name,
         recipe.method.name,
         type(sites.method).sends,
-        exact=type(sites.method).exact_bytes and looked == recipe.rounds,
+        exact=type(sites.method).exact_bytes and len(costs) == recipe.rounds,
         up=times * sum(one.up for one in messages) / len(ids) if told else None,
         down=times * sum(one.down for one in messages) / len(ids) if told else None,
-        exchanges=round(times * sum(one.exchanges for one in rounds)) if told else None,
+        exchanges=round(times * sum(one.exchanges for one in costs)) if told else None,
         client_flops=statistics.fmean(first.flops.values()) if first.flops else None,
         server_flops=first.server_flops,
         client_memory=device.runtime + memory if memory else None,
-        compute_seconds=times * sum(one.compute_seconds(device) for one in rounds) if known else None,
-        link_seconds=times * sum(one.link_seconds(device) for one in rounds) if told else None,
+        compute_seconds=times * sum(one.compute_seconds(device) for one in costs) if known else None,
+        link_seconds=times * sum(one.link_seconds(device) for one in costs) if told else None,
     )
 
 
@@ -136,7 +133,6 @@ class _Round:
 
     @classmethod
     def of(cls, sites: Sites, preview: RunPreview, bench: CostCounter, number: int, together: int) -> "_Round":
-        turn_to(preview, sites, number)
         sent, works = traffic(sites, preview), client_works(sites, preview)
         flops = {
             client: bench.operations(work.passes, spec)

@@ -4,9 +4,9 @@ Models have shapes and no numbers, so nothing large is loaded; `check`, `plan` a
 """
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
-from kilofed.config.recipe import ModelSpec, Recipe
+from kilofed.config.recipe import EngineSpec, ModelSpec, Recipe
 from kilofed.costs.counter import CostCounter
 from kilofed.data.examples import Example
 from kilofed.federation.method import Sent, forecast, leaving
@@ -46,9 +46,18 @@ def turn_to(preview: RunPreview, sites: Sites, number: int) -> None:
     preview.round, preview.ids = number, drawn(sites.client_ids(), sites.recipe, number)
 
 
-def num_looked_at(recipe: Recipe, num_clients: int, most: int) -> int:
-    """Rounds of which about `most` clients are looked at; at least two, if there are two."""
-    return min(recipe.rounds, max(2, most // (recipe.cohort or num_clients)))
+def rounds(sites: Sites, preview: RunPreview) -> Iterator[int]:
+    """Turn to each of the first rounds and yield its number, until about MOST clients were looked at; at least two."""
+    recipe = sites.recipe
+    looked_at = max(2, MOST // (recipe.cohort or len(sites.client_ids())))
+    for number in range(1, min(recipe.rounds, looked_at) + 1):
+        turn_to(preview, sites, number)
+        yield number
+
+
+def num_processes(engine: EngineSpec, num_clients: int) -> int:
+    """Processes that hold clients; the one of `inprocess` is the server's too."""
+    return {"inprocess": 1, "stream": num_clients}.get(engine.name, min(engine.workers, num_clients))
 
 
 def traffic(sites: Sites, preview: RunPreview) -> dict[int, list[Sent]]:
@@ -99,13 +108,12 @@ def run_memory(sites: Sites, preview: RunPreview, bench: CostCounter) -> int | N
     works = client_works(sites, preview)
     if sum(map(len, works.values())) < len(preview.ids):
         return None
-    alone = recipe.engine.name == "inprocess"
-    together = len(preview.ids) if alone else -(-len(preview.ids) // recipe.engine.workers)
-    clients = client_memory(bench, works, traffic(sites, preview), together=together)
+    num = num_processes(recipe.engine, len(sites.client_ids()))
+    clients = client_memory(bench, works, traffic(sites, preview), together=-(-len(preview.ids) // num))
     weights = bench.weight_bytes(recipe.model)
     server = weights + bench.activations([_scored(recipe, preview)], recipe.model)
-    copies = bench.weight_bytes(recipe.model) if {"local", "centralized"} & set(recipe.evaluate.baselines) else 0
-    return (max(clients, server) if alone else recipe.engine.workers * clients + server) + copies
+    copy = weights if {"local", "centralized"} & set(recipe.evaluate.baselines) else 0
+    return (max(clients, server) if recipe.engine.name == "inprocess" else num * clients + server) + copy
 
 
 def _scored(recipe: Recipe, preview: RunPreview) -> Pass:
@@ -115,11 +123,10 @@ def _scored(recipe: Recipe, preview: RunPreview) -> Pass:
     return Pass(rows, longest, 0 if recipe.data.task == "classify" or recipe.data.labels else longest)
 
 
-def spans(sites: Sites, preview: RunPreview, num_rounds: int) -> tuple[ActionForecast, ...]:
+def spans(sites: Sites, preview: RunPreview) -> tuple[ActionForecast, ...]:
     """Bytes and exchanges per client and round, by action, over the first rounds; empty if unknown."""
     seen: dict[str, list[tuple[int, int, int]]] = defaultdict(list)
-    for number in range(1, num_rounds + 1):
-        turn_to(preview, sites, number)
+    for _ in rounds(sites, preview):
         for messages in {id(mine): mine for mine in traffic(sites, preview).values()}.values():
             for action in {one.action for one in messages}:
                 own = [one for one in messages if one.action == action]
