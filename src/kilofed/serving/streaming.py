@@ -2,8 +2,8 @@
 
 Server-sent events are written here and in `responses.event`, a dozen lines, and not by sse-starlette: on import it
 replaces uvicorn's signal handler for the whole process; at a stop it cancels answers without their last event, also
-those of a server that starts later; its log at DEBUG level holds the answers; and it takes more than twice the time per
-event.
+those of a server that starts later; its log at DEBUG level holds the answers; and it takes several times as long per
+event (`benchmarks/serving/event_stream.py`).
 """
 
 import asyncio
