@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from kilofed.config.fields import Value
 from kilofed.config.recipe import Recipe, TrainSpec
 from kilofed.config.tables import changed, to_table, to_toml
 from kilofed.errors import RunError
@@ -74,6 +75,31 @@ def test_a_folder_without_a_readable_recipe_is_no_run(tmp_path: Path, text: str 
         (tmp_path / "run.json").write_text(text, "utf-8")
     with pytest.raises(RunError, match="is not a run folder"):
         run_folder.recipe_of(tmp_path)
+
+
+def test_a_run_is_known_by_what_changes_its_numbers_and_by_nothing_else(tiny_recipe: Recipe) -> None:
+    own = run_folder.run_identity(tiny_recipe, "")
+    assert len(own) == 16
+    assert int(own, 16) >= 0
+    same: dict[str, Value] = {
+        "name": "other",
+        "about": "words",
+        "seeds": 3,
+        "engine.name": "pool",
+        "engine.workers": 4,
+    }
+    assert all(run_folder.run_identity(changed(tiny_recipe, {k: v}), "") == own for k, v in same.items())
+    other: dict[str, Value] = {
+        "seed": 1,
+        "rounds": 3,
+        "train.lr": 0.5,
+        "method": "fedprox",
+        "data.holdout": 0.3,
+        "privacy.clip": 0.5,
+    }
+    found = {run_folder.run_identity(changed(tiny_recipe, {key: value}), "") for key, value in other.items()}
+    found |= {run_folder.run_identity(tiny_recipe, key) for key in ("ab" * 16, "ac" * 16)}
+    assert len(found | {own}) == len(other) + 3
 
 
 def test_of_repeats_the_first_seed_is_taken(tmp_path: Path) -> None:

@@ -3,19 +3,23 @@
 What it holds is written so that a run killed at any instant can be resumed.
 """
 
+import hashlib
 import json
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 
 from kilofed.config.recipe import Recipe
-from kilofed.config.tables import from_table
+from kilofed.config.tables import from_table, to_table
 from kilofed.errors import PayloadError, RunError
 from kilofed.federation.method import with_present_names
 from kilofed.federation.parties import Server
 from kilofed.files import replace_file, said
 from kilofed.payload import Payload
 from kilofed.privacy.mechanisms import new_key
+
+_NO_NUMBERS = {"engine", "name", "about", "seeds"}
+"""Keys of a recipe that do not change what one seed's run comes to."""
 
 
 def new_folder(recipe: Recipe, out: Path | None) -> Path:
@@ -57,6 +61,17 @@ def recipe_of(folder: Path) -> Recipe:
             "or start a new run with the edited recipe"
         )
     return from_table(kept)
+
+
+def run_identity(recipe: Recipe, noise_key: str) -> str:
+    """16 hex digits that every party of one run knows it by; equal runs have equal ones, on every machine.
+
+    Args:
+        noise_key: the secret of the noise, "" where there is none; it cannot be told from the identity.
+    """
+    table = {key: value for key, value in to_table(recipe).items() if key not in _NO_NUMBERS}
+    text = json.dumps({"recipe": table, "noise_key": noise_key}, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def first_seed(folder: Path) -> Path:
