@@ -8,7 +8,7 @@ from dp_accounting import GaussianDpEvent
 from dp_accounting.rdp import RdpAccountant
 
 from kilofed.config.recipe import PrivacySpec
-from kilofed.errors import PrivacyError
+from kilofed.errors import PayloadError, PrivacyError
 from kilofed.payload import Payload
 from kilofed.privacy.mechanisms import CentralGaussian, Mechanism, RowGaussian, load_mechanism
 
@@ -231,3 +231,44 @@ def test_rows_that_cannot_take_noise_and_an_endless_clip_are_refused() -> None:
         RowGaussian(1.0, 1.0, "ab" * 16).client(Payload({"rows": torch.zeros(2, 2, dtype=torch.int8)}), Payload())
     with pytest.raises(PrivacyError, match="needs a finite one"):
         load_mechanism(PrivacySpec("activations", clip=math.inf))
+
+
+def test_a_reply_within_the_clip_arrives_as_the_very_object() -> None:
+    start = random_payload(1)
+    left = gaussian(0.5).client(random_payload(2), start)
+    reply = Payload.decode(left.encode())
+    assert gaussian(0.5).arrived(reply, start) is reply
+    assert Mechanism().arrived(reply, start) is reply
+    assert RowGaussian(1.0, 1.0, KEY).arrived(reply, start) is reply
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_client_that_did_not_clip_is_clipped_at_the_server(dtype: torch.dtype) -> None:
+    start = Payload({name: tensor.to(dtype) for name, tensor in random_payload(1).tensors.items()})
+    unclipped = Payload({name: 1000 * tensor for name, tensor in start.tensors.items()})
+    found = gaussian(0.5).arrived(unclipped, start)
+    assert found is not unclipped
+    assert 0 < norm(found, start) <= 0.5
+    assert {n: t.dtype for n, t in found.tensors.items()} == {n: t.dtype for n, t in start.tensors.items()}
+
+
+def test_what_cannot_be_clipped_is_its_senders_failure() -> None:
+    ask = Payload({"a": torch.ones(2)})
+    for bad in (
+        torch.tensor([1.0, math.nan]),
+        torch.tensor([math.inf, 1.0]),
+        torch.ones(2, dtype=torch.int8),
+        torch.ones(3),
+        torch.tensor([1e300, 1e300], dtype=torch.float64),
+    ):
+        with pytest.raises(PayloadError, match=r"cannot be held to privacy\.clip"):
+            gaussian().arrived(Payload({"a": bad}), ask)
+
+
+def test_under_central_an_error_says_its_kind_and_nothing_that_rows_may_have_shaped() -> None:
+    text = "the answer to 'where does Ms Smith live' has 41 tokens"
+    assert Mechanism().failure("DataError", text) == text
+    said = gaussian().failure("DataError", text)
+    assert said.startswith("DataError ")
+    assert said == gaussian().failure("DataError", "another text")
+    assert gaussian().failure("PrivacyError", "'fit' lets the server see single replies").startswith("'fit' lets")

@@ -2,8 +2,8 @@
 
 Central differential privacy (McMahan et al. 2018, arXiv:1710.06963): each client's update is clipped to an L2 norm, a
 trusted server adds Gaussian noise to the sum and divides by the number of clients that were asked, not by who came.
-Weights are uniform, and scalars (losses, counts) do not leave a client. A tensor that carries the name of a tensor of
-the ask is a new value of it, and its update is the difference; a tensor with another name is an update as it stands.
+Weights are uniform, and scalars (losses, counts) do not leave a client. The server clips again what arrives, so that one
+client that does not keep to the clip costs the others neither their result nor their epsilon.
 """
 
 import hashlib
@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from kilofed.config.recipe import PrivacySpec
-from kilofed.errors import PrivacyError
+from kilofed.errors import PayloadError, PrivacyError
 from kilofed.payload import Payload
+from kilofed.privacy.clipping import clipped, norm, scaled, update_of
 
 When = tuple[int, int]
 """(round, exchange)."""
@@ -38,6 +39,18 @@ class Mechanism:
 
     def client(self, reply: Payload, ask: Payload) -> Payload:
         """What leaves the client's walls instead of `reply`."""
+        return reply
+
+    def failure(self, kind: str, text: str) -> str:
+        """What a client may say of its failure; `kind` is the error's class, `text` its message."""
+        return text
+
+    def arrived(self, reply: Payload, ask: Payload) -> Payload:
+        """What the server sums instead of `reply`: the very object where it keeps to the policy, whoever sent it.
+
+        Raises:
+            PayloadError: `reply` cannot be held to the policy; its sender failed.
+        """
         return reply
 
     def outline(self, reply: Payload) -> Payload:
@@ -70,17 +83,22 @@ class CentralGaussian(Mechanism):
     uniform = True
 
     def client(self, reply: Payload, ask: Payload) -> Payload:
-        updates = {name: _update(tensor, ask.tensors.get(name), name) for name, tensor in reply.tensors.items()}
-        norm = math.sqrt(sum(float(u.double().square().sum()) for u in updates.values()))
-        if not math.isfinite(norm):
-            return Payload({name: ask.tensors.get(name, torch.zeros_like(t)) for name, t in reply.tensors.items()})
-        if norm <= self.clip:
-            return Payload(reply.tensors)
-        scale = self.clip / norm
-        return Payload(
-            {name: _value(update.double() * scale, ask.tensors.get(name), reply.tensors[name].dtype)
-             for name, update in updates.items()}
-        )  # fmt: skip
+        if not math.isfinite(norm(reply, ask)):
+            return scaled(reply, ask, 0.0)
+        return Payload(clipped(reply, ask, self.clip).tensors)
+
+    def failure(self, kind: str, text: str) -> str:
+        if kind == PrivacyError.__name__:
+            return text  # The policy refused the method; rows have no part in it.
+        return (
+            f"{kind} (the rest stays with the client: under privacy.central no text that rows may have shaped leaves)"
+        )
+
+    def arrived(self, reply: Payload, ask: Payload) -> Payload:
+        try:
+            return clipped(reply, ask, self.clip)
+        except PrivacyError as error:
+            raise PayloadError(f"its reply cannot be held to privacy.clip: {error}") from error
 
     def __post_init__(self) -> None:
         if math.isinf(self.clip) and self.noise_multiplier:
@@ -100,7 +118,7 @@ class CentralGaussian(Mechanism):
         tensors: dict[str, Tensor] = {}
         for name in sorted(mean.tensors):
             tensor = mean.tensors[name]
-            update = _update(tensor, ask.tensors.get(name), name).double() * (num_replies / expected)
+            update = update_of(name, tensor, ask) * (num_replies / expected)
             noise = torch.from_numpy(source.normal(0.0, deviation, size=tuple(tensor.shape)))
             tensors[name] = _value(update + noise, ask.tensors.get(name), tensor.dtype)
         return Payload(tensors)
@@ -177,12 +195,6 @@ def load_mechanism(spec: PrivacySpec) -> Mechanism:
 def new_key() -> str:
     """A fresh secret for the noise."""
     return secrets.token_hex(16)
-
-
-def _update(tensor: Tensor, start: Tensor | None, name: str) -> Tensor:
-    if not tensor.is_floating_point():
-        raise PrivacyError(f"{name!r} is {tensor.dtype}; clipping and noise need floating-point updates")
-    return tensor if start is None else tensor.double() - start.double()
 
 
 def _value(update: Tensor, start: Tensor | None, dtype: torch.dtype) -> Tensor:
