@@ -63,7 +63,7 @@ def test_a_package_that_is_tested_by_itself_has_code(package: str) -> None:
 def test_benchmarks_lie_in_folders_named_like_packages() -> None:
     packages = {path.parent.name for path in SOURCES.glob("*/__init__.py")}
     folders = {path.parent.relative_to(ROOT / "benchmarks").parts for path in (ROOT / "benchmarks").rglob("*.py")}
-    assert {parts[0] for parts in folders if parts} <= packages | {"gpu"}
+    assert {parts[0] for parts in folders if parts} <= packages | {"gpu", "robustness"}
     assert {path.name for path in (ROOT / "benchmarks").glob("*.py")} == {
         "architecture.py",
         "method_bytes.py",
