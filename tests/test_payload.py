@@ -1,7 +1,11 @@
 """Payload: what is encoded is what is decoded; what is not whole is refused."""
 
 import json
+import math
 import struct
+import tracemalloc
+from base64 import urlsafe_b64encode
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kilofed.errors import PayloadError
-from kilofed.payload import SCALARS, Pack, Payload, Scalar
+from kilofed.payload import MAX_HEADER, MAX_KNOWN, MAX_SCALARS, SCALARS, Pack, Payload, Scalar
 
 DTYPES = [
     torch.float64, torch.float32, torch.float16, torch.bfloat16,
@@ -138,32 +142,148 @@ def test_foreign_bytes_are_refused(body: bytes) -> None:
         Payload.decode(body)
 
 
-def by_hand(header: str, data: bytes) -> bytes:
-    text = header.encode()
+def by_hand(table: dict[str, tuple[str, object, int, int]] | str, data: bytes) -> bytes:
+    """A payload with a header as given: by name (dtype, shape, begin, end), or its text."""
+    if not isinstance(table, str):
+        entries = {n: {"dtype": t, "shape": s, "data_offsets": [b, e]} for n, (t, s, b, e) in table.items()}
+        table = json.dumps(entries, separators=(",", ":"))
+    text = table.encode()
     text += b" " * (-len(text) % 8)
     return struct.pack("<Q", len(text)) + text + data
 
 
+def test_headers_made_by_hand_are_those_of_encode() -> None:
+    # Else the tests below could refuse something else than what they name.
+    payload = Payload({"a": torch.tensor([1.0, 2.0]), "b": torch.tensor([3.0, 4.0])})
+    data = struct.pack("<4f", 1, 2, 3, 4) + b"{}"
+    table = {"a": ("F32", [2], 0, 8), "b": ("F32", [2], 8, 16), SCALARS: ("U8", [2], 16, 18)}
+    assert by_hand(table, data) == payload.encode()  # type: ignore[arg-type]
+
+
+def test_swapped_offsets_are_refused_not_read_as_the_other_tensor() -> None:
+    data = struct.pack("<4f", 1, 2, 3, 4) + b"{}"
+    table = {"a": ("F32", [2], 8, 16), "b": ("F32", [2], 0, 8), SCALARS: ("U8", [2], 16, 18)}
+    for read in (Payload.decode, Payload.peek):
+        with pytest.raises(PayloadError, match="the header is not as kilofed writes it"):
+            read(by_hand(table, data))  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(
-    ("header", "data"),
+    ("name", "dtype", "shape", "begin", "end"),
     [
-        ('{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},"b":{"dtype":"F32","shape":[2],"data_offsets":[4,12]}}', 14),
-        ('{"a":{"dtype":"F32","shape":[3],"data_offsets":[0,8]}}', 10),
-        ('{"a":{"dtype":"F31","shape":[2],"data_offsets":[0,8]}}', 10),
-        ('{"a":{"dtype":"F32","shape":[2],"data_offsets":[8,0]}}', 10),
-        ('{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8000000000000]}}', 10),
-        ('{"a":{"dtype":"F32","shape":[-2],"data_offsets":[0,8]}}', 10),
-        ('{"a":{"dtype":"F32","shape":[4294967296,4294967296,4294967296],"data_offsets":[0,8]}}', 10),
-        ('{"a":"F32"}', 10),
-        ("[" * 5000, 10),
-        ("null", 2),
+        ("a", "F32", [3], 0, 8),
+        ("a", "F31", [2], 0, 8),
+        ("a", ["F32"], [2], 0, 8),
+        ("a", "F32", [2], 8, 0),
+        ("a", "F32", [2], 0, 8_000_000_000_000),
+        ("a", "F32", [-2], 0, 8),
+        ("a", "F32", [2.0], 0, 8),
+        ("a", "F32", [True, 2], 0, 8),
+        ("a", "F32", 2, 0, 8),
+        ("a", "F32", "2", 0, 8),
+        ("a", "F32", [2, 1.5], 0, 8),
+        ("a", "F32", [2**32] * 3, 0, 8),
+        ("a", "F32", [2**63], 0, 8),
+        ("a", "F32", [0, 2**62, 2**62], 0, 0),
+        ("a", "F32", [0, 2**57, 2**57], 0, 0),
+        ("a", "F32", [1] * 33, 0, 4),
+        ("a", "U8", [2**62], 0, 8),
+        ("__metadata__", "F32", [2], 0, 8),
     ],
+)
+def test_headers_that_lie_are_refused(name: str, dtype: str, shape: object, begin: int, end: int) -> None:
+    size = min(max(begin, end), 8)
+    table = {name: (dtype, shape, begin, end), SCALARS: ("U8", [2], size, size + 2)}
+    with pytest.raises(PayloadError, match="not a whole kilofed payload"):
+        Payload.decode(by_hand(table, bytes(size) + b"{}"))
+
+
+@pytest.mark.parametrize(
+    "header", ['{"a":"F32"}', "[" * 5000, "null", "{}", "7", '{"@":' * 200_000, '{"@":{"shape":[' + "9" * 5000 + "]}}"],
+    ids=lambda header: header[:20],
 )  # fmt: skip
-def test_headers_that_lie_are_refused(header: str, data: int) -> None:
-    text = f'"{SCALARS}":{{"dtype":"U8","shape":[2],"data_offsets":[{data - 2},{data}]}}'
-    whole = header[:-1] + "," + text + "}" if header.endswith("}") else header
+def test_headers_that_are_none_are_refused(header: str) -> None:
+    with pytest.raises(PayloadError, match="not a whole kilofed payload"):
+        Payload.decode(by_hand(header, b"{}"))
+
+
+@pytest.mark.parametrize("change", ["order of keys", "order of tensors", "spaces", "twice", "gap", "wider run last"])
+def test_another_header_for_the_same_tensors_is_refused(change: str) -> None:
+    a = '"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}'
+    b = '"b":{"dtype":"F32","shape":[2],"data_offsets":[8,16]}'
+    scalars, data = f'"{SCALARS}":{{"dtype":"U8","shape":[2],"data_offsets":[16,18]}}', bytes(16) + b"{}"
+    Payload.decode(by_hand(f"{{{a},{b},{scalars}}}", data))
+    wide = '"b":{"dtype":"F64","shape":[1],"data_offsets":[8,16]}'
+    header = {
+        "order of keys": "{" + ",".join(['"a":{"shape":[2],"dtype":"F32","data_offsets":[0,8]}', b, scalars]) + "}",
+        "order of tensors": f"{{{b},{a},{scalars}}}",
+        "spaces": f"{{{a}, {b},{scalars}}}",
+        "twice": f"{{{a},{a},{b},{scalars}}}",
+        "gap": f"{{{a},{b},{scalars}}}".replace("[16,18]", "[24,26]").replace("[8,16]", "[16,24]"),
+        "wider run last": f"{{{a},{wide},{scalars}}}",
+    }[change]
+    with pytest.raises(PayloadError, match="not a whole kilofed payload"):
+        Payload.decode(by_hand(header, data if change != "gap" else bytes(24) + b"{}"))
+
+
+def test_lengths_of_a_header_out_of_range_are_refused() -> None:
+    body = example().encode()
+    for length in (2**64 - 1, 2**63, len(body), len(body) - 7, MAX_HEADER + 8, 0):
+        with pytest.raises(PayloadError, match="not a whole kilofed payload"):
+            Payload.decode(struct.pack("<Q", length) + body[8:])
+
+
+def test_what_decode_would_refuse_is_not_encoded() -> None:
+    with pytest.raises(PayloadError, match="send fewer tensors, shorter names or shorter words"):
+        Payload(scalars={"word": "x" * MAX_SCALARS}).encode()
+    with pytest.raises(PayloadError, match="send fewer tensors, shorter names or shorter words"):
+        Payload({"x" * MAX_HEADER: torch.zeros(1)}).encode()
+    with pytest.raises(PayloadError, match="33 dimensions"):
+        Payload({"a": torch.zeros([1] * 33)}).encode()
+
+
+def test_a_longest_text_of_scalars_round_trips() -> None:
+    payload = Payload(scalars={"w": "x" * (MAX_SCALARS - len('{"w":"s"}'))})
+    assert same(Payload.decode(payload.encode()), payload)
+
+
+def test_many_senders_with_headers_of_their_own_do_not_fill_the_memory() -> None:
+    bodies = (by_hand({f"{number:02d}" * (MAX_KNOWN // 8): ("F32", [0], 0, 0), SCALARS: ("U8", [2], 0, 2)}, b"{}")
+              for number in range(60))  # fmt: skip
+    tracemalloc.start()
+    try:
+        for body in bodies:
+            Payload.decode(body)
+        del body
+        held, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert held < 4 * MAX_KNOWN
+
+
+def test_a_refused_payload_takes_no_more_memory_than_its_own_length() -> None:
+    whole = Payload({"w": torch.zeros(1 << 20)}, {"round": 1}).encode()
+    honest = peak(lambda: Payload.decode(whole))
+    assert honest < 1.2 * len(whole)
+    for wrong in (whole[:-1], whole + b" ", whole[:-1] + b",", whole.replace(b"[1048576]", b"[1048575]", 1)):
+        assert peak(lambda wrong=wrong: refused(wrong)) < 1.2 * len(whole)  # type: ignore[misc]
+    switches = Payload({"on": torch.ones(1 << 20, dtype=torch.bool)}).encode()
+    assert peak(lambda: Payload.decode(switches)) < 1.2 * len(switches)
+
+
+def refused(body: bytes) -> None:
     with pytest.raises(PayloadError):
-        Payload.decode(by_hand(whole, bytes(data - 2) + b"{}"))
+        Payload.decode(body)
+
+
+def peak(action: Callable[[], object]) -> int:
+    """Bytes that Python holds at most while `action` runs."""
+    tracemalloc.start()
+    try:
+        action()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
 
 
 def test_a_safetensors_file_of_someone_else_is_refused(tmp_path: Path) -> None:
@@ -173,12 +293,33 @@ def test_a_safetensors_file_of_someone_else_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", [b"[]", b'{"a":1}', b'{"a":""}', b'{"a":"q1"}', b'{"a":"fzz"}', b'{"a":"b"}', b"{\xff}"]
-)
+    "text",
+    [
+        b"[]", b'{"a":1}', b'{"a":""}', b'{"a":"q1"}', b'{"a":"fzz"}', b'{"a":"b"}', b"{\xff}",
+        b'{"a":"i"}', b'{"a":"iAAAAAAAAAA"}', b'{"a":"iAAAAAAAAAAAAAAAAAAAAAA"}', b'{"a":"i\\u00e4AAAAAAAAAA"}',
+        b'{"a":"iAAAAAAAAAA*"}', b'{"a":"iAAAAAAAAAAB"}', b'{"a":"f"}', b'{"a":"b7"}', b'{"a":"b01"}', b'{"a":"b 1"}',
+        b'{"a":["s","x"]}', b'{"a":{"0":"s"}}', b'{"a":null}', b'{"a":' + b"9" * 4400 + b"}",
+        b"[" * 60_000, b'{"a":' * 12_000, b"null", b"7", b"",
+        b'{"a": "b1"}', b'{"a":"b1"} ', b' {"a":"b1"}', b'{"a":"b1"}\n', b'{"b":"b1","a":"b1"}', b'{"a":"b1","a":"b1"}',
+        b'{"a":"b0","a":"b1"}', b'{"\\u0061":"b1"}', b'{"a":"s\\u0061"}', '{"a":"sü"}'.encode(), b'{"a":"s\\u00FC"}',
+    ],
+    ids=lambda text: repr(text[:24]),
+)  # fmt: skip
 def test_scalars_that_encode_does_not_write_are_refused(text: bytes) -> None:
-    header = f'{{"{SCALARS}":{{"dtype":"U8","shape":[{len(text)}],"data_offsets":[0,{len(text)}]}}}}'
-    with pytest.raises(PayloadError):
-        Payload.decode(by_hand(header, text))
+    body = by_hand({SCALARS: ("U8", [len(text)], 0, len(text))}, text)
+    for read in (Payload.decode, Payload.peek):
+        with pytest.raises(PayloadError, match="not a whole kilofed payload"):
+            read(body)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_scalar_that_is_not_finite_is_refused(value: float) -> None:
+    word = urlsafe_b64encode(struct.pack(">d", value))[:-1].decode()
+    text = f'{{"loss":"f{word}"}}'.encode()
+    body = by_hand({SCALARS: ("U8", [len(text)], 0, len(text))}, text)
+    for read in (Payload.decode, Payload.peek):
+        with pytest.raises(PayloadError, match="expected a finite number"):
+            read(body)
 
 
 def test_a_bool_of_another_bit_is_refused() -> None:
@@ -189,7 +330,7 @@ def test_a_bool_of_another_bit_is_refused() -> None:
         Payload.decode(body[:at] + b"\2\0{}")
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), 2**63, None, [1.0]])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 2**63, 10**5000, None, [1.0], ["x"] * 10_000], ids=type)
 def test_scalars_that_are_no_plain_numbers_are_refused(value: Scalar) -> None:
     with pytest.raises(PayloadError, match="scalar 'x' is"):
         Payload(scalars={"x": value}).encode()
