@@ -63,7 +63,6 @@ OUTSIDERS = {
     "flwr": {"engines.flower"},
     "grpc": {"engines.stream"},
     "flwr_datasets": {"data.partition"},
-    "dp_accounting": {"privacy.mechanisms"},
     "matplotlib": {"reports.plots"},
     "tqdm": {"commands.progress"},
     "fastapi": {"serving.app", "serving.service"},

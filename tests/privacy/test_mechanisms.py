@@ -1,15 +1,15 @@
 """Clipping, noise and accounting against closed forms, and what a policy lets out of a client."""
 
 import math
+from statistics import NormalDist
 
 import pytest
 import torch
-from dp_accounting import GaussianDpEvent
-from dp_accounting.rdp import RdpAccountant
 
 from kilofed.config.recipe import PrivacySpec
 from kilofed.errors import PayloadError, PrivacyError
 from kilofed.payload import Payload
+from kilofed.privacy.accounting import gaussian_epsilon
 from kilofed.privacy.mechanisms import CentralGaussian, Mechanism, RowGaussian, load_mechanism
 
 KEY = "0123456789abcdef" * 2
@@ -166,6 +166,8 @@ def test_noise_without_a_finite_clip_is_refused_before_any_work() -> None:
 def test_a_key_that_is_not_hex_is_refused(key: str) -> None:
     with pytest.raises(PrivacyError, match="not 32 lower-case hex digits"):
         load_mechanism(PrivacySpec(kind="central", noise_key=key))
+    with pytest.raises(PrivacyError, match="not 32 lower-case hex digits"):
+        RowGaussian(1.0, 1.0, key)
 
 
 def test_every_run_draws_its_own_key() -> None:
@@ -174,25 +176,55 @@ def test_every_run_draws_its_own_key() -> None:
     assert one != two
 
 
-@pytest.mark.parametrize(("multiplier", "count"), [(1.0, 1), (1.0, 2), (0.7, 30), (5.0, 100)])
-def test_epsilon_is_that_of_the_accountant(multiplier: float, count: int) -> None:
-    accountant = RdpAccountant()
-    for _ in range(count):
-        accountant.compose(GaussianDpEvent(multiplier))
-    assert gaussian(2.5, multiplier).epsilon(count) == pytest.approx(accountant.get_epsilon(1e-5), rel=1e-9)
+def test_epsilon_is_of_its_own_noise_and_delta_whatever_the_clip() -> None:
+    policy = CentralGaussian(2.5, 0.7, 1e-6, KEY)
+    assert policy.epsilon(30) == gaussian_epsilon(0.7, 30, 1e-6)
+    assert policy.epsilon(30) == CentralGaussian(0.1, 0.7, 1e-6, KEY).epsilon(30)
 
 
-def test_two_means_at_noise_one_cost_seven_point_zero_eight() -> None:
-    # min over orders a of a + log((a-1)/a) - (log(1e-5) + log(a)) / (a-1), the Renyi bound of two Gaussian releases.
-    orders = [1 + x / 1000 for x in range(1, 20_000)]
-    bound = min(a + math.log((a - 1) / a) - (math.log(1e-5) + math.log(a)) / (a - 1) for a in orders)
-    assert gaussian().epsilon(2) == pytest.approx(7.08, abs=0.01)
-    assert gaussian().epsilon(2) == pytest.approx(bound, rel=0.01)
+def test_two_means_at_noise_one_cost_six_point_five_seven() -> None:
+    # Phi(mu/2 - e/mu) - exp(e) Phi(-mu/2 - e/mu) = 1e-5 at mu = sqrt(2).
+    normal, epsilon, mu = NormalDist(), gaussian().epsilon(2), math.sqrt(2)
+    assert epsilon == pytest.approx(6.573, abs=0.001)
+    delta = normal.cdf(mu / 2 - epsilon / mu) - math.exp(epsilon) * normal.cdf(-mu / 2 - epsilon / mu)
+    assert delta == pytest.approx(1e-5, rel=1e-6)
 
 
 def test_nothing_released_costs_nothing_and_no_noise_costs_everything() -> None:
     assert gaussian().epsilon(0) == 0.0
     assert gaussian(1.0, 0.0).epsilon(1) == math.inf
+    assert gaussian(math.inf, 0.0).epsilon(1) == math.inf
+
+
+@pytest.mark.parametrize("count", [-1, 2.5])
+def test_means_that_cannot_be_counted_have_no_epsilon(count: float) -> None:
+    with pytest.raises(PrivacyError, match="expected a whole number from 0"):
+        gaussian().epsilon(count)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("delta", [0.0, 1.0, math.nan, 7.0])
+def test_a_delta_that_promises_nothing_is_refused_when_it_is_made(delta: float) -> None:
+    with pytest.raises(PrivacyError, match=r"privacy\.delta is .*; expected a number above 0 and below 1"):
+        CentralGaussian(1.0, 1.0, delta, KEY)
+
+
+@pytest.mark.parametrize("noise", [-1.0, math.nan, math.inf])
+def test_noise_that_cannot_be_drawn_is_refused_when_it_is_made(noise: float) -> None:
+    for make in (lambda: gaussian(noise=noise), lambda: RowGaussian(1.0, noise, KEY)):
+        with pytest.raises(PrivacyError, match=r"privacy\.noise_multiplier is .*; expected a finite number from 0"):
+            make()
+
+
+@pytest.mark.parametrize("clip", [0.0, -1.0, math.nan])
+def test_a_clip_that_bounds_nothing_is_refused_when_it_is_made(clip: float) -> None:
+    with pytest.raises(PrivacyError, match=r"privacy\.clip is"):
+        gaussian(clip)
+    with pytest.raises(PrivacyError, match=r"privacy\.clip is"):
+        RowGaussian(clip, 1.0, KEY)
+
+
+def test_the_key_stands_in_no_description() -> None:
+    assert not any(KEY in repr(policy) for policy in (gaussian(), RowGaussian(1.0, 1.0, KEY)))
 
 
 def test_rows_are_clipped_and_their_noise_has_the_size_that_was_asked_for() -> None:

@@ -9,16 +9,17 @@ client that does not keep to the clip costs the others neither their result nor 
 import hashlib
 import math
 import secrets
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from kilofed.config.recipe import PrivacySpec
 from kilofed.errors import PayloadError, PrivacyError
 from kilofed.payload import Payload
+from kilofed.privacy.accounting import check_delta, check_noise, gaussian_epsilon
 from kilofed.privacy.clipping import clipped, norm, scaled, update_of
+from kilofed.privacy.noise import Noise
 
 When = tuple[int, int]
 """(round, exchange)."""
@@ -75,12 +76,23 @@ class CentralGaussian(Mechanism):
     noise_multiplier: float
     """Standard deviation of the noise on the sum, in units of `clip`."""
     delta: float
-    key: str
+    key: str = field(repr=False)
     """32 hex digits; whoever knows them can subtract the noise."""
 
     kind = "central"
     needs_aggregate = True
     uniform = True
+
+    def __post_init__(self) -> None:
+        check_noise(self.noise_multiplier)
+        check_delta(self.delta)
+        _check_key(self.key)
+        if not self.clip > 0:
+            raise PrivacyError(f"privacy.clip is {self.clip}; expected a number above 0, or inf for no clip")
+        if math.isinf(self.clip) and self.noise_multiplier:
+            raise PrivacyError(
+                "privacy.clip is inf, so no finite noise hides one client: set a finite clip, or noise_multiplier 0"
+            )
 
     def client(self, reply: Payload, ask: Payload) -> Payload:
         if not math.isfinite(norm(reply, ask)):
@@ -100,12 +112,6 @@ class CentralGaussian(Mechanism):
         except PrivacyError as error:
             raise PayloadError(f"its reply cannot be held to privacy.clip: {error}") from error
 
-    def __post_init__(self) -> None:
-        if math.isinf(self.clip) and self.noise_multiplier:
-            raise PrivacyError(
-                "privacy.clip is inf, so no finite noise hides one client: set a finite clip, or noise_multiplier 0"
-            )
-
     def outline(self, reply: Payload) -> Payload:
         return Payload(reply.tensors)
 
@@ -113,29 +119,21 @@ class CentralGaussian(Mechanism):
         if num_replies == expected and self.noise_multiplier == 0:
             return mean
         # No two means share a stream: their difference would be free of noise.
-        source = np.random.Generator(np.random.Philox(key=int(self.key, 16) ^ (when[0] << 64 | when[1])))
+        noise = Noise(self.key, "mean", *when)
         deviation = self.noise_multiplier * self.clip / expected if self.noise_multiplier else 0.0
         tensors: dict[str, Tensor] = {}
         for name in sorted(mean.tensors):
             tensor = mean.tensors[name]
-            update = update_of(name, tensor, ask) * (num_replies / expected)
-            noise = torch.from_numpy(source.normal(0.0, deviation, size=tuple(tensor.shape)))
-            tensors[name] = _value(update + noise, ask.tensors.get(name), tensor.dtype)
+            update = (update_of(name, tensor, ask) * (num_replies / expected)).contiguous()
+            if deviation:
+                noise.add_into(update, deviation)
+            tensors[name] = _value(update, ask.tensors.get(name), tensor.dtype)
         return Payload(tensors)
 
     def epsilon(self, num_means: int) -> float:
         """Epsilon at `delta` after `num_means` means, one client added or removed, without credit for sampling."""
-        if self.noise_multiplier == 0 or math.isinf(self.clip):
-            return math.inf
-        if num_means == 0:
-            return 0.0
-        # dp_accounting takes a second to import and most runs need none of it.
-        from dp_accounting import GaussianDpEvent
-        from dp_accounting.rdp import RdpAccountant
-
-        accountant = RdpAccountant()
-        accountant.compose(GaussianDpEvent(self.noise_multiplier), num_means)
-        return float(accountant.get_epsilon(self.delta))
+        spent = gaussian_epsilon(self.noise_multiplier, num_means, self.delta)
+        return math.inf if math.isinf(self.clip) and num_means else spent
 
 
 @dataclass(frozen=True)
@@ -150,7 +148,7 @@ class RowGaussian(Mechanism):
     """Largest L2 norm of a row."""
     noise_multiplier: float
     """Root of the expected squared norm of a row's noise, in units of `clip`."""
-    key: str
+    key: str = field(repr=False)
     """32 hex digits: the client's secret. Equal rows get equal noise, so that asking again tells nothing."""
     kind = "activations"
 
@@ -158,13 +156,14 @@ class RowGaussian(Mechanism):
         rows = self.outline(reply).tensors.get(ROWS)
         if rows is None:
             return reply
-        norms = rows.double().norm(dim=1, keepdim=True)
-        clipped = rows.double() * (self.clip / norms.clamp(min=self.clip))
-        digest = hashlib.sha256(bytes.fromhex(self.key) + Payload({ROWS: rows}).encode()).digest()
-        source = np.random.Generator(np.random.Philox(key=int.from_bytes(digest[:16], "little")))
-        deviation = self.noise_multiplier * self.clip / math.sqrt(rows.shape[1])
-        noise = torch.from_numpy(source.normal(0.0, deviation, size=tuple(rows.shape)))
-        return Payload({**reply.tensors, ROWS: (clipped + noise).to(rows.dtype)}, reply.scalars)
+        wide = rows.detach().cpu().double()
+        norms = wide.norm(dim=1, keepdim=True)
+        shrunk = (wide * (self.clip / norms.clamp(min=self.clip))).contiguous()
+        if self.noise_multiplier:
+            digest = hashlib.sha256(Payload({ROWS: rows}).encode()).digest()
+            deviation = self.noise_multiplier * self.clip / math.sqrt(rows.shape[1])
+            Noise(self.key, "rows", digest).add_into(shrunk, deviation)
+        return Payload({**reply.tensors, ROWS: shrunk.to(rows.dtype)}, reply.scalars)
 
     def outline(self, reply: Payload) -> Payload:
         rows = reply.tensors.get(ROWS)
@@ -176,6 +175,8 @@ class RowGaussian(Mechanism):
         return reply
 
     def __post_init__(self) -> None:
+        check_noise(self.noise_multiplier)
+        _check_key(self.key)
         if not 0 < self.clip < math.inf:
             raise PrivacyError(f"privacy.clip is {self.clip}; privacy.kind=activations needs a finite one above 0")
 
@@ -185,8 +186,6 @@ def load_mechanism(spec: PrivacySpec) -> Mechanism:
     if spec.kind == "none":
         return Mechanism()
     key = spec.noise_key or new_key()
-    if len(key) != 32 or any(c not in "0123456789abcdef" for c in key):
-        raise PrivacyError("privacy.noise_key is not 32 lower-case hex digits; leave it empty to draw a secret one")
     if spec.kind == "activations":
         return RowGaussian(spec.clip, spec.noise_multiplier, key)
     return CentralGaussian(spec.clip, spec.noise_multiplier, spec.delta, key)
@@ -195,6 +194,11 @@ def load_mechanism(spec: PrivacySpec) -> Mechanism:
 def new_key() -> str:
     """A fresh secret for the noise."""
     return secrets.token_hex(16)
+
+
+def _check_key(key: str) -> None:
+    if len(key) != 32 or any(c not in "0123456789abcdef" for c in key):
+        raise PrivacyError("privacy.noise_key is not 32 lower-case hex digits; leave it empty to draw a secret one")
 
 
 def _value(update: Tensor, start: Tensor | None, dtype: torch.dtype) -> Tensor:
