@@ -28,10 +28,10 @@ def measure(num_seeds: int, bits: int, num_rounds: int, seed: int) -> dict[str, 
             gradients, order = rng.standard_t(5, size=TAU), pool.sample(step, i, TAU)
             message = encode_scalars(gradients, bits=bits)
             up.append(len(message))
-            np.add.at(exact, order, decode_scalars(message) / CLIENTS)
+            np.add.at(exact, order, decode_scalars(message, count=TAU) / CLIENTS)
             np.add.at(unquantised, order, gradients / CLIENTS)
         server, message = advance(server, exact, bits=bits)
-        client = receive(client, message)
+        client = receive(client, message, count=num_seeds)
         down.append(len(message))
     if not np.array_equal(client.levels, server.levels):
         raise SystemExit("client and server differ")

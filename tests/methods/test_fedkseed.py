@@ -74,8 +74,11 @@ def test_numbers_on_the_grid_are_exact() -> None:
     exact = np.arange(-31, 33, dtype=np.float64) / 1024
     state, delta = codec.advance(codec.State.zeros(64), exact, bits=8)
     assert np.array_equal(state.values, exact.astype(np.float32))
-    assert np.array_equal(codec.decode_scalars(codec.encode_scalars(exact, bits=32)), exact)
-    for reached in (codec.receive(codec.State.zeros(64), delta), codec.receive(None, codec.encode_state(state))):
+    assert np.array_equal(codec.decode_scalars(codec.encode_scalars(exact, bits=32), count=len(exact)), exact)
+    for reached in (
+        codec.receive(codec.State.zeros(64), delta, count=64),
+        codec.receive(None, codec.encode_state(state), count=64),
+    ):
         assert np.array_equal(reached.values, state.values)
         assert reached.version == state.version == 1
 

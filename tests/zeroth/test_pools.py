@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from kilofed.errors import PayloadError
-from kilofed.zeroth import seed_log
+from kilofed.zeroth import codec, seed_log
 from kilofed.zeroth.pools import NOTHING, SUMS, VERSIONS, SeedPools, held_by_server, log_name, state_name
-from kilofed.zeroth.seed_log import Report
+from kilofed.zeroth.seed_log import Report, Request
 
 K, STEPS, SEED = 64, 5, 9
 EXACT = SeedPools(K, STEPS, lr=0.5, sampling="uniform", bits=32, rounds_per_pool=0, max_gradient=100.0)
@@ -104,7 +104,7 @@ def test_probabilities_are_uniform_at_first_and_follow_the_sums_of_magnitudes() 
     assert found.sum() == pytest.approx(1)
     means = (state[SUMS][1] / state[SUMS][2]).numpy()
     assert int(found.argmax()) == int(np.nanargmax(means))
-    weights = seed_log.sampling_weights(these.levels(state))
+    weights = these.weights(these.levels(state))
     assert weights is not None
     np.testing.assert_allclose(weights / weights.sum(), found, rtol=0.05)
 
@@ -113,3 +113,125 @@ def test_a_gradient_above_the_limit_is_refused() -> None:
     body = Report(1, 1.0, (), np.full(STEPS, 101.0)).pack(32)
     with pytest.raises(PayloadError, match="expected at most 100"):
         EXACT.report(body)
+
+
+def reported(
+    state: dict[str, torch.Tensor], reports: dict[int, Report], run_pools: SeedPools = EXACT
+) -> dict[str, float]:
+    """Metrics of the first round, in which these reports came."""
+    run_pools.begin(state, 1)
+    state[log_name(1)] = seed_log.pack_reports({client: one.pack(32) for client, one in reports.items()})
+    return run_pools.apply(SEED, state, 1)
+
+
+LOOSE = replace(EXACT, max_gradient=1e6)
+HONEST = {c: Report(weight, 1.0, (), gradients(1, c)) for c, weight in WEIGHTS.items()}
+HOSTILE = {5: Report(10, 1.0, (), np.full(STEPS, 1e6))}
+
+
+@pytest.mark.parametrize("sampling", ["uniform", "pro"])
+def test_a_hostile_client_moves_a_round_no_further_than_ten_medians_allow(sampling: seed_log.Sampling) -> None:
+    these, state = replace(LOOSE, sampling=sampling), dict[str, torch.Tensor]()
+    metrics = reported(state, HONEST | HOSTILE, these)
+    largest = [float(np.abs(np.float32(one.gradients)).max()) for one in HONEST.values()]
+    bound = 10 * float(np.median([*largest, 1e6]))
+    assert metrics["limited_gradients"] == STEPS
+    assert these.limits(state[log_name(1)]) == {5: STEPS}
+    expected, total = np.zeros(K), 10 + sum(WEIGHTS.values())
+    for client, weight in {**WEIGHTS, 5: 10}.items():
+        own = gradients(1, client) if client != 5 else np.full(STEPS, bound)
+        np.add.at(expected, these.pool(SEED, 0).sample(1, client, STEPS), own * weight / total)
+    np.testing.assert_allclose(state[SUMS][0].numpy(), expected, rtol=1e-6, atol=1e-7)
+    if sampling == "pro":
+        # The same limit holds for what decides which seeds are drawn.
+        assert float(state[SUMS][1].sum()) <= sum(STEPS * one for one in largest) + STEPS * bound * (1 + 1e-6)
+    unlimited = dict[str, torch.Tensor]()
+    assert "limited_gradients" not in reported(unlimited, HONEST | HOSTILE, replace(these, max_ratio=0.0))
+    assert float(unlimited[SUMS][0].abs().max()) > 1e4 * float(state[SUMS][0].abs().max()) / bound
+
+
+def test_a_round_of_honest_clients_keeps_its_bits() -> None:
+    limited, unlimited = dict[str, torch.Tensor](), dict[str, torch.Tensor]()
+    metrics = reported(limited, HONEST)
+    assert metrics == reported(unlimited, HONEST, replace(EXACT, max_ratio=0.0))
+    assert "limited_gradients" not in metrics
+    assert EXACT.limits(limited[log_name(1)]) == {}
+    assert torch.equal(limited[SUMS], unlimited[SUMS])
+
+
+@pytest.mark.parametrize(
+    ("clients", "limited"),
+    [
+        ({0: 1.0, 1: 1e6}, {}),  # Of two, neither is the odd one.
+        ({0: 1.0, 1: 0.0, 2: 0.0, 3: 1e6}, {}),  # A client of zeros says nothing of what is usual.
+        ({0: 1.0, 1: 2.0, 2: 1e6}, {2: STEPS}),
+        ({0: 1.0, 1: 2.0, 2: 20.0}, {}),
+        ({0: 1.0, 1: 2.0, 2: 20.001}, {2: STEPS}),
+        ({0: 1.0, 1: 3.0, 2: 1e5, 3: 1e6, 4: 0.0, 5: 2.0, 6: 4.0}, {2: STEPS, 3: STEPS}),
+    ],
+)
+def test_the_bound_is_ten_times_the_median_of_clients_that_are_not_zero(
+    clients: dict[int, float], limited: dict[int, int]
+) -> None:
+    state: dict[str, torch.Tensor] = {}
+    reports = {client: Report(3 + client, 1.0, (), np.full(STEPS, value)) for client, value in clients.items()}
+    metrics = reported(state, reports, LOOSE)
+    assert LOOSE.limits(state[log_name(1)]) == limited
+    assert metrics.get("limited_gradients", 0) == sum(limited.values())
+
+
+def test_only_the_gradients_beyond_the_bound_are_limited() -> None:
+    odd = Report(3, 1.0, (4,), np.array([1.0, -1e5, 2.0, 1e6, 0.0]))
+    state: dict[str, torch.Tensor] = {}
+    metrics = reported(
+        state, {0: Report(41, 1.0, (), np.ones(STEPS)), 1: Report(3, 1.0, (), np.ones(STEPS)), 2: odd}, LOOSE
+    )
+    assert metrics["limited_gradients"] == 2
+    sums = np.zeros(K)
+    for client, own, weight in ((0, np.ones(STEPS), 41), (1, np.ones(STEPS), 3), (2, [1.0, -10, 2, 10, 0], 3)):
+        np.add.at(sums, LOOSE.pool(SEED, 0).sample(1, client, STEPS), np.array(own) * weight / 47)
+    np.testing.assert_allclose(state[SUMS][0].numpy(), sums, rtol=1e-12)
+
+
+def test_without_a_client_the_bound_is_that_of_the_others() -> None:
+    state: dict[str, torch.Tensor] = {}
+    LOOSE.begin(state, 1)
+    values = {0: 1.0, 1: 2.0, 2: 30.0, 3: 50.0}
+    reports = {c: Report(3 + c, 1.0, (), np.full(STEPS, value)) for c, value in values.items()}
+    state[log_name(1)] = seed_log.pack_reports({c: one.pack(32) for c, one in reports.items()})
+    assert "limited_gradients" not in LOOSE.apply(SEED, dict(state), 1)
+    # Had client 3 not answered, the median were 2 and the bound 20: client 2 is beyond it. Then client 3 is, too.
+    assert LOOSE.apply(SEED, state, 1, without=frozenset({3}))["limited_gradients"] == 2 * STEPS
+
+
+def test_a_request_is_read_for_its_round_and_sampling() -> None:
+    request = Request(1, levels=seed_log.encode_levels(np.ones(K)))
+    these = replace(QUANTISED, sampling="pro")
+    for round in (3, 4):
+        assert these.request(request.pack(), round) == request
+    for round in (2, 5):
+        with pytest.raises(PayloadError, match="a request for pool 1"):
+            these.request(request.pack(), round)
+    with pytest.raises(
+        PayloadError, match=r"bytes of sampling probabilities in the request; method\.sampling is uniform"
+    ):
+        QUANTISED.request(request.pack(), 3)
+    with pytest.raises(
+        PayloadError, match=r"0 bytes of sampling probabilities in the request; method\.sampling is pro"
+    ):
+        these.request(Request(1).pack(), 3)
+    with pytest.raises(PayloadError, match="a message of 64 numbers; expected 128"):
+        replace(these, num_seeds=128).weights(request.levels)
+
+
+@pytest.mark.parametrize("bits", [5, 32])
+def test_updates_of_another_kind_or_count_are_refused_and_change_nothing(bits: int) -> None:
+    these = replace(EXACT, bits=bits)
+    floats, whole = codec.encode_scalars(np.ones(K), bits=32), codec.encode_state(codec.State.zeros(K))
+    scalars = codec.encode_scalars(np.ones(K), bits=6)
+    short = codec.encode_scalars(np.ones(3), bits=32), codec.encode_state(codec.State.zeros(3))
+    for body in (scalars, *short, whole if bits == 32 else floats, b"", floats[:-1], whole + b"\0"):
+        state: dict[str, torch.Tensor] = {}
+        with pytest.raises(PayloadError):
+            these.receive(state, [(0, body)])
+        assert not state

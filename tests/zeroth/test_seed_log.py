@@ -1,11 +1,13 @@
 """Formats of a seed-pool run round-trip and refuse what is damaged; sampling probabilities follow the paper's formula."""
 
+import struct
+
 import numpy as np
 import pytest
 import torch
 
-from kilofed.errors import PayloadError
-from kilofed.zeroth import seed_log
+from kilofed.errors import KilofedError, PayloadError
+from kilofed.zeroth import codec, seed_log
 from kilofed.zeroth.seed_log import Report, Request
 
 
@@ -15,22 +17,50 @@ from kilofed.zeroth.seed_log import Report, Request
         Request(0),
         Request(3, b"8 bytes.", ((2, b"delta"), (3, b"")), b"levels"),
         Request(65535, updates=((0, bytes(1000)),)),
+        Request(300, updates=tuple((number, b"x") for number in range(255))),
     ],
+    ids=["plain", "updates and levels", "long", "many updates"],
 )
 def test_a_request_round_trips(request_: Request) -> None:
-    assert Request.unpack(request_.pack()) == request_
+    assert Request.unpack(request_.pack(), pool=request_.pool) == request_
 
 
-@pytest.mark.parametrize("length", [0, 5, 12])
+@pytest.mark.parametrize("length", [0, 5, 10, 12, 16, 17, 21])
 def test_a_truncated_request_is_refused(length: int) -> None:
     packed = Request(1, updates=((1, b"delta"),)).pack()
     with pytest.raises(PayloadError, match=f"the request of {length} bytes is truncated"):
-        Request.unpack(packed[:length])
+        Request.unpack(packed[:length], pool=1)
 
 
 def test_a_request_that_is_not_bytes_is_refused() -> None:
-    with pytest.raises(PayloadError, match=r"torch\.float32 where bytes were expected"):
-        Request.unpack(torch.zeros(20))
+    with pytest.raises(PayloadError, match=r"torch\.float32 of shape \(20,\) where bytes were expected"):
+        Request.unpack(torch.zeros(20), pool=0)
+    with pytest.raises(PayloadError, match=r"torch\.uint8 of shape \(1, 11\) where bytes were expected"):
+        Request.unpack(Request(0).pack()[None], pool=0)
+
+
+@pytest.mark.parametrize(
+    ("request_", "message"),
+    [
+        (Request(65535), "a request for pool 65535 with 0 updates; expected pool 1 and at most 2"),
+        (Request(0), "a request for pool 0 with 0 updates; expected pool 1"),
+        (
+            Request(1, updates=((0, b""), (1, b""), (2, b""))),
+            "for pool 1 with 3 updates; expected pool 1 and at most 2",
+        ),
+        (Request(1, updates=((2, b""),)), "an update of pool 2 in the request; expected pools up to 1 in order"),
+        (Request(1, updates=((1, b""), (0, b""))), "an update of pool 0 in the request"),
+        (Request(1, updates=((1, b""), (1, b""))), "an update of pool 1 in the request"),
+    ],
+)
+def test_requests_of_another_round_or_out_of_order_are_refused(request_: Request, message: str) -> None:
+    with pytest.raises(PayloadError, match=message):
+        Request.unpack(request_.pack(), pool=1)
+
+
+def test_more_updates_than_a_request_holds_are_not_sent() -> None:
+    with pytest.raises(KilofedError, match=r"needs 256 pools; a request holds at most 255"):
+        Request(255, updates=tuple((number, b"") for number in range(256))).pack()
 
 
 def test_a_report_round_trips_and_sums_by_seed() -> None:
@@ -53,8 +83,16 @@ def test_magnitudes_are_clipped_in_the_sums_and_gradients_are_not() -> None:
     ("report", "message"),
     [
         (Report(9, 1.0, (), np.full(3, 1e5)), "a gradient of magnitude 100000 in the report; expected at most 10000"),
-        (Report(9, 1.0, (), np.ones(4)), "4 gradients in the report; expected 3"),
-        (Report(9, 1.0, (3,), np.ones(3)), "3 gradients in the report; expected 3"),
+        (Report(9, 1.0, (), np.ones(4)), "a message of 4 numbers; expected 3"),
+        (
+            Report(9, 1.0, (3,), np.ones(3)),
+            "skipped steps out of order or out of range; expected ascending ones below 3",
+        ),
+        (Report(9, 1.0, (1, 1), np.zeros(3)), "skipped steps out of order or out of range"),
+        (Report(9, 1.0, (2, 1), np.zeros(3)), "skipped steps out of order or out of range"),
+        (Report(9, 1.0, (0, 1, 2, 2), np.zeros(3)), "4 skipped steps in the report; expected at most 3"),
+        (Report(9, 1.0, (1,), np.ones(3)), "a gradient of a skipped step in the report; expected 0"),
+        (Report(9, float("inf"), (), np.ones(3)), "weight 9 and loss inf in the report"),
         (Report(0, 1.0, (), np.ones(3)), "weight 0 and loss 1.0 in the report"),
         (Report(9, float("nan"), (), np.ones(3)), "weight 9 and loss nan in the report"),
     ],
@@ -64,6 +102,24 @@ def test_reports_out_of_range_are_refused(report: Report, message: str) -> None:
         Report.unpack(report.pack(32), num_steps=3, max_gradient=1e4)
 
 
+@pytest.mark.parametrize("bits", [6, 32])
+def test_a_report_that_is_cut_or_goes_on_is_refused(bits: int) -> None:
+    body = Report(9, 1.0, (1,), np.array([1.0, 0.0, 3.0])).pack(bits)
+    Report.unpack(body, num_steps=3, max_gradient=9)
+    for wrong in (*(body[:length] for length in range(len(body))), body + b"\0"):
+        with pytest.raises(PayloadError, match=r"is truncated|is damaged"):
+            Report.unpack(wrong, num_steps=3, max_gradient=9)
+
+
+@pytest.mark.parametrize(
+    "report",
+    [Report(2**32, 1.0, (), np.ones(1)), Report(1, 1e39, (), np.ones(1)), Report(1, 1.0, (2**16,), np.ones(1))],
+)
+def test_a_report_that_cannot_be_sent_is_not(report: Report) -> None:
+    with pytest.raises(KilofedError, match="cannot be sent"):
+        report.pack(32)
+
+
 def test_reports_of_a_round_are_one_record() -> None:
     replies = {7: b"a", 2: b"", 40: bytes(range(200))}
     record = seed_log.pack_reports(replies)
@@ -71,8 +127,12 @@ def test_reports_of_a_round_are_one_record() -> None:
     assert list(seed_log.unpack_reports(record)) == [2, 7, 40]
     assert seed_log.unpack_reports(seed_log.pack_reports({})) == {}
     for length in (4, 12, len(record) - 1):
-        with pytest.raises(PayloadError, match="the record of a round is truncated"):
+        with pytest.raises(PayloadError, match=f"the record of a round of {length} bytes is truncated"):
             seed_log.unpack_reports(record[:length])
+    for clients in ((7, 7), (7, 2)):
+        wrong = b"".join(struct.pack("<II", client, 0) for client in clients)
+        with pytest.raises(PayloadError, match=f"client {clients[1]} after client 7 in the record of a round"):
+            seed_log.unpack_reports(seed_log.to_tensor(wrong))
 
 
 def test_equal_amplitudes_are_uniform_and_unequal_follow_the_papers_formula() -> None:
@@ -92,13 +152,19 @@ def test_equal_amplitudes_are_uniform_and_unequal_follow_the_papers_formula() ->
 def test_probabilities_arrive_within_a_thirtieth_of_a_nat() -> None:
     amplitudes = np.random.default_rng(0).random(256)
     amplitudes[:2] = 0, 1
-    weights = seed_log.sampling_weights(seed_log.encode_levels(amplitudes))
+    weights = seed_log.sampling_weights(seed_log.encode_levels(amplitudes), num_seeds=256)
     assert weights is not None
     off = np.log(weights / weights.sum()) - np.log(seed_log.probabilities(amplitudes))
     assert np.abs(off - off.mean()).max() < 1 / 30 + 2e-3
-    assert seed_log.sampling_weights(b"") is None
+    assert seed_log.sampling_weights(b"", num_seeds=256) is None
 
 
 def test_levels_out_of_range_are_refused() -> None:
     with pytest.raises(PayloadError, match="expected 0 to 15"):
-        seed_log.sampling_weights(seed_log.encode_levels(np.array([0.0, 1.2])))
+        seed_log.sampling_weights(seed_log.encode_levels(np.array([0.0, 1.2])), num_seeds=2)
+    with pytest.raises(PayloadError, match=r"levels from -1 to 15; expected 0 to 15"):
+        seed_log.sampling_weights(codec.encode_scalars([-1.0, 15.0], bits=5), num_seeds=2)
+    with pytest.raises(PayloadError, match=r"levels from 0 to 1e\+30; expected 0 to 15"):
+        seed_log.sampling_weights(codec.encode_scalars([0.0, 1e30], bits=32), num_seeds=2)
+    with pytest.raises(PayloadError, match="a message of 64 numbers; expected 4096"):
+        seed_log.sampling_weights(seed_log.encode_levels(np.ones(64)), num_seeds=4096)

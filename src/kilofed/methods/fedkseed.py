@@ -176,7 +176,7 @@ class FedKSeed(Method):
     @on_client
     def walk(self, client: Client, ask: Payload) -> Payload:
         """Rebuild the server's weights, take two-point steps, and report the scalar gradients."""
-        request = Request.unpack(ask.tensors[BODY])
+        request = self.pools.request(ask.tensors[BODY], client.round)
         self._receive(client, request)
         perturbed = self.perturbed(client.model)
         point = self.pools.point(client.seed, client.state, num_pools=request.pool + 1)
@@ -186,7 +186,7 @@ class FedKSeed(Method):
                 "tied tensors or trained parameters differ; give this site the server's model"
             )
         pool = point.pool
-        seeds = pool.sample(client.round, client.id, self.steps, weights=seed_log.sampling_weights(request.levels))
+        seeds = pool.sample(client.round, client.id, self.steps, weights=self.pools.weights(request.levels))
         spec, first = replace(client.train, batch_size=self.batch_size), (client.round - 1) * self.steps
         batches = training.batches(client.data, spec, first=first, count=self.steps, order=client.order)
         result = two_point.take_steps(

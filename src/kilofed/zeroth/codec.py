@@ -6,8 +6,13 @@ is added to the next (error feedback); a client that is in sync gets the differe
 
 Integers are entropy coded by Zstandard (RFC 8878), whose format is fixed; no probability is computed in floating point.
 A message is: kind, count, header (HEADERS), width and coding of the integers, the integers, CRC-32. Little-endian.
+
+A decoder is told how many numbers to expect, and refuses another count before it allocates anything. A frame may not
+state its own size, since Zstandard would then believe the frame and not the limit, nor a window larger than what it
+holds, nor use more bytes per integer than the kind of message can need.
 """
 
+import math
 import struct
 import zlib
 from dataclasses import dataclass, field
@@ -26,14 +31,20 @@ MAX_COUNT: Final = (1 << 24) - 1
 MAX_LEVEL: Final = (1 << 24) - 1
 """Integers of a state are exact in float32, and so is level * 2**exponent."""
 MIN_EXPONENT: Final = -120
+MAX_EXPONENT: Final = 100
+MAX_VERSION: Final = (1 << 32) - 1
 MAX_FLOAT32: Final = float(np.finfo(np.float32).max)
 
 SCALARS, FLOATS, DELTA, STATE = 1, 2, 3, 4
 HEADERS: Final = {SCALARS: "<f", FLOATS: "<", DELTA: "<Ih", STATE: "<Ih"}
 """Scalars: step of the grid. Delta: version before it, exponent after it. State: version, exponent."""
 UNCOMPRESSED, ZSTANDARD = 0, 1
+MAX_WIDTHS: Final = {SCALARS: 2, DELTA: 4, STATE: 4}
+"""Bytes per integer: scalars have at most 16 bits; a delta leads from one state to another, hence below 2**25."""
+MAX_SCALAR: Final = (1 << 15) - 1
 
 _FRAME = zstandard.FORMAT_ZSTD1_MAGICLESS
+_MIN_WINDOW = 1 << 10
 
 
 def encode_scalars(values: npt.ArrayLike, *, bits: int = 6) -> bytes:
@@ -56,22 +67,27 @@ def encode_scalars(values: npt.ArrayLike, *, bits: int = 6) -> bytes:
     return _assemble(SCALARS, len(numbers), struct.pack(HEADERS[SCALARS], step), _pack(levels))
 
 
-def decode_scalars(data: bytes) -> Floats:
-    """(n,) float64, the same on every machine.
+def decode_scalars(data: bytes, *, count: int) -> Floats:
+    """(count,) float64, the same on every machine.
 
     Raises:
-        PayloadError: damaged, or not a message of `encode_scalars`.
+        PayloadError: damaged, of another count, or not a message of `encode_scalars`.
     """
-    kind, count, header, body = _parse(data, (SCALARS, FLOATS))
+    kind, header, body = _parse(data, (SCALARS, FLOATS), count)
     if kind == FLOATS:
         if len(body) != 4 * count:
             raise PayloadError(f"{count} float32 numbers take {4 * count} bytes; the message has {len(body)}")
-        values = np.frombuffer(body, dtype="<f4").astype(np.float64)
-    else:
-        values = _unpack(body, count).astype(np.float64) * float(header[0])
-    if not np.isfinite(values).all():
-        raise PayloadError("the message contains a number that is not finite")
-    return values
+        floats = np.frombuffer(body, dtype="<f4")
+        if not np.isfinite(floats).all():
+            raise PayloadError("the message contains a number that is not finite")
+        return floats.astype(np.float64)
+    step = float(header[0])
+    if not math.isfinite(step) or math.copysign(1, step) < 0:
+        raise PayloadError(f"the step of the grid is {step}; expected a finite one from 0")
+    levels = _unpack(body, count, MAX_WIDTHS[SCALARS])
+    if np.abs(levels).max(initial=0) > (MAX_SCALAR if step else 0):
+        raise PayloadError(f"an integer of {np.abs(levels).max()} at a step of {step}; expected at most {MAX_SCALAR}")
+    return levels.astype(np.float64) * step
 
 
 @dataclass(frozen=True)
@@ -79,14 +95,16 @@ class State:
     """The coefficients shared by the server and every client in sync: K integers and one exponent."""
 
     levels: Integers
-    """(K,) below 2**24 in magnitude."""
+    """(K,) at most MAX_LEVEL in magnitude."""
     exponent: int = 0
+    """MIN_EXPONENT to MAX_EXPONENT."""
     version: int = 0
-    """Number of deltas applied; the zero state is version 0."""
+    """Number of deltas applied, at most MAX_VERSION; the zero state is version 0."""
     values: npt.NDArray[np.float32] = field(init=False, repr=False, compare=False)
     """(K,) levels * 2**exponent, exact."""
 
     def __post_init__(self) -> None:
+        _check_range(self.levels, self.exponent, self.version)
         values = np.ldexp(self.levels.astype(np.float32), np.int32(self.exponent))
         object.__setattr__(self, "values", values)
 
@@ -125,30 +143,41 @@ def encode_state(state: State) -> bytes:
     return _assemble(STATE, len(state.levels), header, _pack(state.levels))
 
 
-def receive(state: State | None, data: bytes) -> State:
+def receive(state: State | None, data: bytes, *, count: int) -> State:
     """Apply a delta or decode a whole state; both lead to the same bits.
 
     Args:
         state: held by this client; None if it holds nothing, then a delta is refused.
         data: from `advance` or `encode_state`.
+        count: K.
 
     Raises:
-        PayloadError: damaged, or a delta from another version than this client's.
+        PayloadError: damaged, of another count, a delta from another version than this client's, or one that leads out
+            of the range of a state.
     """
-    kind, count, header, body = _parse(data, (DELTA, STATE))
+    kind, header, body = _parse(data, (DELTA, STATE), count)
     version, exponent = int(header[0]), int(header[1])
-    levels = _unpack(body, count)
-    if kind == DELTA:
-        if state is None or state.version != version or len(state.levels) != count:
-            held = "nothing" if state is None else f"version {state.version} of {len(state.levels)} numbers"
-            raise PayloadError(f"a delta from version {version} of {count} numbers, but this client holds {held}")
-        if abs(exponent - state.exponent) > 300:
-            raise PayloadError(f"exponent {exponent} is out of range")
+    if kind == DELTA and (state is None or state.version != version or len(state.levels) != count):
+        held = "nothing" if state is None else f"version {state.version} of {len(state.levels)} numbers"
+        raise PayloadError(f"a delta from version {version} of {count} numbers, but this client holds {held}")
+    levels = _unpack(body, count, MAX_WIDTHS[kind])
+    if kind == DELTA and state is not None:
         levels = levels + _rescale(state.levels, state.exponent, exponent)
         version += 1
-    if np.abs(levels).max(initial=0) > MAX_LEVEL or not MIN_EXPONENT <= exponent <= 100:
-        raise PayloadError(f"integers times 2**{exponent} exceed the range of a state")
-    return State(levels, exponent, version)
+    try:
+        return State(levels, exponent, version)
+    except KilofedError as error:
+        raise PayloadError(f"the message leads out of the range of a state: {error}") from error
+
+
+def _check_range(levels: Integers, exponent: int, version: int) -> None:
+    """Raise KilofedError unless these can be sent and are exact in float32."""
+    largest = int(np.abs(levels).max(initial=0))
+    if largest > MAX_LEVEL or not MIN_EXPONENT <= exponent <= MAX_EXPONENT or not 0 <= version <= MAX_VERSION:
+        raise KilofedError(
+            f"a state of integers up to {largest}, exponent {exponent} and version {version}; expected at most "
+            f"{MAX_LEVEL}, {MIN_EXPONENT} to {MAX_EXPONENT}, and 0 to {MAX_VERSION}"
+        )
 
 
 def _exponent(state: State, exact: Floats, limit: int) -> int:
@@ -156,7 +185,7 @@ def _exponent(state: State, exact: Floats, limit: int) -> int:
     largest = float(np.abs(exact).max(initial=0))
     residual = float(np.abs(exact - np.ldexp(state.levels.astype(np.float64), state.exponent)).max(initial=0))
     finest = max(MIN_EXPONENT, _ceil_log2(largest / (MAX_LEVEL // 2)))
-    if finest > 100:
+    if finest > MAX_EXPONENT:
         raise KilofedError(f"the largest number is {largest}; a state holds numbers below 2**120")
     if residual == 0 or (state.version and limit / 4 <= np.ldexp(residual, -state.exponent) <= 2 * limit):
         return max(state.exponent, finest)
@@ -208,23 +237,33 @@ def _pack(levels: Integers) -> bytes:
     return bytes([width << 4 | UNCOMPRESSED]) + byte_planes
 
 
-def _unpack(body: bytes, count: int) -> Integers:
+def _unpack(body: bytes, count: int, max_width: int) -> Integers:
     width, coding = divmod(body[0], 16) if body else (0, 0)
-    if not 1 <= width <= 7 or coding > ZSTANDARD:
-        raise PayloadError("unknown width or coding of the integers")
+    if not 1 <= width <= max_width or coding > ZSTANDARD:
+        raise PayloadError(f"integers of width {width} in coding {coding}; expected 1 to {max_width}, and 0 or 1")
     byte_planes, size = body[1:], width * count
     if coding == ZSTANDARD:
-        reader = zstandard.ZstdDecompressor(format=_FRAME)
-        try:
-            byte_planes = reader.decompress(byte_planes, max_output_size=size, allow_extra_data=False)
-        except zstandard.ZstdError as error:
-            raise PayloadError(f"the integers cannot be decompressed: {error}") from error
+        byte_planes = _decompress(byte_planes, size)
     if len(byte_planes) != size:
         raise PayloadError(f"{count} integers of {width} bytes expected, the message has {len(byte_planes)} bytes")
+    if width > 1 and byte_planes.count(0, size - count) == count:
+        raise PayloadError(f"{width} bytes per integer in the message; fewer are enough")
     zigzag = np.zeros((count, 8), dtype=np.uint8)
     zigzag[:, :width] = np.frombuffer(byte_planes, dtype=np.uint8).reshape(width, count).T
     numbers = zigzag.view("<u8").reshape(count).astype(np.int64)
     return np.where(numbers & 1, -(numbers >> 1) - 1, numbers >> 1)
+
+
+def _decompress(frame: bytes, size: int) -> bytes:
+    """At most `size` bytes from a frame of `_pack`, whose header tells nothing but its window."""
+    if len(frame) >= size or frame[:1] != b"\0":
+        raise PayloadError(f"a compressed block of {len(frame)} bytes is not as kilofed writes it for {size}")
+    window = max(_MIN_WINDOW, 1 << (size - 1).bit_length())
+    reader = zstandard.ZstdDecompressor(format=_FRAME, max_window_size=window)
+    try:
+        return reader.decompress(frame, max_output_size=size, allow_extra_data=False)
+    except zstandard.ZstdError as error:
+        raise PayloadError(f"the integers cannot be decompressed: {error}") from error
 
 
 def _assemble(kind: int, count: int, header: bytes, body: bytes) -> bytes:
@@ -232,13 +271,15 @@ def _assemble(kind: int, count: int, header: bytes, body: bytes) -> bytes:
     return message + struct.pack("<I", zlib.crc32(message))
 
 
-def _parse(data: bytes, kinds: tuple[int, ...]) -> tuple[int, int, tuple[float, ...], bytes]:
-    if len(data) < 8 or struct.unpack("<I", data[-4:])[0] != zlib.crc32(data[:-4]):
+def _parse(data: bytes, kinds: tuple[int, ...], count: int) -> tuple[int, tuple[float, ...], bytes]:
+    if len(data) < 8 or struct.unpack("<I", data[-4:])[0] != zlib.crc32(memoryview(data)[:-4]):
         raise PayloadError(f"a message of {len(data)} bytes is damaged: the checksum does not match")
-    kind, count = data[0], int.from_bytes(data[1:4], "little")
+    kind, sent = data[0], int.from_bytes(data[1:4], "little")
     if kind not in kinds:
         raise PayloadError(f"a message of kind {kind}; expected one of {', '.join(map(str, kinds))}")
+    if sent != count:
+        raise PayloadError(f"a message of {sent} numbers; expected {count}")
     layout = struct.Struct(HEADERS[kind])
     if len(data) < 8 + layout.size:
         raise PayloadError("the message ends inside its header")
-    return kind, count, layout.unpack(data[4 : 4 + layout.size]), data[4 + layout.size : -4]
+    return kind, layout.unpack(data[4 : 4 + layout.size]), data[4 + layout.size : -4]

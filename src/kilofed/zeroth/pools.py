@@ -3,21 +3,25 @@
 Source: FedKSeed (Qin et al. 2024, arXiv:2312.06353). The server sums the clients' projected gradients exactly; the
 coefficients that it shares with the clients are quantised with error feedback (`codec`). A run may use one pool after
 the other: the coefficients of earlier pools stay fixed.
+
+Differs: one client's gradients are limited to a multiple of the median client's largest magnitude of the round, so that
+none moves the model further than its weight allows, whatever it sends.
 """
 
 import hashlib
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from kilofed.errors import PayloadError
 from kilofed.zeroth import codec, seed_log
 from kilofed.zeroth.directions.pool import SeedPool
-from kilofed.zeroth.seed_log import Floats, Report
+from kilofed.zeroth.seed_log import Floats, Report, Request
 from kilofed.zeroth.two_point import Point
 
 SUMS, VERSIONS = "sums", "versions"
@@ -26,6 +30,8 @@ Held = tuple[int, int]
 """What a client holds: index of its latest pool and the version of that pool's coefficients."""
 NOTHING: Held = (-1, -1)
 """What a client holds whose state is not known."""
+MIN_COMPARED = 3
+"""Clients that a round's median needs."""
 
 
 @dataclass(frozen=True)
@@ -44,15 +50,22 @@ class SeedPools:
     """Rounds after which a new pool begins; 0 for one pool."""
     max_gradient: float
     """Largest magnitude of a gradient in a report."""
+    max_ratio: float = 10.0
+    """Gradients above this many times the median client's largest magnitude of the round are limited to it; 0 limits
+    none. Lower bounds what a hostile client can do more tightly, and cuts honest clients whose losses are steeper."""
 
     def pool(self, seed: int, index: int) -> SeedPool:
         """Pool number `index` of the run with that seed."""
         digest = hashlib.sha256(f"{seed}/{index}/fedkseed".encode()).digest()
         return SeedPool(self.num_seeds, int.from_bytes(digest[:8], "little"))
 
+    def index(self, round: int) -> int:
+        """Number of the pool of round `round` (from 1)."""
+        return (round - 1) // self.rounds_per_pool if self.rounds_per_pool else 0
+
     def begin(self, state: dict[str, Tensor], round: int) -> None:
         """Prepare the server's state for round `round` (from 1): add a new pool if one begins."""
-        index = (round - 1) // self.rounds_per_pool if self.rounds_per_pool else 0
+        index = self.index(round)
         versions = state.get(VERSIONS, torch.zeros(0, dtype=torch.int64))
         if len(versions) == index + 1:
             return
@@ -68,7 +81,7 @@ class SeedPools:
             without: clients whose gradients are left out; sampling probabilities still count them.
 
         Returns:
-            Metrics of the round.
+            Metrics of the round; `limited_gradients` is among them only where gradients were limited.
 
         Raises:
             PayloadError: the record is damaged.
@@ -91,13 +104,36 @@ class SeedPools:
     def coefficients(self, state: Mapping[str, Tensor], index: int) -> npt.NDArray[np.float32]:
         """(K,) coefficients of one pool."""
         body = state.get(state_name(index))
-        if body is not None and (data := seed_log.to_bytes(body))[0] == codec.FLOATS:
-            return codec.decode_scalars(data).astype(np.float32)
+        if body is not None and self.bits == 32:
+            return codec.decode_scalars(seed_log.to_bytes(body), count=self.num_seeds).astype(np.float32)
         return self._codec_state(state, index).values
 
     def report(self, body: bytes) -> Report:
         """Decode a client's report. Raises PayloadError: damaged or out of range."""
         return Report.unpack(body, num_steps=self.steps, max_gradient=self.max_gradient)
+
+    def request(self, body: Tensor, round: int) -> Request:
+        """Decode the server's request of a round. Raises PayloadError: damaged, or not one of this run and round."""
+        request = Request.unpack(body, pool=self.index(round))
+        if (request.levels == b"") != (self.sampling == "uniform"):
+            raise PayloadError(
+                f"{len(request.levels)} bytes of sampling probabilities in the request; method.sampling is {self.sampling}"
+            )
+        return request
+
+    def weights(self, levels: bytes) -> seed_log.Integers | None:
+        """Integer weights for SeedPool.sample from a request's levels. Raises PayloadError: damaged or of another K."""
+        return seed_log.sampling_weights(levels, num_seeds=self.num_seeds)
+
+    def limits(self, record: Tensor) -> dict[int, int]:
+        """The number of gradients that are limited in a round's record, by client, where there are any.
+
+        Raises:
+            PayloadError: the record is damaged.
+        """
+        if record.is_floating_point():
+            return {}
+        return self._limit(self._reports(record), frozenset())[1]
 
     def probabilities(self, state: Mapping[str, Tensor]) -> Floats:
         """(K,) sampling probabilities of the current pool's seeds; not for uniform sampling."""
@@ -123,8 +159,12 @@ class SeedPools:
     def receive(self, state: dict[str, Tensor], updates: Iterable[tuple[int, bytes]]) -> None:
         """Apply `updates` to a client's state. Raises PayloadError: a message is damaged or does not fit the state."""
         for index, body in updates:
-            if body[:1] != bytes([codec.FLOATS]):
-                body = codec.encode_state(codec.receive(self._codec_state(state, index), body))
+            if self.bits == 32:
+                if body[:1] != bytes([codec.FLOATS]):
+                    raise PayloadError("coefficients that are not float32 in the request; method.bits_down is 32")
+                codec.decode_scalars(body, count=self.num_seeds)
+            else:
+                body = codec.encode_state(codec.receive(self._codec_state(state, index), body, count=self.num_seeds))
             state[state_name(index)] = seed_log.to_tensor(body)
 
     def _amplitudes(self, state: Mapping[str, Tensor]) -> Floats:
@@ -133,15 +173,38 @@ class SeedPools:
 
     def _codec_state(self, state: Mapping[str, Tensor], index: int) -> codec.State:
         body = state.get(state_name(index))
-        return codec.State.zeros(self.num_seeds) if body is None else codec.receive(None, seed_log.to_bytes(body))
+        if body is None:
+            return codec.State.zeros(self.num_seeds)
+        return codec.receive(None, seed_log.to_bytes(body), count=self.num_seeds)
+
+    def _reports(self, record: Tensor) -> dict[int, Report]:
+        return {client: self.report(body) for client, body in seed_log.unpack_reports(record).items()}
+
+    def _limit(
+        self, reports: Mapping[int, Report], without: frozenset[int]
+    ) -> tuple[dict[int, Report], dict[int, int]]:
+        """The reports with gradients within the bound of the round, and how many each client had beyond it.
+
+        The bound is a function of the reports alone, those `without` left aside, so that a replay finds it again.
+        """
+        largest = {client: float(np.abs(one.gradients).max(initial=0)) for client, one in reports.items()}
+        counted = [one for client, one in largest.items() if one > 0 and client not in without]
+        # Of two clients, neither can be told to be the odd one.
+        if not self.max_ratio or len(counted) < MIN_COMPARED:
+            return dict(reports), {}
+        bound = self.max_ratio * float(np.median(counted))
+        limited = {
+            client: replace(one, gradients=one.gradients.clip(-bound, bound)) for client, one in reports.items()
+        }
+        counts = {client: int((np.abs(one.gradients) > bound).sum()) for client, one in reports.items()}
+        return limited, {client: count for client, count in counts.items() if count}
 
     def _sum(
         self, pool: SeedPool, state: Mapping[str, Tensor], round: int, without: frozenset[int]
     ) -> tuple[Floats, dict[str, float]]:
         """(3, K): weighted mean of gradients, sums of magnitudes, number of steps; and metrics."""
-        weights = seed_log.sampling_weights(self.levels(state))
-        replies = seed_log.unpack_reports(state[log_name(round)])
-        reports = {client: self.report(body) for client, body in replies.items()}
+        weights = self.weights(self.levels(state))
+        reports, limited = self._limit(self._reports(state[log_name(round)]), without)
         total_weight = sum(report.weight for client, report in reports.items() if client not in without)
         sums = np.zeros((3, self.num_seeds))
         for client, report in reports.items():
@@ -152,7 +215,8 @@ class SeedPools:
         weight = sum(report.weight for report in reports.values())
         loss = math.fsum(report.loss * report.weight for report in reports.values()) / weight
         skipped = sum(len(report.skipped) for report in reports.values())
-        return sums, {"train_loss": loss, "skipped_steps": skipped}
+        metrics: dict[str, float] = {"train_loss": loss, "skipped_steps": skipped}
+        return sums, metrics | ({"limited_gradients": sum(limited.values())} if limited else {})
 
     def _update(self, state: dict[str, Tensor], index: int) -> None:
         """Move the shared coefficients of the current pool to the exact sums; keep the delta for clients in sync."""

@@ -7,6 +7,7 @@ import math
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 import numpy as np
@@ -14,7 +15,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from kilofed.errors import PayloadError
+from kilofed.errors import KilofedError, PayloadError
 from kilofed.zeroth import codec
 
 Floats = npt.NDArray[np.float64]
@@ -47,24 +48,39 @@ class Request:
     """Normalized amplitudes of the seeds from `encode_levels`; empty for uniform sampling."""
 
     def pack(self) -> Tensor:
-        """(n,) uint8."""
+        """(n,) uint8. Raises KilofedError: more than 255 updates."""
+        if len(self.updates) > 255:
+            raise KilofedError(
+                f"a client that holds nothing needs {len(self.updates)} pools; a request holds at most 255: "
+                "raise method.rounds_per_pool"
+            )
         parts = [_REQUEST.pack(self.pool, self.digest, len(self.updates))]
         parts += [_UPDATE.pack(pool, len(body)) + body for pool, body in self.updates]
         return to_tensor(b"".join([*parts, self.levels]))
 
     @staticmethod
-    def unpack(tensor: Tensor) -> "Request":
-        """Decode a request. Raises PayloadError: truncated."""
+    def unpack(tensor: Tensor, *, pool: int) -> "Request":
+        """Decode a request of a round that uses pool number `pool`.
+
+        Raises:
+            PayloadError: truncated, for another pool, or with updates of pools that are not there yet.
+        """
         data = to_bytes(tensor)
         try:
-            pool, digest, count = _REQUEST.unpack_from(data)
-            at, updates = _REQUEST.size, []
-            for _ in range(count):
-                number, length = _UPDATE.unpack_from(data, at)
-                at += _UPDATE.size + length
-                updates.append((number, data[at - length : at]))
+            sent, digest, count = _REQUEST.unpack_from(data)
         except struct.error as error:
             raise PayloadError(f"the request of {len(data)} bytes is truncated") from error
+        if sent != pool or count > pool + 1:
+            raise PayloadError(
+                f"a request for pool {sent} with {count} updates; expected pool {pool} and at most {pool + 1}"
+            )
+        at, updates = _REQUEST.size, list[tuple[int, bytes]]()
+        for _ in range(count):
+            number, body = _entry(data, at, _UPDATE, "request")
+            if number > pool or (updates and number <= updates[-1][0]):
+                raise PayloadError(f"an update of pool {number} in the request; expected pools up to {pool} in order")
+            updates.append((number, body))
+            at += _UPDATE.size + len(body)
         return Request(pool, digest, tuple(updates), data[at:])
 
 
@@ -82,9 +98,15 @@ class Report:
     """(num_steps,) projected gradients, 0 where skipped."""
 
     def pack(self, bits: int) -> bytes:
-        """Encode the report; `bits` as in `codec.encode_scalars`."""
-        skipped = struct.pack(f"<{len(self.skipped)}H", *self.skipped)
-        head = _REPORT.pack(self.weight, self.loss, len(self.skipped))
+        """Encode the report; `bits` as in `codec.encode_scalars`. Raises KilofedError: a number that does not fit."""
+        try:
+            skipped = struct.pack(f"<{len(self.skipped)}H", *self.skipped)
+            head = _REPORT.pack(self.weight, self.loss, len(self.skipped))
+        except (struct.error, OverflowError) as error:
+            raise KilofedError(
+                f"a report of weight {self.weight}, loss {self.loss} and {len(self.skipped)} skipped steps cannot be "
+                f"sent ({error}); expected a weight below 2**32, a loss in float32 and steps below 2**16"
+            ) from error
         return head + skipped + codec.encode_scalars(self.gradients, bits=bits)
 
     @staticmethod
@@ -96,19 +118,25 @@ class Report:
         """
         try:
             weight, loss, count = _REPORT.unpack_from(data)
+            if count > num_steps:
+                raise PayloadError(f"{count} skipped steps in the report; expected at most {num_steps}")
             skipped = struct.unpack_from(f"<{count}H", data, _REPORT.size)
         except struct.error as error:
             raise PayloadError(f"the report of {len(data)} bytes is truncated") from error
-        gradients = codec.decode_scalars(data[_REPORT.size + 2 * count :])
-        if len(gradients) != num_steps or not all(step < num_steps for step in skipped):
-            raise PayloadError(f"{len(gradients)} gradients in the report; expected {num_steps}")
-        # The largest quantised value may exceed the limit by a float32 rounding error.
-        if (largest := float(np.abs(gradients).max())) > max_gradient * (1 + 1e-6):
-            raise PayloadError(f"a gradient of magnitude {largest:g} in the report; expected at most {max_gradient:g}")
+        if any(step <= before for before, step in pairwise(skipped)) or (skipped and skipped[-1] >= num_steps):
+            raise PayloadError(
+                f"skipped steps out of order or out of range; expected ascending ones below {num_steps}"
+            )
         if not weight or not math.isfinite(loss):
             raise PayloadError(
                 f"weight {weight} and loss {loss} in the report; expected a positive weight and a finite loss"
             )
+        gradients = codec.decode_scalars(data[_REPORT.size + 2 * count :], count=num_steps)
+        # The largest quantised value may exceed the limit by a float32 rounding error.
+        if (largest := float(np.abs(gradients).max(initial=0))) > max_gradient * (1 + 1e-6):
+            raise PayloadError(f"a gradient of magnitude {largest:g} in the report; expected at most {max_gradient:g}")
+        if gradients[list(skipped)].any():
+            raise PayloadError("a gradient of a skipped step in the report; expected 0")
         return Report(weight, loss, skipped, gradients)
 
     def sums(self, seeds: Integers, num_seeds: int) -> Floats:
@@ -129,17 +157,26 @@ def pack_reports(replies: Mapping[int, bytes]) -> Tensor:
 
 
 def unpack_reports(record: Tensor) -> dict[int, bytes]:
-    """Decode a record into reports by client. Raises PayloadError: truncated."""
-    data, at, replies = to_bytes(record), 0, {}
+    """Decode a record into reports by client, in ascending order. Raises PayloadError: truncated, or in no such order."""
+    data, at, replies, last = to_bytes(record), 0, dict[int, bytes](), -1
     while at < len(data):
-        if at + _ENTRY.size > len(data):
-            raise PayloadError("the record of a round is truncated")
-        who, length = _ENTRY.unpack_from(data, at)
-        at += _ENTRY.size + length
-        if at > len(data):
-            raise PayloadError("the record of a round is truncated")
-        replies[who] = data[at - length : at]
+        who, body = _entry(data, at, _ENTRY, "record of a round")
+        if who <= last:
+            raise PayloadError(
+                f"client {who} after client {last} in the record of a round; expected ascending numbers"
+            )
+        replies[who], last = body, who
+        at += _ENTRY.size + len(body)
     return replies
+
+
+def _entry(data: bytes, at: int, head: struct.Struct, what: str) -> tuple[int, bytes]:
+    """The number and the bytes of the entry at `at`. Raises PayloadError: it goes beyond the end."""
+    if at + head.size <= len(data):
+        number, length = head.unpack_from(data, at)
+        if at + head.size + length <= len(data):
+            return int(number), data[at + head.size : at + head.size + length]
+    raise PayloadError(f"the {what} of {len(data)} bytes is truncated")
 
 
 def normalized_amplitudes(amplitudes: Floats, counts: Floats, sampling: Sampling) -> Floats:
@@ -174,13 +211,18 @@ def encode_levels(amplitudes: Floats) -> bytes:
     return codec.encode_scalars(np.rint(amplitudes * MAX_LEVEL), bits=5)
 
 
-def sampling_weights(levels: bytes) -> Integers | None:
-    """Integer weights for SeedPool.sample, the same on server and client; None for uniform sampling."""
+def sampling_weights(levels: bytes, *, num_seeds: int) -> Integers | None:
+    """(K,) integer weights for SeedPool.sample, the same on server and client; None for uniform sampling.
+
+    Raises:
+        PayloadError: damaged, of another K, or out of range.
+    """
     if not levels:
         return None
-    decoded = np.rint(codec.decode_scalars(levels)).astype(np.int64)
-    if decoded.min() < 0 or decoded.max() > MAX_LEVEL:
-        raise PayloadError(f"levels from {decoded.min()} to {decoded.max()}; expected 0 to {MAX_LEVEL}")
+    rounded = np.rint(codec.decode_scalars(levels, count=num_seeds))
+    if rounded.min() < 0 or rounded.max() > MAX_LEVEL:
+        raise PayloadError(f"levels from {rounded.min():g} to {rounded.max():g}; expected 0 to {MAX_LEVEL}")
+    decoded = rounded.astype(np.int64)
     table = np.array([round(1000 * math.exp(level / MAX_LEVEL)) for level in range(MAX_LEVEL + 1)], dtype=np.int64)
     return np.asarray(table[decoded], dtype=np.int64)
 
@@ -191,7 +233,7 @@ def to_tensor(data: bytes) -> Tensor:
 
 
 def to_bytes(tensor: Tensor) -> bytes:
-    """The inverse of `to_tensor`. Raises PayloadError: not uint8."""
-    if tensor.dtype != torch.uint8:
-        raise PayloadError(f"{tensor.dtype} where bytes were expected")
+    """The inverse of `to_tensor`. Raises PayloadError: not uint8 in one dimension."""
+    if tensor.dtype != torch.uint8 or tensor.dim() != 1:
+        raise PayloadError(f"{tensor.dtype} of shape {tuple(tensor.shape)} where bytes were expected")
     return tensor.numpy().tobytes()
