@@ -78,3 +78,26 @@ def test_other_scalars_do_not_hinder_a_sum() -> None:
 
 def test_nothing_added_is_an_empty_mean() -> None:
     assert not WeightedSum().mean().tensors
+
+
+def test_an_exact_mean_is_rounded_once_however_much_is_added_to_it() -> None:
+    total = WeightedSum()
+    for value in (1000.0, 1000.5, 1000.0):  # float16 has steps of 0.5 here.
+        total.add(Payload({"a": torch.full((3,), value, dtype=torch.float16), "n": torch.tensor([7])}), 1.0)
+    exact = total.exact_mean()
+    assert exact.tensors["a"].dtype == exact.tensors["n"].dtype == torch.float64
+    torch.testing.assert_close(exact.tensors["a"], torch.full((3,), 3000.5 / 3, dtype=torch.float64))
+    assert total.mean().tensors["a"].tolist() == [1000.0] * 3
+    moved = total.rounded(Payload({name: tensor + 0.1 for name, tensor in exact.tensors.items()}))
+    assert moved.tensors["a"].tolist() == [1000.5] * 3
+    assert moved.tensors["a"].dtype == torch.float16
+    assert moved.tensors["n"].dtype == torch.float64
+
+
+def test_a_mean_shares_no_memory_with_the_sum_or_another_mean() -> None:
+    total = WeightedSum()
+    total.add(reply(1, torch.float64), 2.0)
+    first, second = total.mean(), total.mean()
+    first.tensors["a"].zero_()
+    assert torch.equal(second.tensors["a"], reply(1, torch.float64).tensors["a"])
+    assert torch.equal(total.mean().tensors["a"], second.tensors["a"])

@@ -99,7 +99,10 @@ class Cohort:
 
         self._exchange(action, "mean", ask, take)
         shared = ask if isinstance(ask, Payload) else Payload()
-        return self._policy.server(total.mean(), shared, num_replies=total.num, expected=len(self.ids), when=when)
+        # Noise meets the mean before it is rounded: on a coarse grid one client could move it by more than its clip.
+        mean = total.exact_mean()
+        given = self._policy.server(mean, shared, num_replies=total.num, expected=len(self.ids), when=when)
+        return total.rounded(given)
 
     def call(self, action: str, ask: Payload | Mapping[int, Payload]) -> dict[int, Payload]:
         """Every client's reply to `action`, by id.

@@ -46,15 +46,28 @@ class WeightedSum:
         self.num += 1
 
     def mean(self) -> Payload:
-        """The weighted mean; empty if nothing was added. Integers come as float64."""
+        """The weighted mean in the replies' dtypes; empty if nothing was added. Integers come as float64."""
+        return self.rounded(self.exact_mean())
+
+    def exact_mean(self) -> Payload:
+        """The weighted mean in float64, not rounded to what the replies came in; empty if nothing was added."""
         if not self._weight or self._layout is None:
             return Payload()
-        flats = [
-            (total / self._weight).to(dtype if dtype.is_floating_point else torch.float64)
-            for total, (dtype, _, _) in zip(self._totals, self._layout.runs, strict=True)
-        ]
-        tensors = {name: tensor.clone() for name, tensor in Pack(self._layout, flats).items()}
+        flats = [total / self._weight for total in self._totals]
+        tensors = dict(Pack(self._layout, flats).items())
         return Payload(tensors, {name: total / self._weight for name, total in self._scalars.items()})
+
+    def rounded(self, mean: Payload) -> Payload:
+        """`mean`, or what was made of it, in the replies' dtypes; integers stay float64. No memory is shared."""
+        tensors = {}
+        for name, tensor in mean.tensors.items():
+            dtype = self._dtype(name)
+            tensors[name] = tensor.to(dtype if dtype.is_floating_point else torch.float64, copy=True)
+        return Payload(tensors, mean.scalars)
+
+    def _dtype(self, name: str) -> torch.dtype:
+        assert self._layout is not None
+        return self._layout.runs[self._layout.places[name].run][0]
 
 
 def _check_alike(layout: Layout, first: Layout) -> None:
