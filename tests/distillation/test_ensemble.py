@@ -11,6 +11,7 @@ from kilofed.config.recipe import AdapterSpec, ModelSpec, TrainSpec
 from kilofed.data.examples import IGNORED, Example
 from kilofed.distillation import ensemble, losses
 from kilofed.distillation.ensemble import Scores
+from kilofed.errors import PayloadError
 from kilofed.models import loading
 
 V = 259
@@ -159,3 +160,48 @@ def test_a_sure_model_counts_more(classifier: nn.Module) -> None:
     assert ensemble._weights(sure, "entropy") > 0.99
     torch.testing.assert_close(ensemble._weights(unsure, "confidence"), torch.tensor([1 / 3]))
     assert float(ensemble._weights(unsure, "entropy")) < 1e-6
+
+
+LOG_PROBS = torch.tensor([[-1.0, -2.0, -9.5], [-0.5, -60.0, 0.0]])
+
+
+@pytest.mark.parametrize(("wire", "most"), [("float32", 0.0), ("float16", 0.0), ("int8", 0.04)])
+def test_what_is_encoded_is_read(wire: ensemble.Wire, most: float) -> None:
+    sent = ensemble.encode(LOG_PROBS, wire)
+    read = ensemble.read(sent, wire, (2, 3))
+    assert torch.equal(read, ensemble.decode(sent, wire))
+    assert float((read - LOG_PROBS.clamp(min=-16 if wire == "int8" else -60)).abs().max()) <= most
+    assert ensemble.read(sent[:0], wire, (0, 3)).shape == (0, 3)
+
+
+@pytest.mark.parametrize("wire", ["float32", "float16", "int8"])
+def test_scores_that_encode_does_not_write_are_refused(wire: ensemble.Wire) -> None:
+    sent = ensemble.encode(LOG_PROBS, wire)
+    others = [ensemble.encode(LOG_PROBS, other) for other in ("float32", "float16", "int8") if other != wire]
+    for wrong in (None, sent[1:], sent[:, 1:], sent.reshape(-1), sent.double(), *others):
+        with pytest.raises(PayloadError, match=r"log-probabilities of .*; expected torch\.\w+ \(2, 3\)"):
+            ensemble.read(wrong, wire, (2, 3))
+    for value in (-128,) if wire == "int8" else (math.nan, math.inf, -math.inf, 0.01, -60.1):
+        with pytest.raises(PayloadError, match=r"log-probabilities from .* to .*; expected -(60|127) to (0|127)"):
+            ensemble.read(
+                sent.index_put((torch.tensor(1), torch.tensor(2)), torch.tensor(value, dtype=sent.dtype)), wire, (2, 3)
+            )
+
+
+def test_tokens_that_the_server_does_not_choose_are_refused() -> None:
+    good = torch.tensor([[5, 7], [258, 0]], dtype=torch.int16)
+    assert ensemble.read_tokens(good, (2, 2), 259).tolist() == good.tolist()
+    assert ensemble.read_tokens(good.int(), (2, 2), 40_000).dtype == torch.int64
+    for wrong, num_outputs, message in (
+        (None, 259, r"tokens of none; expected \(2, 2\)"),
+        (good[1:], 259, r"tokens of shape \(1, 2\)"),
+        (good[:, :, None], 259, r"tokens of shape \(2, 2, 1\)"),
+        (good.int(), 259, r"token ids are torch\.int32 \(2, 2\); expected torch\.int16"),
+        (good, 40_000, r"token ids are torch\.int16"),
+        (good.float(), 259, r"token ids are torch\.float32"),
+        (good, 258, "token ids from 0 to 258; expected ids from 0, and below 258"),
+        (-good, 259, "token ids from -258 to 0"),
+        (torch.tensor([[5, 7], [3, 3]], dtype=torch.int16), 259, "a token id comes twice at a position"),
+    ):
+        with pytest.raises(PayloadError, match=message):
+            ensemble.read_tokens(wrong, (2, 2), num_outputs)

@@ -158,7 +158,37 @@ def test_what_does_not_fit_is_refused() -> None:
         losses.forward_kl(losses.top_k(scores(0), 3), scores(0), 2.0)
     packed = losses.pack(losses.top_k(scores(0), 3), "float16")
     for broken in ({}, {**packed, "values": packed["values"][:, 1:]}):
-        with pytest.raises(ModelError, match="packed teacher scores are invalid"):
+        with pytest.raises(ModelError, match="packed teacher scores are"):
             losses.unpack(broken, 11)
-    with pytest.raises(ModelError, match="not below 4"):
+    with pytest.raises(ModelError, match="and below 4"):
         losses.unpack(packed, 4)
+
+
+@pytest.mark.parametrize("packing", ["float16", "int8"])
+def test_packed_scores_that_pack_does_not_write_are_refused(packing: losses.Packing) -> None:
+    packed = losses.pack(losses.top_k(scores(0), 3), packing)
+    losses.unpack(packed, 11)
+    ids, values = packed["ids"], packed["values"]
+    twice, negative = ids.clone(), ids.clone()
+    twice[2, 1], negative[4, 0] = twice[2, 0], -1
+    changes: list[dict[str, Tensor]] = [
+        {"ids": twice}, {"ids": negative}, {"ids": ids.int()}, {"ids": ids.half()}, {"ids": ids[1:]}, {"ids": ids[0]},
+        {"ids": ids[..., None]}, {"values": values[1:]}, {"values": values.float()}, {"values": values[:, 0]},
+        {"more": values},
+    ]  # fmt: skip
+    if packing == "float16":
+        odd = [torch.full((), value).half() for value in (math.nan, math.inf)]
+        changes += [{"values": values.index_put((torch.tensor(1), torch.tensor(2)), one)} for one in odd]
+        changes += [{"values": torch.full_like(values, -math.inf)}, {"scales": torch.ones(5, 2)}]
+    else:
+        scales = packed["scales"]
+        changes += [
+            {"scales": scales.half()}, {"scales": scales[1:]}, {"scales": scales.flip(1)}, {"scales": scales[:, :1]},
+            {"scales": torch.full_like(scales, math.nan)}, {"scales": torch.tensor([[-3e38, 3e38]]).expand(5, 2)},
+            {"values": torch.full_like(values, losses.NO_MASS)},
+        ]  # fmt: skip
+        with pytest.raises(ModelError, match="packed teacher scores are"):
+            losses.unpack({"ids": ids, "values": values}, 11)
+    for change in changes:
+        with pytest.raises(ModelError, match="packed teacher scores are"):
+            losses.unpack(packed | change, 11)

@@ -56,14 +56,14 @@ def run_round(client: Client, restart: Callable[[Client], None]) -> ClientHalf:
     sent: dict[str, torch.Tensor] = own_tensors(client)
     for turn in range(2):
         half = ClientHalf.resume(client, 1, ask(turn, sent))
-        half.receive(ask(turn, sent))
+        half.receive(ask(turn, sent), "float32")
         batch, rows_ND = half.forward(turn)
         assert rows_ND.shape == (int(batch.attention_mask.sum()), 16)
         sent = gradient(len(rows_ND))
         half.save()
         restart(client)
     half = ClientHalf.resume(client, 1, ask(2))
-    half.receive(ask(2, sent))
+    half.receive(ask(2, sent), "float32")
     return half
 
 
@@ -117,11 +117,11 @@ def test_the_loss_at_the_head_is_that_of_the_model(client: Client) -> None:
     half = ClientHalf.resume(client, 1, ask(0, own_tensors(client)))
     batch, _ = half.forward(0)
     sent = gradient(int(batch.attention_mask.sum()))
-    top = activation_codec.pad(activation_codec.decode(sent, len(sent["rows"]), 16), batch.attention_mask)
+    top = activation_codec.pad(activation_codec.decode(sent, len(sent["rows"]), 16, "float32"), batch.attention_mask)
     top.requires_grad_()
     with Halves(client.model.eval(), 1).from_last(top):
         loss = training.loss(client.model, batch)
     loss.backward()
-    found = half.forward_head(ask(1, sent))
+    found = half.forward_head(ask(1, sent), "float32")
     assert half.totals.tolist() == [0, 0, float(loss.detach())]
     assert torch.equal(found, activation_codec.unpad(top.grad, batch.attention_mask))

@@ -1,6 +1,7 @@
 """The server's half: validation of batches, client weights in a joint step, undone steps."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,9 +13,11 @@ from kilofed.errors import NonFiniteLoss, PayloadError
 from kilofed.models import halves, loading, training
 from kilofed.models.halves import Halves
 from kilofed.split import activation_codec, server_half
-from kilofed.split.server_half import ClientBatch, ServerHalf, Sharing
+from kilofed.split.server_half import BatchLimits, ClientBatch, ServerHalf, Sharing
 
 SGD = TrainSpec(optimizer="sgd", lr=0.5)
+TOKENS = BatchLimits(8, 16, 16, "float32", "tokens", 259)
+CLASSES = replace(TOKENS, targets="classes", num_outputs=5)
 
 
 def batch(seed: int, lengths: list[int]) -> training.TokenBatch:
@@ -47,7 +50,7 @@ def make_server(model: torch.nn.Module) -> Callable[[Sharing], ServerHalf]:
 def sent(model: torch.nn.Module, one: training.Batch) -> ClientBatch:
     hidden = Halves(model, 1).below(one.input_ids, one.attention_mask).detach()
     tensors, _ = activation_codec.encode(activation_codec.unpad(hidden, one.attention_mask), "float32")
-    return server_half.decode_batch(tensors | server_half.lengths(one) | server_half.labels(one), 16, labels=True)
+    return server_half.decode_batch(tensors | server_half.lengths(one) | server_half.labels(one), TOKENS)
 
 
 def test_batches_round_trip(model: torch.nn.Module) -> None:
@@ -59,13 +62,109 @@ def test_batches_round_trip(model: torch.nn.Module) -> None:
     assert not read.batch.input_ids.any()
     assert not read.hidden_BTD[1, 3:].any()
     without = {"rows": torch.zeros(8, 16), **server_half.lengths(one)}
-    assert server_half.decode_batch(without, 16, labels=False).batch is None
+    assert server_half.decode_batch(without, replace(TOKENS, targets="none")).batch is None
     classes = training.ClassBatch(one.input_ids, one.attention_mask, torch.tensor([4, 1]))
-    found = server_half.decode_batch(without | server_half.labels(classes), 16, labels=True).batch
+    found = server_half.decode_batch(without | server_half.labels(classes), CLASSES).batch
     assert isinstance(found, training.ClassBatch)
     assert found.classes.tolist() == [4, 1]
-    with pytest.raises(PayloadError, match="0 labels for 8 tokens in 2 rows"):
-        server_half.decode_batch(without, 16, labels=True)
+
+
+def test_limits_are_those_of_the_model_and_the_recipe(model: torch.nn.Module) -> None:
+    spec = TrainSpec(batch_size=7)
+    found = BatchLimits.of(model, spec, length=9, dtype="int8", labels=True)
+    assert found == BatchLimits(7, 9, 16, "int8", "tokens", 259)
+    assert BatchLimits.of(model, spec, length=9, dtype="int8", labels=False).targets == "none"
+
+
+def test_limits_of_a_classifier(tiny_encoder: Path) -> None:
+    model = loading.load_model(ModelSpec(str(tiny_encoder)), AdapterSpec(rank=2), 0, ("a", "b", "c"))
+    found = BatchLimits.of(model, TrainSpec(), length=9, dtype="int8", labels=True)
+    assert (found.targets, found.num_outputs) == ("classes", 3)
+
+
+def reply(*, targets: server_half.Targets = "tokens") -> dict[str, torch.Tensor]:
+    """Hidden states of rows of 5 and 3 tokens, and what is learnt from them."""
+    one = batch(0, [5, 3])
+    sent = {"rows": torch.ones(8, 16), **server_half.lengths(one)}
+    if targets == "tokens":
+        return sent | server_half.labels(one)
+    return sent | ({"classes": torch.tensor([4, -100], dtype=torch.int32)} if targets == "classes" else {})
+
+
+def int32(*numbers: int) -> torch.Tensor:
+    return torch.tensor(numbers, dtype=torch.int32)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"lengths": torch.tensor([5, 3])}, r"lengths of torch\.int64 \(2,\)"),
+        ({"lengths": int32(5, 3)[None]}, r"lengths of torch\.int32 \(1, 2\)"),
+        ({"lengths": torch.tensor([5.0, 3.0])}, "lengths of torch.float32"),
+        ({"lengths": int32()}, "0 rows; expected 1 to 4"),
+        ({"lengths": int32(2, 2, 2, 1, 1)}, "5 rows; expected 1 to 4"),
+        ({"lengths": int32(8, 0)}, "8 among its lengths; expected 1 to 6"),
+        ({"lengths": int32(9, -1)}, "9 among its lengths; expected 1 to 6"),
+        ({"lengths": int32(5, 0)}, "0 among its lengths; expected 1 to 6"),
+        ({"lengths": int32(5, -3)}, "-3 among its lengths; expected 1 to 6"),
+        ({"lengths": int32(1, 7)}, "7 among its lengths; expected 1 to 6"),
+        ({"lengths": int32(5, 4)}, r"rows of torch\.float32 \(8, 16\); expected torch\.float32 \(9, 16\)"),
+        ({"lengths": int32(6, 6, 6, 6)}, r"expected torch\.float32 \(24, 16\)"),
+        ({"rows": torch.ones(8, 15)}, r"expected torch\.float32 \(8, 16\)"),
+        ({"rows": torch.ones(8, 16).bfloat16()}, r"rows of torch\.bfloat16"),
+        ({"rows": torch.full((8, 16), torch.nan)}, "NaN or infinite"),
+        ({"rows": torch.full((8, 16), -torch.inf)}, "NaN or infinite"),
+        ({"labels": int32(*[1] * 7)}, "7 labels for 8 tokens in 2 rows"),
+        ({"labels": int32(*[1] * 7, 259)}, "259 among its labels; expected 0 to 258"),
+        ({"labels": int32(*[1] * 7, -1)}, "-1 among its labels"),
+        ({"labels": int32(*[-100] * 8)}, "no labels to learn from in 2 rows"),
+        ({"labels": int32(1, *[-100] * 4, 1, -100, -100)}, "no labels to learn from"),  # First tokens have no loss.
+        ({"labels": torch.ones(8)}, "labels of torch.float32"),
+        ({"scales": torch.ones(8)}, r"which differs in \['scales'\]"),
+        ({"classes": int32(1, 1)}, r"which differs in \['classes'\]"),
+        ({"more": int32(1)}, r"which differs in \['more'\]"),
+    ],
+)
+def test_a_batch_out_of_its_limits_is_refused(change: dict[str, torch.Tensor], message: str) -> None:
+    limits = replace(TOKENS, num_rows=4, length=6)
+    server_half.decode_batch(reply(), limits)
+    with pytest.raises(PayloadError, match=message):
+        server_half.decode_batch(reply() | change, limits)
+
+
+@pytest.mark.parametrize("missing", ["rows", "lengths", "labels"])
+def test_a_batch_without_a_tensor_is_refused(missing: str) -> None:
+    kept = {name: tensor for name, tensor in reply().items() if name != missing}
+    with pytest.raises(PayloadError, match=rf"which differs in \['{missing}'\]"):
+        server_half.decode_batch(kept, TOKENS)
+
+
+@pytest.mark.parametrize(
+    ("classes", "message"),
+    [
+        (int32(4), "1 classes for 8 tokens in 2 rows"),
+        (int32(4, 5), "5 among its classes; expected 0 to 4"),
+        (int32(4, -1), "-1 among its classes"),
+        (int32(-100, -100), "no classes to learn from"),
+    ],
+)
+def test_classes_that_do_not_fit_are_refused(classes: torch.Tensor, message: str) -> None:
+    assert server_half.decode_batch(reply(targets="classes"), CLASSES).batch is not None
+    with pytest.raises(PayloadError, match=message):
+        server_half.decode_batch(reply(targets="classes") | {"classes": classes}, CLASSES)
+    with pytest.raises(PayloadError, match=r"which differs in \['classes', 'labels'\]"):
+        server_half.decode_batch(reply(targets="tokens"), CLASSES)
+    with pytest.raises(PayloadError, match=r"which differs in \['labels'\]"):
+        server_half.decode_batch(reply(targets="tokens"), replace(TOKENS, targets="none"))
+
+
+def test_lengths_that_claim_the_largest_numbers_cost_nothing() -> None:
+    most = 2**31 - 1
+    with torch.profiler.profile(profile_memory=True) as profile:
+        for lengths in (int32(most), int32(most, most), int32(*[most] * 4)):
+            with pytest.raises(PayloadError, match=f"{most} among its lengths"):
+                server_half.decode_batch(reply() | {"lengths": lengths}, TOKENS)
+    assert sum(max(event.cpu_memory_usage, 0) for event in profile.key_averages()) < 10_000
 
 
 def test_the_loss_is_that_of_the_whole_model(

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from kilofed.config.recipe import TrainSpec
 from kilofed.data.examples import IGNORED, Example
 from kilofed.distillation import losses
+from kilofed.errors import PayloadError
 from kilofed.models import training
 
 Wire = Literal["float32", "float16", "int8"]
@@ -27,6 +28,7 @@ Weighting = Literal["uniform", "confidence", "entropy"]
 RANGE = 16.0
 """Nats that int8 codes span; log-probabilities below -RANGE are clamped."""
 STEP = RANGE / 254
+_DTYPES = {"float32": torch.float32, "float16": torch.float16, "int8": torch.int8}
 MIN_WEIGHT = 1e-3
 """Positions whose mean weight is below this, which noise can cause, count as scored by no client."""
 
@@ -102,13 +104,49 @@ def encode(log_probs_NB: Tensor, wire: Wire) -> Tensor:
     """Encode log-probabilities; int8 has one fixed scale, so that the mean of codes is the code of the mean."""
     clamped = log_probs_NB.clamp(min=losses.MIN_LOG_PROB if wire != "int8" else -RANGE, max=0)
     if wire == "int8":
-        return (clamped / STEP + 127).round().to(torch.int8)
-    return clamped.to(torch.float16 if wire == "float16" else torch.float32)
+        return (clamped / STEP + 127).round().to(_DTYPES[wire])
+    return clamped.to(_DTYPES[wire])
 
 
 def decode(sent_NB: Tensor, wire: Wire) -> Tensor:
     """Decode log-probabilities, or a mean of encoded ones, to float64."""
     return (sent_NB.double() - 127) * STEP if wire == "int8" else sent_NB.double()
+
+
+def read(sent_NB: Tensor | None, wire: Wire, shape: tuple[int, int]) -> Tensor:
+    """Decode a message of `encode`, (N, B), to float64.
+
+    Raises:
+        PayloadError: it is missing, of another dtype or shape, or has numbers that `encode` does not write.
+    """
+    dtype = _DTYPES[wire]
+    if sent_NB is None or sent_NB.dtype != dtype or sent_NB.shape != shape:
+        got = "none" if sent_NB is None else f"{sent_NB.dtype} {tuple(sent_NB.shape)}"
+        raise PayloadError(f"the message has log-probabilities of {got}; expected {dtype} {shape}")
+    least, most = (-127, 127) if wire == "int8" else (losses.MIN_LOG_PROB, 0)
+    # NaN is neither.
+    if sent_NB.numel() and not (float(sent_NB.min()) >= least and float(sent_NB.max()) <= most):
+        raise PayloadError(
+            f"the message has log-probabilities from {float(sent_NB.min()):g} to {float(sent_NB.max()):g}; "
+            f"expected {least:g} to {most:g}"
+        )
+    return decode(sent_NB, wire)
+
+
+def read_tokens(sent_NK: Tensor | None, shape: tuple[int, int], num_outputs: int) -> Tensor:
+    """The tokens (N, K) of a message, int64.
+
+    Raises:
+        PayloadError: they are missing, of another dtype or shape, not in the vocabulary, or not distinct at a position.
+    """
+    if sent_NK is None or sent_NK.shape != shape:
+        got = "none" if sent_NK is None else f"shape {tuple(sent_NK.shape)}"
+        raise PayloadError(f"the message has tokens of {got}; expected {shape}")
+    try:
+        losses.check_tokens(sent_NK, num_outputs)
+    except ValueError as error:
+        raise PayloadError(f"the message's {error}") from error
+    return sent_NK.long()
 
 
 def contribution(global_NB: Tensor, own: Scores) -> Tensor:

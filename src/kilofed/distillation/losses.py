@@ -111,8 +111,7 @@ def pack(teacher: TopK, packing: Packing) -> dict[str, Tensor]:
     int8 codes are scaled per position between the smallest and the largest log-probability kept, so the error is at most
     half a step, (largest - smallest) / 508. float16 rounds to 11 significant bits.
     """
-    id_dtype = torch.int16 if teacher.vocab_size <= 2**15 else torch.int32
-    ids = {"ids": teacher.ids_NK.to(id_dtype)}
+    ids = {"ids": teacher.ids_NK.to(id_dtype(teacher.vocab_size))}
     values = torch.cat([teacher.log_probs_NK, teacher.rest_N[:, None]], 1)
     if packing == "float16":
         return {**ids, "values": values.clamp(min=-65504.0).where(values.isfinite(), values).half()}
@@ -131,28 +130,72 @@ def unpack(packed: Mapping[str, Tensor], vocab_size: int, temperature: float = 1
     Raises:
         ModelError: `packed` is not a result of `pack`.
     """
-    try:
-        ids, values = packed["ids"].long(), packed["values"]
-        if values.dtype is torch.int8:
-            scales = packed["scales"].float()
-            low, high = scales[:, :1], scales[:, 1:]
-            step = ((high - low) / STEPS).clamp(min=1e-12)
-            numbers = (values.float() + STEPS / 2) * step + low
-            numbers = numbers.masked_fill(values == NO_MASS, -math.inf)
-        else:
-            numbers = values.float()
-        if numbers.shape != (len(ids), ids.shape[1] + 1) or (ids.numel() and not _in_vocabulary(ids, vocab_size)):
-            raise ValueError(
-                f"shapes {tuple(ids.shape)} and {tuple(values.shape)}, or a token id not below {vocab_size}"
-            )
-    except (KeyError, ValueError, RuntimeError, IndexError) as error:
-        raise ModelError(f"packed teacher scores are invalid ({error}); expected a result of `losses.pack`") from error
+    names = {"ids", "values", "scales"} if _dtype_of(packed, "values") == torch.int8 else {"ids", "values"}
+    if packed.keys() != names:
+        raise ModelError(f"packed teacher scores are {sorted(packed)[:8]}; expected {sorted(names)} of `losses.pack`")
+    ids_NK, values, num = packed["ids"], packed["values"], len(packed["values"])
+    _check_ids(ids_NK, vocab_size)
+    wrong = ids_NK.shape[0] != num or values.shape != (num, ids_NK.shape[1] + 1)
+    if wrong or values.dtype not in (torch.int8, torch.float16):
+        raise ModelError(
+            f"packed teacher scores are invalid: ids {tuple(ids_NK.shape)} and values {values.dtype} "
+            f"{tuple(values.shape)}; expected a result of `losses.pack`"
+        )
+    numbers = _scaled(values, packed["scales"]) if values.dtype == torch.int8 else values.float()
+    # The largest of a row with a NaN is NaN, that of a row without any probability -inf.
+    if not bool(numbers.amax(1).isfinite().all()):
+        raise ModelError(
+            "packed teacher scores are invalid: NaN, infinite or all 0; expected a result of `losses.pack`"
+        )
     log_probs = numbers.log_softmax(1)
-    return TopK(ids, log_probs[:, :-1], log_probs[:, -1], vocab_size, temperature)
+    return TopK(ids_NK.long(), log_probs[:, :-1], log_probs[:, -1], vocab_size, temperature)
 
 
-def _in_vocabulary(ids: Tensor, vocab_size: int) -> bool:
-    return bool(ids.min() >= 0) and bool(ids.max() < vocab_size)
+def check_tokens(ids_NK: Tensor, vocab_size: int) -> None:
+    """Raise ValueError unless ids are of the type that V needs, below V, and distinct at each position."""
+    expected = id_dtype(vocab_size)
+    if ids_NK.dtype != expected or ids_NK.dim() != 2:
+        raise ValueError(
+            f"token ids are {ids_NK.dtype} {tuple(ids_NK.shape)}; expected {expected} (positions, tokens)"
+        )
+    if ids_NK.numel() and not (int(ids_NK.min()) >= 0 and int(ids_NK.max()) < vocab_size):
+        raise ValueError(
+            f"token ids from {int(ids_NK.min())} to {int(ids_NK.max())}; expected ids from 0, and below {vocab_size}"
+        )
+    ordered = ids_NK.sort(1).values
+    if bool((ordered[:, 1:] == ordered[:, :-1]).any()):
+        raise ValueError("a token id comes twice at a position; expected distinct ones")
+
+
+def id_dtype(vocab_size: int) -> torch.dtype:
+    """The smaller integer type for token ids below `vocab_size`."""
+    return torch.int16 if vocab_size <= 2**15 else torch.int32
+
+
+def _check_ids(ids_NK: Tensor, vocab_size: int) -> None:
+    try:
+        check_tokens(ids_NK, vocab_size)
+    except ValueError as error:
+        raise ModelError(f"packed teacher scores are invalid ({error}); expected a result of `losses.pack`") from error
+
+
+def _dtype_of(packed: Mapping[str, Tensor], name: str) -> torch.dtype | None:
+    return packed[name].dtype if name in packed else None
+
+
+def _scaled(codes: Tensor, scales: Tensor) -> Tensor:
+    """(N, K + 1) float32 from int8 codes and (N, 2) scales. Raises ModelError: scales that `pack` does not write."""
+    if scales.dtype != torch.float32 or scales.shape != (len(codes), 2) or not bool(scales.isfinite().all()):
+        raise ModelError(
+            f"packed teacher scores are invalid: scales {scales.dtype} {tuple(scales.shape)}; expected finite float32 "
+            f"{(len(codes), 2)}"
+        )
+    low, high = scales[:, :1], scales[:, 1:]
+    if bool((low > high).any()):
+        raise ModelError("packed teacher scores are invalid: a smallest score above the largest; expected the reverse")
+    step = ((high - low) / STEPS).clamp(min=1e-12)
+    numbers = (codes.float() + STEPS / 2) * step + low
+    return numbers.masked_fill(codes == NO_MASS, -math.inf)
 
 
 def _buckets(teacher: Tensor | TopK, student_NV: Tensor, temperature: float) -> tuple[Tensor, Tensor]:

@@ -183,7 +183,10 @@ class KD(Method):
         return Payload(tensors, {NUM_WORDS: own.num_outputs, PUBLIC: public})
 
     def _check(self, model: nn.Module, rows: list[Example], ask: Payload) -> None:
-        """Raise ClientError unless public rows, vocabulary or label set are those of the server."""
+        """Raise ClientError unless public rows, vocabulary and label set are those of the server.
+
+        Raise PayloadError unless the scores and tokens that came fit them.
+        """
         if not rows:
             raise ClientError("it has no public rows; give it the file that data.public names at the server")
         num_outputs, expected = ensemble.num_outputs_of(model, rows), int(ask.scalars[NUM_WORDS])
@@ -198,6 +201,10 @@ class KD(Method):
                 f"its public rows, or the names of its {what}, differ from the server's; give both the same data.public "
                 "and data.labels"
             )
+        num, k = sum(ensemble.num_positions(rows)), self.num_kept(rows, num_outputs)
+        ensemble.read(ask.tensors.get(LOG_PROBS), self.wire, (num, k + 1 if k else num_outputs))
+        if k:
+            ensemble.read_tokens(ask.tensors.get(TOKENS), (num, k), num_outputs)
 
     def _own_scores(self, client: Client, rows: list[Example], ask: Payload) -> Scores:
         """The scores of the client's model; weight 0 on rows it does not score. Raises ClientError: not finite."""

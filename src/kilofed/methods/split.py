@@ -32,9 +32,11 @@ from kilofed.records.results import Chart
 from kilofed.split import activation_codec, reconstruction, server_half
 from kilofed.split.client_half import CACHE, TURN, ClientHalf
 from kilofed.split.passes import PartName, PartOfModel
-from kilofed.split.server_half import ClientBatch, ServerHalf, Sharing
+from kilofed.split.server_half import BatchLimits, ClientBatch, ServerHalf, Sharing
 
 STEP, STEPS, LAST = "step", "steps", "last"
+MAX_LENGTH = 2**15
+"""Tokens of a row."""
 
 NUM_ATTACKED = 32
 """Maximum number of rows that the reconstruction attack is run on, and is fitted on."""
@@ -135,6 +137,12 @@ class Split(Method):
                 due = dict(own)
         return messages
 
+    def limits(self, server: Server) -> BatchLimits:
+        """What a client's batch may be."""
+        return BatchLimits.of(
+            server.model, server.train, length=MAX_LENGTH, dtype=self.activations, labels=not self.holds_head
+        )
+
     def presentation(self) -> "ReconstructionCharts":
         return ReconstructionCharts(self)
 
@@ -142,7 +150,7 @@ class Split(Method):
     def forward(self, client: Client, ask: Payload) -> Payload:
         """Apply what was sent; reply with the hidden states of the next batch, and its labels if the server has the head."""
         half = ClientHalf.resume(client, self.cut, ask)
-        half.receive(ask)
+        half.receive(ask, self.gradients)
         batch, rows = half.forward(int(ask.scalars[STEP]))
         tensors, half.residual = activation_codec.encode(rows, self.activations, half.residual)
         tensors |= (
@@ -156,7 +164,7 @@ class Split(Method):
         """Compute the loss above the last block; reply with its gradient with respect to that block's output."""
         half = ClientHalf.resume(client, self.cut, ask)
         tensors, half.head_residual = activation_codec.encode(
-            half.forward_head(ask), self.gradients, half.head_residual
+            half.forward_head(ask, self.activations), self.gradients, half.head_residual
         )
         half.save()
         return Payload(tensors)
@@ -165,7 +173,7 @@ class Split(Method):
     def part(self, client: Client, ask: Payload) -> Payload:
         """Apply what was sent; reply with the client's trained tensors."""
         half = ClientHalf.resume(client, self.cut, ask)
-        half.receive(ask)
+        half.receive(ask, self.gradients)
         end = half.learner.read()
         if not all(bool(value.isfinite().all()) for value in end.values()):
             raise NonFiniteLoss("its trained tensors are not finite; lower train.lr or train.max_grad_norm")
@@ -229,6 +237,7 @@ class _Round:
         own, others = method.shares(server)
         self._half = ServerHalf(server.model, method.cut, others, server.train, method.server_part, server.rng)
         self._width = halves.width(server.model)
+        self._limits = method.limits(server)
         self._alive = list(clients.ids)
         self._turns = Counter[int]()
         self._outbox: dict[int, dict[str, Tensor]] = {client: dict(own) for client in self._alive}
@@ -324,9 +333,7 @@ class _Round:
         found = {}
         for client, reply in replies.items():
             try:
-                found[client] = server_half.decode_batch(
-                    reply.tensors, self._width, labels=not self._method.holds_head
-                )
+                found[client] = server_half.decode_batch(reply.tensors, self._limits)
                 self._steps[client] = int(reply.scalars[STEPS])
             except (PayloadError, KeyError, ValueError) as error:
                 self._reject(client, str(error))
@@ -334,7 +341,8 @@ class _Round:
 
     def _rows(self, client: int, reply: Payload, num: int) -> Tensor | None:
         try:
-            return server_half.check_finite(activation_codec.decode(reply.tensors, num, self._width))
+            rows = activation_codec.decode(reply.tensors, num, self._width, self._method.gradients)
+            return server_half.check_finite(rows)
         except PayloadError as error:
             self._reject(client, str(error))
             return None

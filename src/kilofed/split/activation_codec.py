@@ -17,6 +17,7 @@ WireDtype = Literal["float32", "bfloat16", "int8"]
 
 SCALES = "scales"
 _MAX_LEVEL = 127.0
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
 
 
 def unpad(hidden_BTD: Tensor, mask_BT: Tensor) -> Tensor:
@@ -49,7 +50,7 @@ def encode(rows_ND: Tensor, dtype: WireDtype, residual_D: Tensor | None = None) 
     rows_ND = rows_ND.detach().float().cpu()
     zero_D = rows_ND.new_zeros(rows_ND.shape[1])
     if dtype != "int8":
-        return {ROWS: rows_ND.to(torch.float32 if dtype == "float32" else torch.bfloat16)}, zero_D
+        return {ROWS: rows_ND.to(_DTYPES[dtype])}, zero_D
     corrected_ND = rows_ND if residual_D is None else rows_ND + residual_D / len(rows_ND)
     scales_N = (corrected_ND.abs().amax(1) / _MAX_LEVEL).bfloat16()
     steps_N1 = torch.where(scales_N == 0, 1.0, scales_N.float())[:, None]
@@ -63,18 +64,30 @@ def has_rows(tensors: Mapping[str, Tensor]) -> bool:
     return ROWS in tensors
 
 
-def decode(tensors: Mapping[str, Tensor], num_rows: int, width: int) -> Tensor:
+def decode(tensors: Mapping[str, Tensor], num_rows: int, width: int, dtype: WireDtype) -> Tensor:
     """Decode the rows of `encode` to float32, (num_rows, width).
 
     Raises:
-        PayloadError: they are missing, or of another shape.
+        PayloadError: they are missing, of another dtype or shape, or not as `encode` writes them.
     """
-    rows, scales = tensors.get(ROWS), tensors.get(SCALES)
-    if rows is None or rows.shape != (num_rows, width):
-        got = "none" if rows is None else f"shape {tuple(rows.shape)}"
-        raise PayloadError(f"the reply has hidden states of {got}; expected {(num_rows, width)}")
-    if rows.dtype != torch.int8:
+    rows = _one(tensors, ROWS, _DTYPES[dtype], (num_rows, width))
+    if dtype != "int8":
+        if SCALES in tensors:
+            raise PayloadError(f"the message has scales beside {dtype} rows; expected none")
         return rows.float()
-    if scales is None or scales.shape != (num_rows,):
-        raise PayloadError(f"the reply has int8 hidden states without {num_rows} scales")
+    scales = _one(tensors, SCALES, torch.bfloat16, (num_rows,))
+    # A minimum, not a comparison: that would take as much memory again.
+    if rows.numel() and int(rows.min()) < -_MAX_LEVEL:
+        raise PayloadError("an int8 level of -128 in the message; expected -127 to 127")
+    if bool((scales < 0).any()):
+        raise PayloadError("a negative scale in the message; expected scales from 0")
     return rows.float() * scales.float()[:, None]
+
+
+def _one(tensors: Mapping[str, Tensor], name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+    """Tensor `name`. Raises PayloadError: it is missing, or of another dtype or shape."""
+    found = tensors.get(name)
+    if found is None or found.dtype != dtype or found.shape != shape:
+        got = f"no {name}" if found is None else f"{name} of {found.dtype} {tuple(found.shape)}"
+        raise PayloadError(f"the message has {got}; expected {dtype} {shape}")
+    return found

@@ -63,11 +63,18 @@ class ClientHalf:
         client.cache[CACHE] = half
         return half
 
-    def receive(self, ask: Payload) -> None:
-        """Apply what the request has: the open step's gradient at the cut, the mean of the clients' tensors, or both."""
+    def receive(self, ask: Payload, dtype: activation_codec.WireDtype) -> None:
+        """Apply what the request has: the open step's gradient at the cut, the mean of the clients' tensors, or both.
+
+        Args:
+            dtype: of gradients on the wire.
+
+        Raises:
+            PayloadError: the gradient does not fit the open step.
+        """
         if activation_codec.has_rows(ask.tensors):
             batch, hidden = self._open_batch()
-            hidden.backward(_decode_like(hidden, batch, ask))  # type: ignore[no-untyped-call]
+            hidden.backward(_decode_like(hidden, batch, ask, dtype))  # type: ignore[no-untyped-call]
             first, total = (self._round - 1) * self.steps, self.steps * self._client.num_rounds
             self.learner.step(training.learning_rate(self._client.train, first + self._number, total))
             self.totals += torch.tensor([len(batch.input_ids), 1, 0])
@@ -81,10 +88,17 @@ class ClientHalf:
         batch, hidden = self._open_batch()
         return batch, activation_codec.unpad(hidden.detach(), batch.attention_mask)
 
-    def forward_head(self, ask: Payload) -> Tensor:
-        """(N, D): the gradient of the open step's loss with respect to the output of the last block."""
+    def forward_head(self, ask: Payload, dtype: activation_codec.WireDtype) -> Tensor:
+        """(N, D): the gradient of the open step's loss with respect to the output of the last block.
+
+        Args:
+            dtype: of hidden states on the wire.
+
+        Raises:
+            NonFiniteLoss: the loss is no finite number. PayloadError: the hidden states do not fit the open step.
+        """
         batch, hidden = self._open_batch()
-        top = _decode_like(hidden, batch, ask).requires_grad_()
+        top = _decode_like(hidden, batch, ask, dtype).requires_grad_()
 
         def forward() -> Tensor:
             with self._halves.from_last(top):
@@ -145,7 +159,7 @@ class ClientHalf:
             model.eval()
 
 
-def _decode_like(hidden_BTD: Tensor, batch: training.Batch, ask: Payload) -> Tensor:
+def _decode_like(hidden_BTD: Tensor, batch: training.Batch, ask: Payload, dtype: activation_codec.WireDtype) -> Tensor:
     """The rows in `ask`, padded to the shape, type and device of the batch's hidden states."""
-    rows_ND = activation_codec.decode(ask.tensors, int(batch.attention_mask.sum()), hidden_BTD.shape[2])
+    rows_ND = activation_codec.decode(ask.tensors, int(batch.attention_mask.sum()), hidden_BTD.shape[2], dtype)
     return activation_codec.pad(rows_ND.to(hidden_BTD.device), batch.attention_mask).to(hidden_BTD.dtype)

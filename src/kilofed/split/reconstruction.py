@@ -119,7 +119,7 @@ def _states(
             if noise:
                 hidden = hidden + noise * hidden.std() * torch.randn(hidden.shape, generator=rng)
             sent, _ = activation_codec.encode(hidden, dtype)
-            rows.append(activation_codec.decode(sent, *hidden.shape))
+            rows.append(activation_codec.decode(sent, len(hidden), hidden.shape[1], dtype))
             tokens.append(activation_codec.unpad(batch.input_ids, batch.attention_mask).cpu())
     return torch.cat(rows), torch.cat(tokens)
 

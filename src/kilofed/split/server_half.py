@@ -17,16 +17,47 @@ from kilofed.config.recipe import TrainSpec
 from kilofed.data.examples import IGNORED
 from kilofed.errors import ModelError, NonFiniteLoss, PayloadError
 from kilofed.federation.sums import WeightedSum
-from kilofed.models import training
+from kilofed.models import halves, training
 from kilofed.models.halves import Halves
 from kilofed.models.learner import Learner
 from kilofed.payload import Payload
+from kilofed.privacy.mechanisms import ROWS
 from kilofed.split import activation_codec
 
 Sharing = Literal["averaged", "sequential", "joint"]
 
 SHARED = -1
 LENGTHS, LABELS, CLASSES = "lengths", "labels", "classes"
+Targets = Literal["none", "tokens", "classes"]
+"""What a client sends to learn from: nothing where labels stay with it."""
+_NAMES: dict[Targets, tuple[str, ...]] = {"none": (), "tokens": (LABELS,), "classes": (CLASSES,)}
+
+
+@dataclass(frozen=True)
+class BatchLimits:
+    """What a client's batch may be, known before it comes."""
+
+    num_rows: int
+    """Most rows."""
+    length: int
+    """Most tokens of a row."""
+    width: int
+    """D, channels per token at the cut."""
+    dtype: activation_codec.WireDtype
+    targets: Targets
+    num_outputs: int
+    """V, tokens or classes."""
+
+    @classmethod
+    def of(
+        cls, model: nn.Module, spec: TrainSpec, *, length: int, dtype: activation_codec.WireDtype, labels: bool
+    ) -> "BatchLimits":
+        """The limits of batches for `model`, which are sent with their labels if `labels`."""
+        config, find = model.config, getattr(model, "get_output_embeddings", None)
+        head = find() if find else None
+        outputs = config.num_labels if head is None else head.weight.shape[0]  # type: ignore[union-attr]
+        kind: Targets = "none" if not labels else "classes" if head is None else "tokens"
+        return cls(spec.batch_size, length, halves.width(model), dtype, kind, int(outputs))  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -77,28 +108,59 @@ def labels(batch: training.Batch) -> dict[str, Tensor]:
     return {LABELS: activation_codec.unpad(batch.labels, batch.attention_mask).int().cpu()}
 
 
-def decode_batch(tensors: Mapping[str, Tensor], width: int, *, labels: bool) -> ClientBatch:
-    """Decode a client's batch, with its labels if `labels`. Raises PayloadError: incomplete or not finite."""
-    row_lengths = tensors.get(LENGTHS, torch.zeros(0))
-    if (
-        row_lengths.dtype != torch.int32
-        or row_lengths.dim() != 1
-        or not len(row_lengths)
-        or int(row_lengths.min()) < 1
-    ):
-        raise PayloadError("the reply has no valid lengths of rows")
-    mask, num = activation_codec.mask_of(row_lengths), int(row_lengths.sum())
-    hidden = activation_codec.pad(check_finite(activation_codec.decode(tensors, num, width)), mask)
-    if not labels:
-        return ClientBatch(hidden, mask)
-    classes, sent_labels = tensors.get(CLASSES), tensors.get(LABELS, torch.zeros(0))
-    if classes is not None and len(classes) == len(row_lengths):
-        return ClientBatch(hidden, mask, training.ClassBatch(torch.zeros_like(mask), mask, classes.long()))
-    if len(sent_labels) != num:
-        raise PayloadError(f"the reply has {len(sent_labels)} labels for {num} tokens in {len(row_lengths)} rows")
-    targets = torch.full(mask.shape, IGNORED)
-    targets[mask.bool()] = sent_labels.long()
-    return ClientBatch(hidden, mask, training.TokenBatch(torch.zeros_like(mask), mask, targets))
+def decode_batch(tensors: Mapping[str, Tensor], limits: BatchLimits) -> ClientBatch:
+    """Decode a client's batch; nothing of its padded size is allocated before its lengths are known to be in `limits`.
+
+    Raises:
+        PayloadError: tensors are missing or too many, of another dtype or shape than `limits` and the lengths say, or
+            hold values that are not finite, no tokens or no classes.
+    """
+    names = {ROWS, LENGTHS, *_NAMES[limits.targets], *([activation_codec.SCALES] if limits.dtype == "int8" else [])}
+    if odd := sorted(names ^ tensors.keys())[:3]:
+        raise PayloadError(f"the reply has {sorted(tensors)[:8]}, which differs in {odd}; expected {sorted(names)}")
+    _check_int32(tensors[LENGTHS], LENGTHS)
+    if not 1 <= len(tensors[LENGTHS]) <= limits.num_rows:
+        raise PayloadError(f"the reply has {len(tensors[LENGTHS])} rows; expected 1 to {limits.num_rows}")
+    lengths_B = _integers(tensors[LENGTHS], LENGTHS, 1, limits.length)
+    num = int(lengths_B.sum())
+    rows_ND = check_finite(activation_codec.decode(tensors, num, limits.width, limits.dtype))
+    mask_BT = activation_codec.mask_of(lengths_B)
+    hidden_BTD = activation_codec.pad(rows_ND, mask_BT)
+    return ClientBatch(hidden_BTD, mask_BT, _targets(tensors, mask_BT, num, limits))
+
+
+def _targets(tensors: Mapping[str, Tensor], mask_BT: Tensor, num: int, limits: BatchLimits) -> training.Batch | None:
+    """The targets of a batch of `num` tokens. Raises PayloadError: as `decode_batch`."""
+    if limits.targets == "none":
+        return None
+    (name,) = _NAMES[limits.targets]
+    _check_int32(tensors[name], name)
+    if len(tensors[name]) != (num if limits.targets == "tokens" else len(mask_BT)):
+        raise PayloadError(f"the reply has {len(tensors[name])} {name} for {num} tokens in {len(mask_BT)} rows")
+    sent = _integers(tensors[name], name, 0, limits.num_outputs - 1, IGNORED)
+    batch: training.Batch = training.ClassBatch(torch.zeros_like(mask_BT), mask_BT, sent)
+    if limits.targets == "tokens":
+        labels_BT = torch.full(mask_BT.shape, IGNORED)
+        labels_BT[mask_BT.bool()] = sent
+        batch = training.TokenBatch(torch.zeros_like(mask_BT), mask_BT, labels_BT)
+    if not batch.num_targets:
+        raise PayloadError(f"the reply has no {name} to learn from in {len(mask_BT)} rows")
+    return batch
+
+
+def _check_int32(sent: Tensor, name: str) -> None:
+    if sent.dtype != torch.int32 or sent.dim() != 1:
+        raise PayloadError(
+            f"the reply has {name} of {sent.dtype} {tuple(sent.shape)}; expected int32 in one dimension"
+        )
+
+
+def _integers(sent: Tensor, name: str, least: int, most: int, but: int | None = None) -> Tensor:
+    """(n,) int64 from `least` to `most`, or `but`. Raises PayloadError."""
+    odd = ((sent < least) | (sent > most)) & (sent != but if but is not None else True)
+    if bool(odd.any()):
+        raise PayloadError(f"the reply has {int(sent[odd][0])} among its {name}; expected {least} to {most}")
+    return sent.long()
 
 
 def check_finite(rows: Tensor) -> Tensor:
