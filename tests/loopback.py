@@ -29,6 +29,7 @@ class Loopback(ThreadingHTTPServer):
         self.faults: list[Fault] = []
         self.bodies: list[dict[str, object]] = []
         self.headers: list[dict[str, str]] = []
+        self.num_connections = 0
         self.tells_logprobs = True
         self.read: Callable[[str], list[int]] = lambda text: list(map(int, text.split()))
 
@@ -56,6 +57,10 @@ class Loopback(ThreadingHTTPServer):
 class _Handler(BaseHTTPRequestHandler):
     server: Loopback
     protocol_version = "HTTP/1.1"
+
+    def setup(self) -> None:
+        super().setup()
+        self.server.num_connections += 1
 
     def do_GET(self) -> None:
         self.answer(200, {"data": [{"id": "large"}, {"id": "other"}]})
@@ -99,6 +104,11 @@ def malformed(content: bytes) -> Fault:
 
 def slow(seconds: float) -> Fault:
     return lambda handler: time.sleep(seconds)
+
+
+def packed(content: bytes, encoding: str) -> Fault:
+    """An answer that says that it is compressed."""
+    return lambda handler: handler.answer(200, content, {"Content-Encoding": encoding})  # type: ignore[attr-defined]
 
 
 def cut(handler: BaseHTTPRequestHandler) -> None:

@@ -20,7 +20,7 @@ MODULES = {
 
 # From the ground up; a package imports from those below it alone. A file of the package's root stands for itself.
 LAYERS: list[set[str]] = [
-    {"errors", "units", "hub"},
+    {"errors", "units", "hub", "hosts"},
     {"files", "payload", "config", "records"},
     {"data", "privacy"},
     {"models", "generation"},

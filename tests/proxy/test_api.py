@@ -3,11 +3,12 @@
 import json
 import logging
 import time
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tests.loopback import Fault, Loopback, cut, malformed, served, slow, status
+from tests.loopback import Fault, Loopback, cut, malformed, packed, served, slow, status
 from tests.tiny_models import model
 
 from kilofed.errors import BudgetSpent, RemoteError
@@ -48,8 +49,14 @@ def test_answers_come_in_the_order_of_the_prompts(server: Loopback) -> None:
         malformed(b"[]"),
         malformed(b'{"choices": []}'),
         malformed(b'{"choices": [7, 8]}'),
+        malformed(b'{"choices": [{"index": 1e999}, {"index": 0}]}'),
+        malformed(b"[" * 100_000),
+        packed(b"not gzip", "gzip"),
     ],
-    ids=["429", "500", "503", "slow", "cut", "half JSON", "a list", "no choices", "no objects"],
+    ids=[
+        *("429", "500", "503", "slow", "cut", "half JSON", "a list", "no choices", "no objects"),
+        *("endless index", "deep JSON", "not gzip"),
+    ],
 )
 def test_a_passing_fault_is_tried_again(server: Loopback, fault: Fault) -> None:
     server.faults = [fault, fault]
@@ -196,4 +203,101 @@ def test_a_key_with_a_line_break_is_refused_without_showing_it(
     with pytest.raises(RemoteError, match="holds characters that no key has") as refused:
         api.complete(PROMPTS, 5, echo=False)
     assert KEY not in str(refused.value)
+    api.close()
+
+
+PLAIN = "is plain http, so that everyone on the way could read the key"
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "http://192.0.2.1/v1",
+        "http://models.example.org/v1",
+        "http://localhost.example.org:8000/v1",
+        "HTTP://192.0.2.1/v1",
+        "http://[2001:db8::1]:8000/v1",
+    ],
+)
+def test_a_key_is_not_sent_in_plain_text_over_a_network(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KILOFED_API_KEY", KEY)
+    with pytest.raises(RemoteError, match=PLAIN) as refused:
+        Api(LargeSpec(address, name="large"))
+    assert KEY not in str(refused.value)
+
+
+def test_a_key_that_is_set_later_is_not_sent_in_plain_text_either(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("KILOFED_API_KEY", raising=False)
+    api = Api(LargeSpec("http://192.0.2.1/v1", name="large", max_tries=1, timeout=0.2))
+    monkeypatch.setenv("KILOFED_API_KEY", KEY)
+    for ask in (lambda: api.complete(PROMPTS, 5, echo=False), api.model_names):
+        with pytest.raises(RemoteError, match=PLAIN):
+            ask()
+    assert api.num_requests == 0
+    api.close()
+
+
+def test_without_a_key_plain_text_may_cross_a_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KILOFED_API_KEY", "")
+    Api(LargeSpec("http://192.0.2.1/v1", name="large")).close()
+
+
+@pytest.mark.parametrize("code", [301, 302, 303, 307, 308])
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
+def test_a_redirect_is_named_and_not_followed(code: int, host: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KILOFED_API_KEY", KEY)
+    with served(model(0), key=KEY) as server, served(model(0)) as other:
+        place = f"http://{host}:{other.server_port}/v1/completions?echo={KEY}"
+        server.faults = [status(code, {"Location": place})]
+        api = Api(spec(server))
+        with pytest.raises(RemoteError, match=rf"sends requests on to http://{host}:\d+/.*status {code}") as refused:
+            api.complete(PROMPTS, 5, echo=False)
+        assert KEY not in str(refused.value)
+        assert "set the large model's path to the address that answers" in str(refused.value)
+        assert other.num_connections == 0
+        api.close()
+
+
+def test_a_key_for_this_machine_goes_through_no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KILOFED_API_KEY", KEY)
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    with served(model(0), key=KEY) as server, served(model(0)) as proxy:
+        for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
+            monkeypatch.setenv(name, f"http://127.0.0.1:{proxy.server_port}")
+        api = Api(spec(server))
+        assert len(api.complete(PROMPTS, 5, echo=False)) == 2
+        assert proxy.num_connections == 0
+        api.close()
+
+
+def test_no_part_of_a_key_is_left_where_a_long_message_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KILOFED_API_KEY", KEY)
+    for start in range(275, 300):
+        with served(model(0), key=KEY) as server:
+            server.faults = [status(400, message="x" * start + KEY)]
+            api = Api(spec(server))
+            with pytest.raises(RemoteError) as refused:
+                api.complete(PROMPTS, 5, echo=False)
+            assert "sk-a" not in str(refused.value)
+            api.close()
+
+
+def test_what_a_stranger_says_commands_no_terminal_and_holds_no_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KILOFED_API_KEY", KEY)
+    with served(model(0), key=KEY) as server:
+        server.faults = [status(400, message=f"red \x1b[31m\nnext {KEY}")]
+        api = Api(spec(server))
+        with pytest.raises(RemoteError, match=r"\(red \?\[31m next \[key\]\)"):
+            api.complete(PROMPTS, 5, echo=False)
+        api.close()
+
+
+def test_an_answer_that_is_far_too_long_is_given_up(server: Loopback) -> None:
+    bomb = zlib.compress(b" " * 2**26)
+    server.faults = [packed(bomb, "deflate")]
+    api = Api(spec(server))
+    with pytest.raises(RemoteError, match="which no answer to 2 prompts has"):
+        api.complete(PROMPTS, 5, echo=False)
+    assert len(server.bodies) == 1
     api.close()

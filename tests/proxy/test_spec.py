@@ -9,12 +9,25 @@ from kilofed.proxy.spec import LargeSpec
 
 @pytest.mark.parametrize(
     ("address", "said"),
-    [("ftp://x/v1", "http://"), ("http:///v1", "name a host"), ("https://me:secret@x/v1", "holds a password")],
+    [
+        ("ftp://x/v1", "http://"),
+        ("http:///v1", "name a host"),
+        ("https://me:secret@x/v1", "holds a password"),
+        ("https://x/v1?api_key=secret", r"something after \? or #"),
+        ("https://x/v1#secret", r"something after \? or #"),
+    ],
 )
 def test_an_address_that_is_none_is_refused(address: str, said: str) -> None:
     with pytest.raises(RecipeError, match=said) as refused:
         LargeSpec(address, name="large")
     assert "secret" not in str(refused.value)
+
+
+@pytest.mark.parametrize("name", ["sk-a-very-secret-key", "sk a", "", "7KEY", "KEY\n"])
+def test_a_key_in_the_place_of_its_variable_is_refused_without_showing_it(name: str) -> None:
+    with pytest.raises(RecipeError, match="name the environment variable that holds the key") as refused:
+        LargeSpec("https://x/v1", name="large", key_variable=name)
+    assert not name or name not in str(refused.value)
 
 
 @pytest.mark.parametrize("name", ["top_k", "batch_size", "max_tries"])

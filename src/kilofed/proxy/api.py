@@ -1,7 +1,7 @@
 """Ask a model behind an OpenAI-compatible completions API: bounded retries, a budget, a ledger, no key anywhere.
 
 The key is read from the environment when a request is made and stands in its header only: not in a field, a message, a
-log, the ledger or the cache.
+log, the ledger or the cache. It goes to the address of the recipe and no other, and over plain http to this machine alone.
 """
 
 import json
@@ -12,17 +12,22 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
+from urllib.parse import urlsplit
 
 import httpx
 import tenacity
 
 from kilofed.errors import BudgetSpent, RemoteError
 from kilofed.files import append_line, said
+from kilofed.hosts import is_loopback
 from kilofed.proxy.spec import LargeSpec
 
 log = logging.getLogger("kilofed")
 
 Json = dict[str, object]
+BYTES_PER_SCORE = 400
+"""Most bytes of an answer per log-probability, ten times what one takes; with MIB, what an answer may be long."""
+MIB = 2**20
 LONGEST_WAIT = 60.0
 """Most seconds between two tries, also where the API asks for more."""
 
@@ -34,13 +39,21 @@ class Api:
         spec: where it is and what may be asked.
         ledger: JSON-lines file that gets one row per request: prompts, tokens, bytes up and down, status, seconds. It
             is continued where it exists, and what it holds counts against the budget. None keeps none.
+
+    Raises:
+        RemoteError: there is a key, and it would cross a network in plain text.
     """
 
     def __init__(self, spec: LargeSpec, ledger: Path | None = None) -> None:
         self.spec = spec
         self._ledger = ledger
         self.num_requests, self.num_tokens = _spent(ledger)
-        self._http = httpx.Client(timeout=spec.timeout)
+        address = urlsplit(spec.path)
+        here, safe = is_loopback(address.hostname or ""), address.scheme == "https"
+        self._is_private = here or safe
+        # A proxy of the environment would be handed what is meant for this machine, the key in plain text.
+        self._http = httpx.Client(timeout=spec.timeout, follow_redirects=False, trust_env=safe or not here)
+        self._refuse_plain_text()
 
     def complete(self, prompts: Sequence[Sequence[int]] | Sequence[str], num_tokens: int, *, echo: bool) -> list[Json]:
         """One more token for each prompt, with log-probabilities; with `echo`, those of the prompt's tokens too.
@@ -81,11 +94,13 @@ class Api:
             ) from None
 
     def model_names(self) -> list[str]:
-        """Names of the models that the API serves; empty where it gives none."""
+        """Names of the models that the API serves; empty where it gives none. Raises RemoteError: as `Api`."""
+        key_headers = self._headers()
         try:
-            answer = self._http.get(f"{self._base}/models", headers=self._headers())
-            return [str(row["id"]) for row in answer.json()["data"]]
-        except (httpx.HTTPError, ValueError, KeyError, TypeError):
+            with self._http.stream("GET", f"{self._base}/models", headers=key_headers) as answer:
+                found = json.loads(_at_most(MIB, answer))
+            return [str(row["id"]) for row in found["data"]]
+        except (httpx.HTTPError, ValueError, KeyError, TypeError, RecursionError):
             return []
 
     def close(self) -> None:
@@ -96,11 +111,23 @@ class Api:
     def _base(self) -> str:
         return self.spec.path.rstrip("/")
 
+    @property
+    def _key(self) -> str:
+        return os.environ.get(self.spec.key_variable, "")
+
     def _headers(self) -> dict[str, str]:
-        key = os.environ.get(self.spec.key_variable, "")
-        if not (key.isascii() and key.isprintable()) and key:
+        self._refuse_plain_text()
+        key = self._key
+        if not (key.isascii() and key.isprintable() and " " not in key) and key:
             raise RemoteError(f"${self.spec.key_variable} holds characters that no key has: set it again")
         return {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
+
+    def _refuse_plain_text(self) -> None:
+        if self._key and not self._is_private:
+            raise RemoteError(
+                f"{self.spec.path} is plain http, so that everyone on the way could read the key in "
+                f"${self.spec.key_variable}: use https://, or unset the variable if the API asks for no key"
+            )
 
     def _wait(self, state: tenacity.RetryCallState) -> float:
         failed = state.outcome.exception() if state.outcome else None
@@ -112,23 +139,33 @@ class Api:
         return seconds
 
     def _try(self, content: bytes, num_prompts: int, num_tokens: int) -> list[Json]:
+        key_headers = self._headers()
         self._spend(num_tokens)
         began = time.monotonic()
-        status, received, trouble = 0, b"", ""
+        status, received, trouble, headers = 0, b"", "", httpx.Headers()
+        most = MIB + BYTES_PER_SCORE * (self.spec.top_k + 3) * num_tokens
         try:
-            answer = self._http.post(f"{self._base}/completions", content=content, headers=self._headers())
-            status, received = answer.status_code, answer.content
+            with self._http.stream(
+                "POST", f"{self._base}/completions", content=content, headers=key_headers
+            ) as answer:
+                received = _at_most(most, answer)
+                status, headers = answer.status_code, answer.headers
         except httpx.TimeoutException:
             trouble = f"nothing came for {self.spec.timeout:g} s"
-        except httpx.TransportError as error:
+        except httpx.RequestError as error:
             trouble = f"the connection failed ({type(error).__name__})"
         self._record(num_prompts, num_tokens, len(content), len(received), status, time.monotonic() - began)
         if trouble:
             raise _Retry(trouble)
+        if len(received) > most:
+            raise RemoteError(
+                f"{self.spec.path} answered with more than {most:,} bytes, which no answer to {num_prompts} prompts "
+                "has: it is not the API that it should be"
+            )
         if status == 429 or status >= 500:
-            raise _Retry(f"status {status}", _seconds(answer.headers.get("retry-after")))
+            raise _Retry(f"status {status}", _seconds(headers.get("retry-after")))
         if status != 200:
-            self._refused(status, received)
+            self._refused(status, received, headers)
         return self._logprobs(received, num_prompts)
 
     def _spend(self, num_tokens: int) -> None:
@@ -150,11 +187,17 @@ class Api:
             row: dict[str, object] = {"model": self.spec.name, "prompts": prompts, "tokens": tokens, "up": up}
             append_line(self._ledger, {**row, "down": down, "status": status, "seconds": round(seconds, 4)})
 
-    def _refused(self, status: int, received: bytes) -> NoReturn:
+    def _refused(self, status: int, received: bytes, headers: httpx.Headers) -> NoReturn:
+        if 300 <= status < 400:
+            elsewhere = self._on_one_line(headers.get("location", "nowhere"))
+            raise RemoteError(
+                f"{self.spec.path} sends requests on to {elsewhere} (status {status}), and a key goes to no other "
+                "address than the recipe's: set the large model's path to the address that answers"
+            )
         if status in (401, 403):
             raise RemoteError(f"{self.spec.path} refused the key (status {status}): check ${self.spec.key_variable}")
-        message = self._without_key(_message(received))
-        names = self.model_names()
+        message = self._on_one_line(_message(received))
+        names = [self._on_one_line(name) for name in self.model_names()[:20]]
         if names and self.spec.name not in names:
             raise RemoteError(f"{self.spec.path} does not serve {self.spec.name}; it serves {', '.join(names)}")
         if status == 404:
@@ -163,15 +206,16 @@ class Api:
             )
         raise RemoteError(f"{self.spec.path} refused the request with status {status} ({message})")
 
-    def _without_key(self, text: str) -> str:
-        key = os.environ.get(self.spec.key_variable, "")
-        return text.replace(key, "[key]") if key else text
+    def _on_one_line(self, text: str) -> str:
+        """What a stranger wrote, without the key, before it is cut: half a key is one too."""
+        text = text.replace(self._key, "[key]") if self._key else text
+        return "".join(c if c.isprintable() else "?" for c in " ".join(text.split()))[:300]
 
     def _logprobs(self, received: bytes, num_prompts: int) -> list[Json]:
         try:
             choices = sorted(json.loads(received)["choices"], key=lambda choice: int(choice["index"]))
             found = [choice.get("logprobs") for choice in choices]
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise _Retry("the answer is not a completion") from error
         if len(found) != num_prompts:
             raise _Retry(f"{len(found)} answers came to {num_prompts} prompts")
@@ -216,12 +260,22 @@ def _seconds(header: str | None) -> float | None:
         return None  # A date; the usual wait will do.
 
 
+def _at_most(most: int, answer: httpx.Response) -> bytes:
+    """The body, or somewhat more than `most` bytes of it."""
+    parts, num = [], 0
+    for part in answer.iter_bytes():
+        parts.append(part)
+        num += len(part)
+        if num > most:
+            break
+    return b"".join(parts)
+
+
 def _message(received: bytes) -> str:
-    """What an error body says, in OpenAI's form or any other, on one line."""
+    """What an error body says, in OpenAI's form or any other."""
     try:
         body = json.loads(received)
         error = body.get("error", body) if isinstance(body, dict) else body
-        text = str(error.get("message", error) if isinstance(error, dict) else error)
-    except ValueError:
-        text = received.decode("utf-8", errors="replace")
-    return " ".join(text.split())[:300]
+        return str(error.get("message", error) if isinstance(error, dict) else error)
+    except (ValueError, RecursionError):
+        return received.decode("utf-8", errors="replace")

@@ -1,5 +1,6 @@
 """The large model of a proxy as a recipe names it: a local one, or one behind an OpenAI-compatible API."""
 
+import re
 from dataclasses import dataclass
 from typing import Annotated, Literal
 from urllib.parse import urlsplit
@@ -29,7 +30,7 @@ class LargeSpec(Settings):
     top_k: Annotated[int, Ge(1)] = 20
     """Likeliest tokens requested per position; more reveal more of the large model and cost more bytes."""
     key_variable: str = "KILOFED_API_KEY"
-    """Environment variable with the key; unset or empty sends none."""
+    """Environment variable with the key; unset or empty sends none. A key goes over https or to this machine alone."""
     scoring: Literal["echo", "steps"] = "echo"
     """echo: one prompt scores all its positions; steps: one prompt per position, for an API that cannot echo."""
     prompts: Literal["ids", "text"] = "ids"
@@ -53,6 +54,11 @@ class LargeSpec(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", self.key_variable):
+            raise RecipeError(
+                "the large model's key_variable is not a name of letters, digits and underscores: name the environment "
+                "variable that holds the key, and put the key nowhere into a recipe"
+            )
         if not self.is_remote:
             return
         parts = urlsplit(self.path)
@@ -60,6 +66,11 @@ class LargeSpec(Settings):
             raise RecipeError("the large model's address must begin with http:// or https:// and name a host")
         if parts.username or parts.password:
             raise RecipeError(f"the large model's address holds a password: put the key into ${self.key_variable}")
+        if parts.query or parts.fragment:
+            raise RecipeError(
+                "the large model's address has something after ? or #: give it up to and with /v1, and put a key into "
+                f"${self.key_variable}"
+            )
 
     @property
     def is_remote(self) -> bool:

@@ -5,11 +5,11 @@ import os
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
-from ipaddress import ip_address
 from pathlib import Path
 from urllib.parse import urlsplit
 
 from kilofed.errors import ServeError
+from kilofed.hosts import is_loopback
 from kilofed.serving.validation import Refusal
 
 VARIABLE = "KILOFED_TOKEN"
@@ -66,16 +66,6 @@ def find_token(file: Path | None) -> tuple[str, bool]:
             "without spaces"
         )
     return token, False
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only programs of this machine reach `host`."""
-    if host == "localhost":
-        return True
-    try:
-        return ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def _refuse_web_pages(headers: Mapping[str, str]) -> None:

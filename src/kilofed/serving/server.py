@@ -14,8 +14,9 @@ import torch
 import uvicorn
 
 from kilofed.errors import ServeError
+from kilofed.hosts import is_loopback
 from kilofed.serving.app import make_app
-from kilofed.serving.auth import Auth, find_token, is_loopback
+from kilofed.serving.auth import Auth, find_token
 from kilofed.serving.model import ServedModel, open_served_model
 from kilofed.serving.requests import Limits
 from kilofed.serving.scheduler import Scheduler
