@@ -61,8 +61,9 @@ def digests(name: str, folder: Path) -> list[str]:
     adapter = [path.read_bytes() for path in sorted((run / "adapter").glob("*.safetensors"))]
     lines = [json.loads(line) for line in (run / "ledger.jsonl").read_text("utf-8").splitlines()]
     ledger = json.dumps([{key: value for key, value in line.items() if key != "seconds"} for line in lines])
-    parts = [(run / "state.safetensors").read_bytes(), b"".join(adapter), ledger.encode()]
-    return [hashlib.sha256(part).hexdigest()[:16] for part in parts]
+    done = json.loads((run / "results.json").read_text("utf-8"))
+    parts = [b"".join(adapter), ledger.encode()]
+    return [done["state_sha256"][:16], *(hashlib.sha256(part).hexdigest()[:16] for part in parts)]
 
 
 def made_up() -> list[dict[str, str]]:

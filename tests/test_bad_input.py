@@ -17,6 +17,7 @@ from transformers import AutoTokenizer
 from kilofed.cli import main
 from kilofed.config.fields import Value
 from kilofed.config.tables import from_table
+from kilofed.federation.sealed import SEAL, seal
 from kilofed.models import training
 from kilofed.models.training import Batch
 from kilofed.payload import Payload
@@ -282,14 +283,15 @@ def test_a_state_of_another_model_is_refused_with_both_shapes(refused: Refused, 
     (done / "results.json").unlink()
     path = done / "state.safetensors"
     state = Payload.decode(path.read_bytes())
-    path.write_bytes(Payload({name: t[:1] for name, t in state.tensors.items()}, {"round": 1}).encode())
+    scalars = {name: value for name, value in state.scalars.items() if name != SEAL}
+    path.write_bytes(seal({name: t[:1] for name, t in state.tensors.items()}, scalars))
     for command in ("resume", "eval"):
         assert refused(command, done).startswith("ModelError: model.layers.0")
 
 
 def test_an_edit_of_run_json_is_answered(refused: Refused, done: Path) -> None:
     (done / "run.json").write_text("{", "utf-8")
-    assert refused("resume", done).startswith(f"RunError: {done} is not a run folder")
+    assert refused("resume", done).startswith(f"RunError: {done}/run.json is not JSON")
 
 
 def test_a_real_process_ends_with_status_1_and_one_sentence(recipe: Path, tmp_path: Path) -> None:

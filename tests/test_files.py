@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from kilofed.errors import RunError
-from kilofed.files import append_line, cut_after, replace_file
+from kilofed.files import append_line, cut_to, replace_file, sha256_of
 
 
 def no_space(*_: object) -> None:
@@ -54,7 +54,7 @@ def test_a_disk_that_fills_up_in_the_middle_leaves_the_old_content(
             return 0
 
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "open", lambda self, mode: Half(self, mode))
+        patch.setattr("builtins.open", lambda name, mode, opener: Half(name, mode, opener=opener))
         with pytest.raises(RunError, match="No space left"):
             replace_file(path, b"new")
     assert path.read_bytes() == b"old"
@@ -105,34 +105,53 @@ def test_append_line_adds_one_json_line(tmp_path: Path) -> None:
     assert rows(path) == [{"round": 0}, {"round": 1, "text": "ä\n"}]
 
 
-def test_cut_after_drops_later_rounds(tmp_path: Path) -> None:
+def test_an_appended_line_is_on_the_disk_when_it_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[bytes] = []
+    fsync = os.fsync
+
+    def seen(handle: int) -> None:
+        fsync(handle)
+        synced.append((tmp_path / "lines").read_bytes())
+
+    monkeypatch.setattr(os, "fsync", seen)
+    append_line(tmp_path / "lines", {"round": 0})
+    append_line(tmp_path / "lines", {"round": 1})
+    assert synced == [b'{"round":0}\n', b'{"round":0}\n{"round":1}\n']
+
+
+def test_what_is_cut_is_gone_from_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "lines"
-    for number in (0, 1, 1, 2, 3):
-        append_line(path, {"round": number})
-    cut_after(path, 1)
-    assert rows(path) == [{"round": 0}, {"round": 1}, {"round": 1}]
+    path.write_bytes(b"first\nsecond\n")
+    synced: list[bytes] = []
+    monkeypatch.setattr(os, "fsync", lambda handle: synced.append(path.read_bytes()))
+    cut_to(path, 6)
+    assert synced == [b"first\n"]
+    assert path.read_bytes() == b"first\n"
 
 
-@pytest.mark.parametrize("kept", range(1, len('{"round":1}\n')))
-def test_cut_after_drops_a_line_cut_anywhere(tmp_path: Path, kept: int) -> None:
-    path = tmp_path / "lines"
-    append_line(path, {"round": 0})
-    with path.open("a", encoding="utf-8") as file:
-        file.write('{"round":1}\n'[:kept])
-    cut_after(path, 1)
-    append_line(path, {"round": 1, "again": True})
-    assert rows(path) == [{"round": 0}, {"round": 1, "again": True}]
+@pytest.mark.skipif(os.name == "nt", reason="Windows knows no such modes")
+def test_a_secret_is_never_open_to_others_not_for_an_instant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    modes: list[int] = []
+    fsync = os.fsync
+
+    def seen(handle: int) -> None:
+        modes.extend(path.stat().st_mode & 0o777 for path in tmp_path.iterdir())
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", seen)
+    before = os.umask(0)
+    try:
+        replace_file(tmp_path / "key", b"secret", mode=0o600)
+        replace_file(tmp_path / "open", b"text")
+    finally:
+        os.umask(before)
+    assert modes[0] == 0o600
+    assert (tmp_path / "key").stat().st_mode & 0o777 == 0o600
+    assert (tmp_path / "open").stat().st_mode & 0o777 == 0o666
 
 
-def test_cut_after_drops_a_character_cut_in_half(tmp_path: Path) -> None:
-    path = tmp_path / "lines"
-    append_line(path, {"round": 0})
-    with path.open("ab") as file:
-        file.write('{"round":1,"text":"ä'.encode()[:-1])
-    cut_after(path, 1)
-    assert rows(path) == [{"round": 0}]
-
-
-def test_cut_after_of_no_file_makes_none(tmp_path: Path) -> None:
-    cut_after(tmp_path / "lines", 1)
-    assert not (tmp_path / "lines").exists()
+def test_a_digest_is_that_of_the_bytes_and_a_missing_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"abc")
+    assert sha256_of(tmp_path / "a") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    with pytest.raises(RunError, match=r"b cannot be read \(No such file or directory\)"):
+        sha256_of(tmp_path / "b")

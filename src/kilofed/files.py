@@ -1,16 +1,20 @@
 """Files that hold either all of what was written or what they held before."""
 
 import contextlib
+import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from kilofed.errors import RunError
 
 
-def replace_file(path: Path, content: bytes) -> None:
+def replace_file(path: Path, content: bytes, *, mode: int = 0o666) -> None:
     """Write `content` to `path` whole or not at all: temporary file, fsync, rename.
+
+    Args:
+        mode: who may read and write it, from its first instant; the process's umask takes away from it.
 
     Raises:
         RunError: the disk is full or not writable; `path` is as it was.
@@ -18,7 +22,7 @@ def replace_file(path: Path, content: bytes) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     with said(f"cannot write {path}; what was there is untouched"):
         try:
-            with temporary.open("wb") as file:
+            with open(temporary, "wb", opener=lambda name, flags: os.open(name, flags, mode)) as file:
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
@@ -29,30 +33,29 @@ def replace_file(path: Path, content: bytes) -> None:
         _sync_folder(path.parent)
 
 
-def cut_after(path: Path, last_round: int) -> None:
-    """Drop the JSON lines of rounds above `last_round`, and a half-written last line, that a killed run left behind."""
-    if not path.exists():
-        return
-    kept = []
-    with path.open(encoding="utf-8", errors="replace") as lines:
-        for line in lines:
-            if not line.endswith("\n"):
-                break  # Half-written, even if it reads well: the next line would be glued to it.
-            try:
-                row = json.loads(line)
-            except ValueError:
-                break  # Lines are appended in order, so only the last one can be half-written.
-            if row["round"] <= last_round:
-                kept.append(line)
-    replace_file(path, "".join(kept).encode("utf-8"))
-
-
-def append_line(path: Path, row: dict[str, object]) -> None:
+def append_line(path: Path, row: Mapping[str, object]) -> None:
     """Append `row` to a JSON-lines file and force it to the disk. Raises RunError."""
     with said(f"cannot write {path}"), path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(row, separators=(",", ":")) + "\n")
         file.flush()
         os.fsync(file.fileno())
+
+
+def cut_to(path: Path, num_bytes: int) -> None:
+    """Keep the first `num_bytes` of a file, on the disk. Raises RunError."""
+    with said(f"cannot write {path}"), path.open("r+b") as file:
+        file.truncate(num_bytes)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def sha256_of(path: Path) -> str:
+    """The digest of a file, 64 hex digits. Raises RunError: it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise RunError(f"{path} cannot be read ({error.strerror or error}): put a copy of it back") from error
 
 
 @contextlib.contextmanager

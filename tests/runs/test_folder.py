@@ -4,14 +4,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 
 from kilofed.config.fields import Value
-from kilofed.config.recipe import Recipe, TrainSpec
+from kilofed.config.recipe import Recipe
 from kilofed.config.tables import changed, to_table, to_toml
 from kilofed.errors import RunError
-from kilofed.federation.parties import Server
-from kilofed.payload import Payload
 from kilofed.runs import folder as run_folder
 
 
@@ -26,7 +23,37 @@ def test_a_folder_that_was_never_begun_is_taken_and_its_parts_go(tiny_recipe: Re
     (tmp_path / ".results.json.part").write_text("{", "utf-8")
     (tmp_path / "run.json").write_text("{}", "utf-8")
     assert run_folder.new_folder(tiny_recipe, tmp_path) == tmp_path
-    assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
+    run_folder.begin(tmp_path, tiny_recipe)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["recipe.toml", "run.json"]
+    assert run_folder.recipe_of(tmp_path) == tiny_recipe
+
+
+def test_a_run_that_began_meanwhile_is_not_begun_again(tiny_recipe: Recipe, tmp_path: Path) -> None:
+    assert run_folder.new_folder(tiny_recipe, tmp_path) == tmp_path
+    (tmp_path / "run.json").write_text("{}", "utf-8")
+    (tmp_path / "metrics.jsonl").write_text("", "utf-8")
+    with pytest.raises(RunError, match=r"already exists and `kilofed resume .*` goes on with it"):
+        run_folder.begin(tmp_path, tiny_recipe)
+    assert (tmp_path / "run.json").read_text("utf-8") == "{}"
+
+
+def test_a_repeat_is_begun_once_and_then_is_of_its_recipe(
+    tiny_recipe: Recipe, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "seed-0").mkdir()
+    run_folder.begin_repeat(tmp_path / "seed-0", tiny_recipe)
+    before = (tmp_path / "seed-0" / "run.json").read_bytes()
+    (tmp_path / "seed-0" / "metrics.jsonl").write_text("", "utf-8")
+    run_folder.begin_repeat(tmp_path / "seed-0", tiny_recipe)
+    assert (tmp_path / "seed-0" / "run.json").read_bytes() == before
+    (tmp_path / "seed-0" / "recipe.toml").unlink()
+    run_folder.begin_repeat(tmp_path / "seed-0", tiny_recipe)
+    assert "recipe.toml was missing and is written again" in caplog.text
+    with pytest.raises(RunError, match=r"seed-0 holds a run of another recipe than .*recipe\.toml says for that seed"):
+        run_folder.begin_repeat(tmp_path / "seed-0", changed(tiny_recipe, {"train.lr": 0.5}))
+    (tmp_path / "seed-0" / "run.json").unlink()
+    with pytest.raises(RunError, match=r"it has no run\.json"):
+        run_folder.begin_repeat(tmp_path / "seed-0", tiny_recipe)
 
 
 @pytest.mark.parametrize(
@@ -69,11 +96,20 @@ def test_the_recipe_comes_back_and_an_edit_is_named(tiny_recipe: Recipe, tmp_pat
     assert run_folder.recipe_of(folder) == tiny_recipe
 
 
-@pytest.mark.parametrize("text", [None, "", "{", '{"created": 1}'])
-def test_a_folder_without_a_readable_recipe_is_no_run(tmp_path: Path, text: str | None) -> None:
-    if text is not None:
-        (tmp_path / "run.json").write_text(text, "utf-8")
-    with pytest.raises(RunError, match="is not a run folder"):
+@pytest.mark.parametrize("text", ["", "{", '{"recipe": {"name": "x"}, "colour": 1}', '{"recipe": {}, "sha256": "ab"}'])
+def test_a_damaged_copy_of_the_recipe_is_named(tmp_path: Path, text: str) -> None:
+    with pytest.raises(RunError, match=r"is not a run folder \(it has no run\.json\)"):
+        run_folder.recipe_of(tmp_path)
+    (tmp_path / "run.json").write_text(text, "utf-8")
+    with pytest.raises(RunError, match=rf"{tmp_path}/run\.json "):
+        run_folder.recipe_of(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"rounds = ", b"\xff\xfe", b"a = " + b"[" * 5000])
+def test_a_damaged_recipe_for_the_reader_is_named(tiny_recipe: Recipe, tmp_path: Path, content: bytes) -> None:
+    write(tmp_path, tiny_recipe)
+    (tmp_path / "recipe.toml").write_bytes(content)
+    with pytest.raises(RunError, match=r"recipe\.toml cannot be read .*: delete it, which is a copy"):
         run_folder.recipe_of(tmp_path)
 
 
@@ -111,27 +147,6 @@ def test_of_repeats_the_first_seed_is_taken(tmp_path: Path) -> None:
     assert run_folder.first_seed(tmp_path) == tmp_path
 
 
-def test_a_state_comes_back_with_its_round(tmp_path: Path) -> None:
-    server = Server(0, 3, TrainSpec())
-    assert not run_folder.load_state(tmp_path, server)
-    state = {"w": torch.arange(6.0).reshape(2, 3)}
-    (tmp_path / "state.safetensors").write_bytes(Payload(state, {"round": 2}).encode())
-    assert run_folder.load_state(tmp_path, server)
-    assert server.round == 2
-    assert torch.equal(server.state["w"], state["w"])
-
-
-@pytest.mark.parametrize("damage", ["cut", "no round"])
-def test_a_damaged_state_is_refused_and_the_server_is_as_it_was(tmp_path: Path, damage: str) -> None:
-    whole = Payload({"w": torch.ones(3)}, {"round": 2} if damage == "cut" else {}).encode()
-    (tmp_path / "state.safetensors").write_bytes(whole[:-5] if damage == "cut" else whole)
-    server = Server(0, 3, TrainSpec(), state={"w": torch.zeros(3)}, round=1)
-    with pytest.raises(RunError, match="is not a whole state of a run"):
-        run_folder.load_state(tmp_path, server)
-    assert server.round == 1
-    assert torch.equal(server.state["w"], torch.zeros(3))
-
-
 def test_a_secret_key_is_drawn_once_for_its_owner(tiny_recipe: Recipe, tmp_path: Path) -> None:
     private = changed(tiny_recipe, {"privacy.kind": "central"})
     key = run_folder.noise_key(private, tmp_path)
@@ -139,6 +154,17 @@ def test_a_secret_key_is_drawn_once_for_its_owner(tiny_recipe: Recipe, tmp_path:
     (tmp_path / "noise.key").chmod(0o644)  # As a copy may leave it.
     assert run_folder.noise_key(private, tmp_path) == key
     assert (tmp_path / "noise.key").stat().st_mode & 0o777 == 0o600
+    state = tmp_path / "state.safetensors"
+    state.write_bytes(b"")
+    for damage in ("", key[:-1], key[:-1] + "g", "ä" * 16):
+        (tmp_path / "noise.key").write_text(damage, "utf-8")
+        with pytest.raises(RunError, match=r"noise\.key is damaged \(not 32 hex digits\)"):
+            run_folder.noise_key(private, tmp_path)
+    (tmp_path / "noise.key").unlink()
+    with pytest.raises(RunError, match=r"noise\.key is missing, the secret of this run's noise"):
+        run_folder.noise_key(private, tmp_path)
+    state.unlink()
+    assert run_folder.noise_key(private, tmp_path) != key
     stated = replace(private, privacy=replace(private.privacy, noise_key="ab" * 16))
     assert run_folder.noise_key(stated, tmp_path) == "ab" * 16
 

@@ -1,5 +1,6 @@
 """What a run delivered, read back from its folder by another process."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -8,10 +9,14 @@ import torch
 import kilofed
 from kilofed.config.fields import Value
 from kilofed.config.recipe import Recipe
-from kilofed.config.tables import changed, from_table
+from kilofed.config.tables import changed, from_table, to_table, to_toml
 from kilofed.errors import RunError
 from kilofed.models import evaluation, loading
 from kilofed.payload import Payload
+from kilofed.records.codec import to_json
+from kilofed.records.facts import RunFacts
+from kilofed.runs import commit
+from kilofed.runs.folder import recipe_of, write_json
 from kilofed.runs.loop import Run
 from kilofed.runs.restore import delivered, restored, score
 from kilofed.runs.sites import Sites
@@ -37,10 +42,11 @@ def done(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 def test_the_server_is_that_of_the_newest_round(done: Run) -> None:
     server, sites = restored(done.folder)
-    kept = Payload.decode((done.folder / "state.safetensors").read_bytes())
+    kept = commit.read(done.folder)
+    assert kept
     assert server.round == 2
     assert server.folder == done.folder
-    assert all(torch.equal(server.state[name], tensor) for name, tensor in kept.tensors.items())
+    assert all(torch.equal(server.state[name], tensor) for name, tensor in kept.state.items())
     model = sites.method.deliver(server)
     assert all(torch.equal(tensor, server.state[name]) for name, tensor in loading.read_trained(model).items())
 
@@ -69,10 +75,25 @@ def test_a_run_without_a_state_delivers_nothing(recipe: Recipe, tmp_path: Path) 
     missing = changed(recipe, {"model.path": str(tmp_path / "gone")})
     with pytest.raises(kilofed.KilofedError, match="gone"):
         kilofed.run(missing, out=tmp_path / "run")
-    with pytest.raises(kilofed.KilofedError, match="gone"):
-        delivered(tmp_path / "run")
-    for name in ("run.json", "recipe.toml"):
-        whole = (tmp_path / "run" / name).read_text("utf-8")
-        (tmp_path / "run" / name).write_text(whole.replace(missing.model.path, recipe.model.path), "utf-8")
     with pytest.raises(RunError, match="has no state yet: resume it first"):
         delivered(tmp_path / "run")
+
+
+def test_a_state_of_another_recipe_or_of_an_earlier_release_is_told(
+    done: Run, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = Path(shutil.copytree(done.folder, tmp_path / "run"))
+    state, _ = restored(folder)
+    (folder / "state.safetensors").write_bytes(Payload(state.state, {"round": 2}).encode())
+    again, _ = restored(folder)
+    assert "was written by an earlier kilofed and is not checked" in caplog.text
+    assert all(torch.equal(again.state[name], tensor) for name, tensor in state.state.items())
+    with pytest.raises(RunError, match=r"state\.safetensors was written by an earlier kilofed, which noted nothing"):
+        kilofed.resume(folder)
+    shutil.copy(done.folder / "state.safetensors", folder)
+    other = changed(recipe_of(folder), {"train.lr": 0.5})
+    write_json(folder / "run.json", to_json(RunFacts(to_table(other))))
+    (folder / "recipe.toml").write_text(to_toml(other), "utf-8")
+    for command in (delivered, kilofed.resume):
+        with pytest.raises(RunError, match=r"state\.safetensors is not of a run of the recipe beside it"):
+            command(folder)

@@ -5,14 +5,16 @@ from collections.abc import Mapping
 from contextlib import closing
 from itertools import islice
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
 from kilofed.config.fields import Value
 from kilofed.config.recipe import Recipe
 from kilofed.config.tables import changed
-from kilofed.errors import KilofedError
+from kilofed.errors import KilofedError, NonFiniteLoss
 from kilofed.federation.ledger import Ledger
+from kilofed.federation.parties import Client
 from kilofed.payload import Payload
 from kilofed.runs.rounds import run_rounds
 from kilofed.runs.sites import Sites
@@ -61,7 +63,7 @@ def test_a_round_is_on_the_disk_when_its_metrics_are_told(recipe: Recipe, tmp_pa
     with closing(run_rounds(sites, sites.server(), sites.policy, tmp_path)) as rounds:
         for number, metrics in rounds:
             state, lines, num_messages = on_disk(tmp_path)
-            assert Payload.decode(state).scalars == {"round": number}
+            assert Payload.decode(state).scalars["round"] == number
             assert lines[-1] == without_times(json.loads(json.dumps(metrics)))
             assert [line["round"] for line in lines] == list(range(number + 1))
             assert num_messages == 2 * len(SIZES) * number
@@ -99,12 +101,19 @@ def test_what_lies_beyond_the_state_is_cut_off(recipe: Recipe, tmp_path: Path) -
     assert on_disk(tmp_path / "cut") == on_disk(tmp_path / "whole")
 
 
-def test_a_failed_round_leaves_the_state_of_the_one_before(recipe: Recipe, tmp_path: Path) -> None:
+def no_fit(client: Client, objective: object) -> NoReturn:
+    raise NonFiniteLoss("the loss is nan")
+
+
+def test_a_failed_round_leaves_the_state_of_the_one_before(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run(recipe, tmp_path / "run", 1)
     state = (tmp_path / "run" / "state.safetensors").read_bytes()
-    wild = changed(recipe, {"train.lr": 1e30, "train.optimizer": "sgd"})
-    with pytest.raises(KilofedError, match=r"round 2: client 0: .*; the state of round 1 is kept"):
-        run(wild, tmp_path / "run")
+    with monkeypatch.context() as patch:
+        patch.setattr(Client, "fit_round", no_fit)
+        with pytest.raises(KilofedError, match=r"round 2: client 0: the loss is nan; the state of round 1 is kept"):
+            run(recipe, tmp_path / "run")
     assert (tmp_path / "run" / "state.safetensors").read_bytes() == state
     run(recipe, tmp_path / "run")
     run(recipe, tmp_path / "whole")

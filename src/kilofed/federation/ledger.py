@@ -4,6 +4,7 @@ A row is written for the very byte string that an engine was handed (down) or ga
 they happen; only the totals stay in memory, so that ten thousand clients cost no more than ten.
 """
 
+import hashlib
 import json
 import os
 from collections import Counter
@@ -35,6 +36,24 @@ class Row:
     """Up only: wall time from the exchange's last reply (or its start) to this one."""
 
 
+class Tally:
+    """How many lines a file has, and the digest of what in them is equal in equal runs."""
+
+    def __init__(self) -> None:
+        self.num = 0
+        self._hash = hashlib.sha256()
+
+    def add(self, lasting: bytes) -> None:
+        """Count a line, of which `lasting` does not vary."""
+        self.num += 1
+        self._hash.update(lasting)
+
+    @property
+    def sha256(self) -> str:
+        """64 hex digits, of all lines in their order."""
+        return self._hash.hexdigest()
+
+
 class Ledger:
     """Append rows, read them back, add them up.
 
@@ -47,6 +66,9 @@ class Ledger:
         self._kept: list[Row] = []
         self._bytes: Counter[tuple[str, int]] = Counter()
         self._exchanges: set[tuple[int, int]] = set()
+        self._means: set[tuple[int, int]] = set()
+        self.tally = Tally()
+        """Of all rows so far."""
         self._file: TextIO | None = None
         for row in self.rows():
             self._count(row)
@@ -73,6 +95,11 @@ class Ledger:
     def num_exchanges(self) -> int:
         """Exchanges so far: the number of times that the server waited for clients."""
         return len(self._exchanges)
+
+    @property
+    def num_means(self) -> int:
+        """Exchanges so far of which the server saw the mean alone."""
+        return len(self._means)
 
     def total(self, direction: Direction) -> int:
         """Bytes of all clients in one direction."""
@@ -108,6 +135,14 @@ class Ledger:
     def _count(self, row: Row) -> None:
         self._bytes[row.direction, row.client] += row.bytes
         self._exchanges.add((row.round, row.exchange))
+        if row.verb == "mean":
+            self._means.add((row.round, row.exchange))
+        self.tally.add(lasting(row))
+
+
+def lasting(row: Row) -> bytes:
+    """What of `row` is equal in equal runs: all but its seconds."""
+    return (f"{row.round} {row.exchange} {row.action} {row.verb} {row.direction} {row.client} {row.bytes}\n").encode()
 
 
 def read(path: Path) -> Iterator[Row]:

@@ -70,7 +70,7 @@ def open_site(recipe: Recipe, number: int, data: SiteData, *, store: ModelStore,
         num_rounds=recipe.rounds,
         seed=recipe.seed,
         model=store.model(spec) if spec else nn.Identity(),
-        states=States(folder),
+        states=States(folder, number),
         public=data.public,
         start=partial(store.start, spec) if spec else dict,
     )

@@ -1,7 +1,12 @@
-"""Frozen dataclasses to JSON and back, strictly, and the JSON Schema that says what their files hold."""
+"""Frozen dataclasses to JSON and back, strictly, and the JSON Schema that says what their files hold.
 
+A dataclass with a field `sha256` gives files that carry their own digest: an edit by hand is not believed.
+"""
+
+import hashlib
+import json
 from collections.abc import Hashable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, is_dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar, cast
@@ -20,6 +25,8 @@ STRICT = ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True)
 """Every key is a field, and nothing is converted: `"3"` is no number."""
 OPEN = ConfigDict(extra="ignore", strict=True, use_attribute_docstrings=True)
 """As STRICT, but for keys that are somebody else's."""
+SEAL = "sha256"
+"""Field of a dataclass whose files carry their own digest; "" in memory, and in a file of a release that had none."""
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
 
 _KINDS = {"missing": "lacks {}", "unexpected_keyword_argument": "has the key {}, which is none of its own"}
@@ -30,8 +37,9 @@ class Mismatch(ValueError):
 
 
 def to_json(value: "DataclassInstance") -> dict[str, object]:
-    """The dataclass and those in it as tables and lists that `json` writes."""
-    return asdict(value)
+    """The dataclass and those in it as tables and lists that `json` writes, with its digest where it has a field for it."""
+    table = asdict(value)
+    return {**table, SEAL: _digest(json.dumps(table))} if SEAL in table else table
 
 
 def from_text(kind: type[T], text: Text, where: str) -> T:
@@ -54,9 +62,14 @@ def from_text(kind: type[T], text: Text, where: str) -> T:
 def parse(kind: type[T], text: Text) -> T:
     """As `from_text`, for a caller that says where and what to do. Raises Mismatch."""
     try:
-        return cast(T, _adapter(cast(Hashable, kind)).validate_json(text))
+        found = _adapter(cast(Hashable, kind)).validate_json(text)
     except ValidationError as error:
         raise Mismatch(_said(error)) from error
+    if not is_dataclass(found) or isinstance(found, type) or not getattr(found, SEAL, ""):
+        return cast(T, found)
+    if getattr(found, SEAL) != _digest(text):
+        raise Mismatch("does not hold what its sha256 says")
+    return cast(T, replace(found, **{SEAL: ""}))
 
 
 def from_file(kind: type[T], path: Path) -> T:
@@ -76,6 +89,12 @@ def schema(kind: type[object]) -> dict[str, object]:
 @cache
 def _adapter(kind: Hashable) -> TypeAdapter[object]:
     return TypeAdapter(cast(type[object], kind))
+
+
+def _digest(text: Text) -> str:
+    """Of a JSON object but for its digest, whatever the order of its keys and the white space."""
+    rest = {key: value for key, value in json.loads(text).items() if key != SEAL}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def _said(error: ValidationError) -> str:

@@ -123,6 +123,8 @@ class RunFacts:
     num_trained: int = 0
     """Parameters that are trained."""
     num_parameters: int = 0
+    sha256: str = ""
+    """Digest of all the rest; "" in memory."""
 
 
 def read(folder: Path) -> RunFacts:

@@ -1,7 +1,7 @@
 """results.json: what a run achieved, sent, spent and took; what `kilofed run --json` prints."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from kilofed.records import codec
@@ -62,6 +62,10 @@ class ScoreRows:
     __pydantic_config__ = codec.STRICT
 
     rows: Mapping[str, ScoreRow]
+    run: str = ""
+    """Identity of the run that they are of."""
+    sha256: str = ""
+    """Digest of all the rest; "" in memory."""
 
 
 @dataclass(frozen=True)
@@ -184,6 +188,10 @@ class Results:
     """The rows of each repeat; empty for one seed."""
     charts: tuple[Chart, ...]
     """What the method shows of itself."""
+    files: Mapping[str, str] = field(default_factory=dict)
+    """SHA-256 of the run's other files when it finished, by path; of several seeds, each has its own."""
+    sha256: str = ""
+    """Digest of all the rest; "" in memory."""
 
     def to_json(self) -> dict[str, object]:
         """As results.json holds it."""

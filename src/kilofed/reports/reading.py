@@ -4,7 +4,7 @@ The ledger is streamed, one row at a time: only sums stay in memory, so that mil
 """
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import groupby
 from operator import attrgetter
@@ -17,10 +17,14 @@ from kilofed.config.tables import from_table
 from kilofed.errors import RunError
 from kilofed.federation import ledger
 from kilofed.federation.ledger import Direction, Row
+from kilofed.files import sha256_of
 from kilofed.records import facts, metrics, results
 from kilofed.records.facts import RunFacts
 from kilofed.records.metrics import RoundMetrics
 from kilofed.records.results import Results
+
+LINES = ("ledger.jsonl", "metrics.jsonl")
+"""Files that tell of each round."""
 
 
 @dataclass(frozen=True)
@@ -69,17 +73,35 @@ def read(folder: Path) -> Reading:
     if not (folder / facts.FILE).is_file():
         raise RunError(f"{folder} is not a run folder (it has no run.json); give the folder that `kilofed run` made")
     recipe = folder / "recipe.toml"
+    if (done := results.read(folder)) is not None:
+        hold_to_files(folder, {name: done.files[name] for name in LINES if name in done.files})
     seeds = [read(path) for path in sorted(folder.glob("seed-*"), key=_seed) if path.is_dir()]
     return Reading(
         folder,
         recipe.read_text("utf-8") if recipe.exists() else "",
         known := facts.read(folder),
         from_table(cast(Table, known.recipe)),
-        results.read(folder),
+        done,
         list(metrics.read(folder / metrics.FILE)),
-        merge([measure(ledger.read(folder / "ledger.jsonl")), *(seed.traffic for seed in seeds)]),
+        merge([measure(ledger.read(folder / LINES[0])), *(seed.traffic for seed in seeds)]),
         seeds,
     )
+
+
+def hold_to_files(folder: Path, digests: Mapping[str, str]) -> None:
+    """Raise RunError unless the files of a finished run are as they were when its results were worked out.
+
+    Args:
+        digests: SHA-256 by path in `folder`.
+    """
+    for name, digest in digests.items():
+        path = folder / name
+        if not path.is_file() or sha256_of(path) != digest:
+            found = "is not as it was" if path.is_file() else "is missing, which was there"
+            raise RunError(
+                f"{path} {found} when results.json was written: put a copy of it back, or resume the run, which says "
+                "whether it can be made anew"
+            )
 
 
 def measure(rows: Iterable[Row]) -> Traffic:

@@ -6,6 +6,8 @@ from pathlib import Path
 from kilofed.errors import RunError
 from kilofed.files import said
 from kilofed.models import loading
+from kilofed.records import results
+from kilofed.reports.reading import hold_to_files
 from kilofed.runs.folder import first_seed
 from kilofed.runs.restore import delivered
 
@@ -14,11 +16,13 @@ def adapter(run: Path, out: Path) -> Path:
     """Copy the run's adapter (or whole model, where every parameter was trained) to the new folder `out`.
 
     Raises:
-        RunError: the run is not finished, or `out` exists.
+        RunError: the run is not finished, a file of it is not as it was then, or `out` exists.
     """
     source = first_seed(run) / "adapter"
-    if not (run / "results.json").exists():
+    known = results.read(source.parent) if (run / results.FILE).exists() else None
+    if known is None:
         raise RunError(f"{run} has no adapter yet: finish it with `kilofed resume {run}`")
+    hold_to_files(source.parent, {n: digest for n, digest in known.files.items() if n.startswith("adapter/")})
     _refuse_existing(out)
     with said(f"cannot write {out}"):
         shutil.copytree(source, out)

@@ -1,9 +1,9 @@
 """A run from its recipe to the report: rounds, baselines, results; resumed at any instant it ends in the same bytes."""
 
+import logging
 from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Protocol
 
@@ -13,12 +13,11 @@ from transformers import PreTrainedTokenizerBase
 
 from kilofed.config.fields import Value
 from kilofed.config.recipe import Recipe
-from kilofed.config.tables import from_table, load, to_table, to_toml
+from kilofed.config.tables import from_table, load, to_table
 from kilofed.costs import counter
 from kilofed.errors import RunError
 from kilofed.federation.method import with_present_names
 from kilofed.federation.parties import Server
-from kilofed.files import replace_file
 from kilofed.models import loading
 from kilofed.models.evaluation import Scores, summarise
 from kilofed.privacy.mechanisms import Mechanism, load_mechanism
@@ -26,16 +25,28 @@ from kilofed.records import codec
 from kilofed.records import facts as facts_file
 from kilofed.records import results as results_file
 from kilofed.records.codec import to_json
-from kilofed.records.facts import RunFacts
 from kilofed.records.results import Results, ScoreRow, ScoreRows
 from kilofed.reports import report
 from kilofed.runs import baselines
 from kilofed.runs.facts import facts
-from kilofed.runs.folder import clear, new_folder, noise_key, recipe_of, write_json
+from kilofed.runs.folder import (
+    begin,
+    begin_repeat,
+    begun,
+    clear,
+    new_folder,
+    noise_key,
+    recipe_of,
+    run_identity,
+    write_json,
+)
+from kilofed.runs.lock import held
 from kilofed.runs.restore import delivered
-from kilofed.runs.results import of_run, over_seeds
+from kilofed.runs.results import finished, of_run, over_seeds
 from kilofed.runs.rounds import run_rounds
 from kilofed.runs.sites import Sites
+
+log = logging.getLogger("kilofed")
 
 CHARTED = 8
 """Held-out rows of each client that a method may look at for its charts."""
@@ -106,25 +117,23 @@ def run(
     Sites(recipe)  # Method, fields and privacy are checked before a folder is made.
     recipe = from_table(with_present_names(to_table(recipe), recipe.method.name))
     folder = new_folder(recipe, Path(out) if out else None)
-    # From here on the folder can be resumed; recipe.toml is a copy for the reader.
-    began = RunFacts(to_table(recipe), datetime.now(UTC).isoformat("T", "seconds"))
-    write_json(folder / facts_file.FILE, to_json(began))
-    replace_file(folder / "recipe.toml", to_toml(recipe).encode())
-    return _run_all(recipe, folder, watch or Silent())
+    with held(folder):
+        begin(folder, recipe)
+        return _run_all(recipe, folder, watch or Silent())
 
 
 def resume(folder: str | Path, *, watch: Watch | None = None) -> Run:
     """Go on with a run that was stopped at any instant; a finished one is read again.
 
     Raises:
-        RunError: no run folder, or its recipe was edited after it began. KilofedError: as in `run`.
+        RunError: no run folder, its recipe was edited after it began, another process holds it, or a file in it is
+            damaged, by its name. KilofedError: as in `run`.
     """
     folder = Path(folder)
-    recipe = recipe_of(folder)
-    clear(folder)
-    if not (folder / "recipe.toml").exists():
-        replace_file(folder / "recipe.toml", to_toml(recipe).encode())
-    return _run_all(recipe, folder, watch or Silent())
+    recipe_of(folder)  # Nothing is written into a folder that is no run's.
+    with held(folder):
+        clear(folder)
+        return _run_all(begun(folder), folder, watch or Silent())
 
 
 def _run_all(recipe: Recipe, folder: Path, watch: Watch) -> Run:
@@ -139,12 +148,10 @@ def _run_all(recipe: Recipe, folder: Path, watch: Watch) -> Run:
             one = replace(recipe, seed=seed, seeds=1, evaluate=replace(recipe.evaluate, costs=counts))
             below = folder / f"seed-{seed}"
             below.mkdir(exist_ok=True)
-            replace_file(below / "recipe.toml", to_toml(one).encode())
-            if not (below / facts_file.FILE).exists():
-                began = RunFacts(to_table(one), datetime.now(UTC).isoformat("T", "seconds"))
-                write_json(below / facts_file.FILE, to_json(began))
-            every.append(_run_one(one, below, watch))
-            report.write(below)
+            with held(below):
+                begin_repeat(below, one)
+                every.append(_run_one(one, below, watch))
+                report.write(below)
         results = over_seeds(recipe, folder, every)
         top = replace(facts_file.read(folder / f"seed-{recipe.seed}"), recipe=to_table(recipe))
         write_json(folder / facts_file.FILE, to_json(top))
@@ -154,7 +161,7 @@ def _run_all(recipe: Recipe, folder: Path, watch: Watch) -> Run:
 
 
 def _run_one(recipe: Recipe, folder: Path, watch: Watch) -> Results:
-    if (known := results_file.read(folder)) is not None:
+    if (known := finished(folder, recipe)) is not None:
         return known
     if recipe.engine.threads:
         torch.set_num_threads(recipe.engine.threads)
@@ -175,7 +182,7 @@ def _measured(sites: Sites, server: Server, policy: Mechanism, folder: Path, wat
     if not began.clients:
         write_json(folder / facts_file.FILE, to_json(facts(sites, server, began)))
     scored = [client for client in sites.client_ids() if sites.corpus.shares[client].test]
-    rows = _Rows(folder)
+    rows = _Rows(folder, run_identity(recipe, noise_key(recipe, folder)))
     if "base" in recipe.evaluate.baselines:
         watch.stage("base model")
         rows.once("base", scored, lambda: baselines.base(sites, scored))
@@ -205,19 +212,32 @@ def _measured(sites: Sites, server: Server, policy: Mechanism, folder: Path, wat
 class _Rows:
     """Rows of the table as they are finished; kept on the disk so that a resumed run does not repeat them."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, run: str) -> None:
         if (folder / "controls.json").exists():
             raise RunError(
                 f"{folder} was begun by an older kilofed (it holds controls.json, not baselines.json): "
                 "run its recipe.toml anew"
             )
-        self._path = folder / "baselines.json"
-        self.rows = dict(codec.from_file(ScoreRows, self._path).rows) if self._path.exists() else {}
+        self._path, self._run = folder / "baselines.json", run
+        self.rows = self._known()
 
     def once(self, name: str, ids: list[int], measure: Callable[[], list[Scores]]) -> None:
         if name not in self.rows:
             self.rows[name] = summarise(measure(), ids)
-            write_json(self._path, codec.to_json(ScoreRows(self.rows)))
+            write_json(self._path, codec.to_json(ScoreRows(self.rows, self._run)))
+
+    def _known(self) -> dict[str, ScoreRow]:
+        if not self._path.exists():
+            return {}
+        try:
+            found = codec.from_file(ScoreRows, self._path)
+        except RunError as error:
+            log.warning("%s; its rows are scored anew", str(error).partition(": ")[0])
+            return {}
+        if found.run != self._run:
+            log.warning("%s is of another run; its rows are scored anew", self._path)
+            return {}
+        return dict(found.rows)
 
 
 def _spread(ids: list[int], most: int) -> list[int]:

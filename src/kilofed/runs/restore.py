@@ -12,17 +12,21 @@ from kilofed.errors import RunError
 from kilofed.federation.parties import Server
 from kilofed.models.evaluation import summarise
 from kilofed.records.results import ScoreRow
-from kilofed.runs import baselines
-from kilofed.runs.folder import first_seed, load_state, recipe_of
+from kilofed.runs import baselines, commit
+from kilofed.runs.folder import first_seed, recipe_of
+from kilofed.runs.resuming import hold_to_recipe
 from kilofed.runs.sites import Sites
 
 
 def restored(folder: Path) -> tuple[Server, Sites]:
     """The server of a run folder after its newest round, and the run's sites. Raises RunError."""
-    sites = Sites(recipe_of(folder))
-    server = sites.server(folder=folder)
-    if not load_state(folder, server):
+    recipe, kept = recipe_of(folder), commit.read(folder)
+    sites = Sites(recipe)
+    if kept is None:
         raise RunError(f"{folder} has no state yet: resume it first")
+    hold_to_recipe(folder / commit.FILE, kept, recipe)
+    server = sites.server(folder=folder)
+    server.state, server.round = dict(kept.state), kept.round
     return server, sites
 
 

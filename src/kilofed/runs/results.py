@@ -1,6 +1,7 @@
 """The results of a finished run, worked out from its folder and its rows."""
 
 import hashlib
+import logging
 import math
 import statistics
 from collections.abc import Mapping, Sequence
@@ -10,10 +11,13 @@ from pathlib import Path
 
 from kilofed.config.recipe import Recipe
 from kilofed.costs import environment, measurement
+from kilofed.errors import RunError
 from kilofed.federation.ledger import Ledger
+from kilofed.files import sha256_of
 from kilofed.models.evaluation import interval
-from kilofed.privacy.mechanisms import Mechanism
+from kilofed.privacy.mechanisms import Mechanism, load_mechanism
 from kilofed.records import metrics
+from kilofed.records import results as results_file
 from kilofed.records.results import (
     Bytes,
     Chart,
@@ -23,6 +27,12 @@ from kilofed.records.results import (
     SeedRows,
     TotalBytes,
 )
+from kilofed.reports.reading import hold_to_files
+from kilofed.runs import commit
+from kilofed.runs.journal import LEDGER, METRICS
+from kilofed.runs.resuming import checked
+
+log = logging.getLogger("kilofed")
 
 Rows = Mapping[str, ScoreRow]
 Losses = Mapping[str, Mapping[int, float]]
@@ -33,9 +43,10 @@ def of_run(recipe: Recipe, folder: Path, rows: Rows, policy: Mechanism, charts: 
     """The results of the finished run in `folder`, given the rows of its table."""
     rounds = list(metrics.read(folder / metrics.FILE))
     with closing(Ledger(folder / "ledger.jsonl")) as ledger:
-        means = {(row.round, row.exchange) for row in ledger.rows() if row.verb == "mean"}
         up, down = ledger.per_client("up"), ledger.per_client("down")
         exchanges = ledger.num_exchanges
+    if (last := commit.read(folder)) is None:
+        raise RunError(f"{folder / commit.FILE} is missing: resume the run")
     losses = {name: {client.id: client.loss for client in row.clients} for name, row in rows.items()}
     return Results(
         name=recipe.name,
@@ -50,18 +61,46 @@ def of_run(recipe: Recipe, folder: Path, rows: Rows, policy: Mechanism, charts: 
         seconds=round(sum(done.seconds or 0.0 for done in rounds), 3),
         peak_memory_bytes=environment.peak_memory(),
         costs=measurement.read(folder),
-        privacy=_spent(recipe, policy, len(means)),
+        privacy=_spent(recipe, policy, last.num_means),
         closed=_closed(rows),
         verdict=tuple(verdict(losses, _closed(rows))),
         run=str(folder),
-        state_sha256=hashlib.sha256((folder / "state.safetensors").read_bytes()).hexdigest(),
+        state_sha256=last.state_sha256,
         per_seed=(),
         charts=tuple(charts),
+        files={path.relative_to(folder).as_posix(): sha256_of(path) for path in _kept(folder)},
     )
 
 
+def finished(folder: Path, recipe: Recipe) -> Results | None:
+    """The results of the run in `folder`, if it has finished and they go with its files; else it has to go on.
+
+    What can be worked out anew, results and adapter, need not be whole: that is said, and None is given.
+
+    Raises:
+        RunError: a file is damaged from which they would be worked out; by its name.
+    """
+    path = folder / results_file.FILE
+    if not path.exists():
+        return None
+    state = checked(folder, recipe).commit
+    try:
+        known = results_file.read(folder)
+        assert known is not None
+        if state is None or state.state_sha256 != known.state_sha256:
+            raise RunError(f"{path} is of another state than {folder / commit.FILE}")
+        hold_to_files(folder, known.files)
+    except RunError as error:
+        log.warning("%s\n  it is worked out anew", error)
+        return None
+    return known
+
+
 def over_seeds(recipe: Recipe, folder: Path, every: Sequence[Results]) -> Results:
-    """Means over repeats; the interval of each row's loss is over repeats too."""
+    """Means over repeats; the interval of each row's loss is over repeats too.
+
+    Each repeat releases a model of the same rows, so what they spent of privacy is that of all means together.
+    """
     seeds = tuple(recipe.seed + i for i in range(recipe.seeds))
     rows = {name: _mean_row([one.rows[name] for one in every]) for name in every[0].rows}
     losses = {
@@ -72,9 +111,13 @@ def over_seeds(recipe: Recipe, folder: Path, every: Sequence[Results]) -> Result
         }
         for name in rows
     }  # fmt: skip
+    spent = [one.privacy for one in every]
+    means = None if spent[0].num_means is None else sum(one.num_means or 0 for one in spent)
     return replace(
         every[0],
         seeds=seeds,
+        files={},
+        privacy=spent[0] if means is None else _spent(recipe, load_mechanism(recipe.privacy), means),
         rows=rows,
         per_seed=tuple(SeedRows(seed, one.rows) for seed, one in zip(seeds, every, strict=True)),
         bytes=Bytes(statistics.fmean(o.bytes.up for o in every), statistics.fmean(o.bytes.down for o in every)),
@@ -119,6 +162,11 @@ def verdict(losses: Losses, closed: float | None = None) -> list[str]:
     if closed is not None:
         sentences.append(f"it closes {100 * closed:.0f} % of the gap from base to centralized")
     return sentences
+
+
+def _kept(folder: Path) -> list[Path]:
+    """Files of a finished run whose digests its results hold."""
+    return [folder / LEDGER, folder / METRICS, *sorted(p for p in (folder / "adapter").rglob("*") if p.is_file())]
 
 
 def _mean_row(rows: Sequence[ScoreRow]) -> ScoreRow:

@@ -1,7 +1,8 @@
 """The rounds of a run: sample clients, run a round of the method, evaluate, commit.
 
 A run folder is written in this order in each round: ledger rows, a line of metrics, then the server's state. The rename
-of the state is the commit: whatever lies in the other files beyond its round is cut off when the run goes on.
+of the state is the commit: whatever lies in the other files beyond its round is cut off when the run goes on, and what
+lies before it must be what it was.
 """
 
 import json
@@ -17,13 +18,12 @@ from kilofed.config.tables import to_table
 from kilofed.costs import measurement
 from kilofed.engines import open_engine
 from kilofed.federation.cohort import Cohort
-from kilofed.federation.ledger import Ledger
 from kilofed.federation.parties import Server
-from kilofed.files import append_line, cut_after, replace_file
 from kilofed.models import evaluation
-from kilofed.payload import Payload
 from kilofed.privacy.mechanisms import Mechanism
-from kilofed.runs.folder import load_state
+from kilofed.runs.folder import recipe_digest
+from kilofed.runs.journal import Journal
+from kilofed.runs.resuming import checked
 from kilofed.runs.sites import Sites, drawn
 
 
@@ -38,12 +38,11 @@ def run_rounds(
         KilofedError: a round failed; the state of the round before it is kept.
     """
     recipe, method = sites.recipe, sites.method
-    _begin(sites, server, folder)
     clients = measurement.MeasuredSites(sites.site, folder / "clients")
     handle = clients.handle if recipe.evaluate.costs else sites.handle
     text = json.dumps(to_table(recipe))
     with (
-        closing(Ledger(folder / "ledger.jsonl")) as ledger,
+        closing(_begin(sites, server, folder)) as journal,
         closing(open_engine(recipe.engine, sites.client_ids(), text, folder / "clients", handle)) as engine,
     ):
         framing = 0
@@ -54,7 +53,7 @@ def run_rounds(
             cohort = Cohort(
                 drawn(engine.client_ids(), recipe, number),
                 engine,
-                ledger,
+                journal.ledger,
                 policy,
                 round=number,
                 quorum=recipe.quorum,
@@ -66,21 +65,21 @@ def run_rounds(
                 metrics["framing_bytes"], framing = extra, engine.overhead()
             if number % recipe.evaluate.every == 0 or number == recipe.rounds or method.done(server):
                 metrics |= _scores(sites, method.deliver(server))
-            ledger.sync()
-            append_line(folder / "metrics.jsonl", metrics)
-            replace_file(folder / "state.safetensors", Payload(server.state, {"round": number}).encode())
+            journal.commit(server, cohort.ids, metrics)
             yield number, metrics
 
 
-def _begin(sites: Sites, server: Server, folder: Path) -> None:
+def _begin(sites: Sites, server: Server, folder: Path) -> Journal:
     """Bring the server to the newest round on the disk, and the files back to it."""
-    if not load_state(folder, server):
+    recipe, begun = sites.recipe, checked(folder, sites.recipe)
+    if begun.commit:
+        server.state, server.round = dict(begun.commit.state), begun.commit.round
+    else:
         sites.method.setup(server)
-    for name in ("ledger.jsonl", "metrics.jsonl"):
-        cut_after(folder / name, server.round)
-    metrics = folder / "metrics.jsonl"
-    if server.round == 0 and not (metrics.exists() and metrics.stat().st_size):
-        append_line(metrics, {"round": 0, **_scores(sites, sites.method.deliver(server))})
+    journal = Journal(folder, begun.commit, begun.metrics, run=begun.run, recipe=recipe_digest(recipe))
+    if not begun.commit:
+        journal.add_line({"round": 0, **_scores(sites, sites.method.deliver(server))})
+    return journal
 
 
 def _round(sites: Sites, server: Server, cohort: Cohort, counted: AbstractContextManager[None]) -> dict[str, object]:
