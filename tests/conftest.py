@@ -1,6 +1,7 @@
-"""Small real parts for every test: a two-layer random Llama with a byte tokeniser, forty rows, four clients."""
+"""Small real parts for every test: a two-layer random Llama with a byte tokeniser, rows of equal and unequal clients."""
 
 import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
@@ -10,9 +11,12 @@ from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, P
 
 from kilofed.config.fields import Value
 from kilofed.config.recipe import Recipe
-from kilofed.config.tables import from_table
+from kilofed.config.tables import changed, from_table
 
 torch.set_num_threads(1)
+
+SIZES = {"few": 3, "some": 10, "many": 41}
+"""Rows of each client where nothing speaks for equal ones: means that forget a weight show."""
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
@@ -90,6 +94,21 @@ def tiny_rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+def uneven_rows(row: Callable[[int], Mapping[str, object]]) -> list[dict[str, object]]:
+    """Rows of three clients by SIZES; `row` makes one from its number, from 0 over all clients."""
+    owners = [name for name, size in SIZES.items() for _ in range(size)]
+    return [{**row(number), "client": name} for number, name in enumerate(owners)]
+
+
+@pytest.fixture(scope="session")
+def uneven_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Rows of three clients by SIZES, their answers of unequal length too."""
+    path = tmp_path_factory.mktemp("uneven-data") / "rows.jsonl"
+    rows = uneven_rows(lambda n: {"instruction": f"add {n}", "response": "is " + n % 5 * "7"})
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    return path
+
+
 @pytest.fixture
 def tiny_table(tiny_model: Path, tiny_rows: Path) -> dict[str, Value]:
     """The recipe of `tiny_recipe` as a table, to be changed by a test."""
@@ -108,3 +127,9 @@ def tiny_table(tiny_model: Path, tiny_rows: Path) -> dict[str, Value]:
 def tiny_recipe(tiny_table: dict[str, Value]) -> Recipe:
     """Two rounds of FedAvg with LoRA on forty rows of four clients."""
     return from_table(tiny_table)
+
+
+@pytest.fixture
+def uneven(tiny_recipe: Recipe, uneven_file: Path) -> Recipe:
+    """Two rounds of FedAvg with LoRA on the rows of three clients by SIZES."""
+    return changed(tiny_recipe, {"data.source": str(uneven_file)})

@@ -398,3 +398,9 @@ def test_equal_structures_share_a_layout() -> None:
 
 def test_an_empty_payload_is_one() -> None:
     assert same(Payload.decode(Payload().encode()), Payload())
+
+
+def test_scalars_in_any_order_are_the_same_bytes() -> None:
+    scalars = {"weight": 41, "loss": 0.5, "word": "x", "last": True}
+    backwards = dict(reversed(scalars.items()))
+    assert Payload(scalars=scalars).encode() == Payload(scalars=backwards).encode()

@@ -22,3 +22,7 @@ def test_every_field_of_a_table_has_a_text(cls: type) -> None:
         return
     speechless = {one.name for one in describe(cls) if not one.text and not is_dataclass(one.default)}
     assert speechless <= {"fields"}
+
+
+def test_a_quorum_of_the_whole_cohort_is_a_recipe() -> None:
+    assert load("tiny", {"cohort": 3, "quorum": 3}).quorum == 3

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from tests.conftest import byte_tokenizer
+from tests.conftest import byte_tokenizer, uneven_rows
 
 from kilofed.config.recipe import Recipe
 from kilofed.config.tables import changed
@@ -15,12 +15,7 @@ from kilofed.data.notices import Warn, log_warning
 @pytest.fixture
 def recipe(tiny_recipe: Recipe, tmp_path: Path) -> Recipe:
     """Clients of 3, 10 and 41 rows; a column that nothing uses, a client without held-out rows, rows without answer."""
-    sizes = {"few": 3, "some": 10, "many": 41}
-    rows = [
-        {"client": name, "instruction": f"say {n}", "response": "" if n % 5 == 4 else "yes", "note": "x"}
-        for name, size in sizes.items()
-        for n in range(size)
-    ]
+    rows = uneven_rows(lambda n: {"instruction": f"say {n}", "response": "" if n % 5 == 4 else "yes", "note": "x"})
     held_out = [row for row in rows if row["client"] != "few"][:6]
     for name, some in (("train", rows), ("test", held_out)):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in some), "utf-8")

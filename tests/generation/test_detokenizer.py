@@ -240,3 +240,8 @@ def test_a_token_comes_with_the_first_of_its_text(codec: TextCodec) -> None:
     pieces = placed(codec, "€X".encode(), stops=["Xx"])
     euro, x = ids_of(codec, "€".encode()), ids_of(codec, b"X")
     assert pieces == [("", [], ""), ("", [], ""), ("€", euro, ""), ("", [], ""), ("X", x, "length")]
+
+
+@pytest.mark.parametrize("strings", [["late", "soon"], ["soon", "late"]])
+def test_the_earliest_of_several_stop_strings_ends_the_text_whichever_is_listed_first(strings: list[str]) -> None:
+    assert StopStrings(strings).add("a soon and a late one") == "a "

@@ -1,4 +1,4 @@
-"""A run of a method without files: rounds of a cohort over the tiny recipe, state and ledger at hand."""
+"""A run of a method without files: rounds of a cohort of unequal clients, state and ledger at hand."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -105,7 +105,7 @@ def finished() -> dict[tuple[str, int], Federation]:
 
 @pytest.fixture
 def federate(
-    tiny_recipe: Recipe, tiny_large: Path, finished: dict[tuple[str, int], Federation]
+    uneven: Recipe, tiny_large: Path, finished: dict[tuple[str, int], Federation]
 ) -> Callable[..., Federation]:
     """`federate("fedprox", rounds=2, mu=0.5)`: a federation after some rounds; other words as in `Federation`.
 
@@ -126,7 +126,7 @@ def federate(
             fields = {"method.large": str(tiny_large), "data.public_share": 0.2, **fields}
         if name == "kd":
             fields = {"data.public_share": 0.2, **fields}
-        recipe = changed(tiny_recipe, {"method": name, **fields, **(overrides or {})})  # type: ignore[dict-item]
+        recipe = changed(uneven, {"method": name, **fields, **(overrides or {})})  # type: ignore[dict-item]
         key = to_toml(recipe), rounds
         if fresh or own:
             return Federation(recipe, **own).run(rounds)  # type: ignore[arg-type]

@@ -63,7 +63,7 @@ def test_bfloat16_halves_the_bytes_and_stays_close(federate) -> None:
     start = federate("fedavg", rounds=0).server.state
     for name, tensor in wide.server.state.items():
         off = (tensor - narrow.server.state[name]).norm()
-        assert off < 0.1 * (tensor - start[name]).norm()
+        assert off < 0.2 * (tensor - start[name]).norm()
 
 
 def test_the_state_stays_float32_whatever_is_on_the_wire(federate) -> None:

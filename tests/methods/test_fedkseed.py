@@ -117,7 +117,7 @@ def test_pro_counts_alike_whatever_is_disclosed(federate, sampling: str) -> None
         for kind in ("scalars", "sums")
     )
     assert scalars.server.state["sums"][2].sum() == 2 * 3 * 3  # Rounds, clients, steps.
-    torch.testing.assert_close(scalars.server.state["sums"], sums.server.state["sums"], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(scalars.server.state["sums"], sums.server.state["sums"], rtol=1e-3, atol=1e-4)
 
 
 def test_a_client_with_another_base_model_is_named(federate) -> None:

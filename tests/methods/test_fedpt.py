@@ -454,3 +454,18 @@ def test_a_rule_runs_evaluates_resumes_and_chats(tiny_table, tiny_large: Path, t
         source.seek(0)
         chat.converse(tmp_path / "run", max_new_tokens=3, source=source, to=to)
     assert (tmp_path / "answers.txt").read_text().endswith("\n")
+
+
+def test_each_server_phase_teaches_the_next_stretch_of_rows(federate, monkeypatch: pytest.MonkeyPatch) -> None:
+    taught: list[list[tuple[int, ...]]] = []
+    score = fedpt.teacher_cache.score
+
+    def noting(teacher, rows, **words):
+        taught.append([tuple(row.input_ids) for row in rows])
+        return score(teacher, rows, **words)
+
+    monkeypatch.setattr(fedpt.teacher_cache, "score", noting)
+    found = federate("fedpt", fresh=True, steps=1, batch_size=2, validation_share=0.2)
+    rows = {tuple(row.input_ids) for row in found.sites.method.public_rows(found.server)[0]}
+    assert len(rows) >= 4
+    assert len(set(taught[0] + taught[1])) == 4  # No row comes twice before all have come once.

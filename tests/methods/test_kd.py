@@ -137,9 +137,9 @@ def test_another_vocabulary_is_refused_for_language_models(federate, tiny_model:
 def test_another_label_set_is_refused(federate, tiny_recipe: Recipe) -> None:
     found = federate("kd", rounds=0, overrides=CLASSIFY, fresh=True)
     ask, _ = replies(found)
-    names = ["site 0", "site 1", "site 2", "site 3"]
+    names = list(found.sites.corpus.classes)
     for labels, message in (
-        ([*names, "site 4"], "its model scores 5 classes, the server's 4"),
+        ([*names, "more"], "its model scores 4 classes, the server's 3"),
         ([names[1], names[0], *names[2:]], "differ from the server's"),
     ):
         sites = Sites(changed(found.recipe, {"data.labels": list(labels)}))
@@ -209,3 +209,19 @@ def _with_another_word(model: Path, folder: Path) -> Path:
     words["a"], words["b"] = words["b"], words["a"]
     path.write_text(json.dumps(table), "utf-8")
     return folder
+
+
+def test_a_clients_scores_count_by_the_examples_it_trained_on(federate) -> None:
+    # Two steps of at most four rows each, of clients with 2, 27 and 6 rows.
+    by_rows, alike = (federate("kd", rounds=0, client_weighting=how, fresh=True) for how in ("examples", "uniform"))
+    _, answers = replies(by_rows)
+    assert [len(by_rows.sites.site(client).client.data) for client in answers] == [2, 27, 6]
+    assert [answer.scalars["weight"] for answer in answers.values()] == [2 + 2, 4 + 4, 4 + 2]
+    assert {answer.scalars["weight"] for answer in replies(alike)[1].values()} == {1}
+
+
+def test_the_servers_model_is_its_own_again_after_clients_of_the_same_process(federate) -> None:
+    """Where clients live elsewhere, nothing is written into the server's model while they work."""
+    together, apart = (federate("kd", rounds=1, fresh=True, forgetful=away) for away in (False, True))
+    assert together.sites.site(0).client.model is together.server.model
+    assert together.content == apart.content

@@ -39,10 +39,12 @@ def test_with_one_client_it_is_plain_training(federate, labels: str, part: str) 
 @pytest.mark.parametrize("labels", ["server", "client"])
 @pytest.mark.parametrize("optimizer", ["adamw", pytest.param("sgd", marks=pytest.mark.slow)])
 def test_averaged_parts_are_fedavg_whatever_the_number_of_clients(federate, labels: str, optimizer: str) -> None:
-    how = {"train.optimizer": optimizer, "train.schedule": "cosine", "train.epochs": 1, "train.weight_decay": 0.1}
-    split = federate("split", overrides=how, labels=labels, server_part="averaged")
-    plain = federate("fedavg", overrides=how)
-    assert_equal(split.server.state, plain.server.state)
+    how = {"train.optimizer": optimizer, "train.weight_decay": 0.1}
+    # The server's part has one schedule for all, so a schedule needs equally many steps.
+    for steps in ({"train.epochs": 1}, {"train.schedule": "cosine"}):
+        split = federate("split", overrides={**how, **steps}, labels=labels, server_part="averaged")
+        plain = federate("fedavg", overrides={**how, **steps})
+        assert_equal(split.server.state, plain.server.state)
 
 
 def test_all_parameters_are_trained_with_the_head_at_the_client_as_without_a_cut(federate) -> None:
@@ -91,7 +93,7 @@ def test_exchanges_are_one_or_two_per_batch_and_one_for_the_parts(federate, labe
 
     heads = [] if labels == "server" else ["head"]
     assert actions("joint") == actions("averaged") == [*["forward", *heads] * 2, "part"]
-    assert actions("sequential") == [*["forward", *heads * 4] * 2, "part"]
+    assert actions("sequential") == [*["forward", *heads * 3] * 2, "part"]
 
 
 def bytes_of(federation, action: str, way: str) -> int:
@@ -222,10 +224,10 @@ def test_an_invalid_reply_is_named_and_its_client_dropped(
     found.server.round = 1
     cohort = Cohort(found.sites.client_ids(), engine, found.ledger, found.sites.policy, round=1, skip_failures=True)
     found.sites.method.round(found.server, cohort)
-    assert list(cohort.failures) == [3]
-    assert why in cohort.failures[3]
+    assert list(cohort.failures) == [2]
+    assert why in cohort.failures[2]
     strict = Cohort(found.sites.client_ids(), engine, found.ledger, found.sites.policy, round=1)
-    with pytest.raises(ClientError, match=f"client 3: (.*){why}"):
+    with pytest.raises(ClientError, match=f"client 2: (.*){why}"):
         found.sites.method.round(found.server, strict)
 
 
@@ -233,7 +235,7 @@ def test_a_round_ends_when_too_few_are_left(federate) -> None:
     found = federate("split", rounds=0, fresh=True)
     engine = leaving_after(1)(found.sites.client_ids(), found.sites.handle)
     found.server.round = 1
-    cohort = Cohort(found.sites.client_ids(), engine, found.ledger, found.sites.policy, round=1, quorum=4)
+    cohort = Cohort(found.sites.client_ids(), engine, found.ledger, found.sites.policy, round=1, quorum=3)
     with pytest.raises(TooFewReplies):
         found.sites.method.round(found.server, cohort)
 
@@ -264,7 +266,7 @@ def test_settings_that_cannot_be_split_are_refused(federate) -> None:
 
 def test_the_report_has_the_reconstruction_attacks(federate) -> None:
     found = federate("split")
-    rows = [row for client in range(4) for row in found.sites.corpus.test_examples(client)]
+    rows = [row for client in found.sites.client_ids() for row in found.sites.corpus.test_examples(client)]
     (chart,) = found.sites.method.presentation().charts(found.server, rows)
     assert set(chart.lines) == {"linear inverter", "nearest embedding"}
     assert [x for x, _ in chart.lines["linear inverter"]] == [1]
@@ -284,3 +286,14 @@ def test_noise_on_hidden_states_comes_through_the_policy(federate, labels: str) 
     assert noisy.ledger.total("up") == plain.ledger.total("up")
     with pytest.raises(PrivacyError, match="noise needs floating-point rows"):
         federate("split", labels=labels, activations="int8", overrides=rows)
+
+
+def test_clients_count_by_the_examples_they_trained_on(federate) -> None:
+    # One epoch: the clients train on all of their 3, 8 and 33 rows, in one, two and nine batches.
+    epoch = {"train.epochs": 1}
+    by_rows = federate("split", rounds=1, overrides=epoch, server_part="averaged").server.state
+    alike = federate("split", rounds=1, overrides=epoch, server_part="averaged", client_weighting="uniform")
+    plain = federate("fedavg", rounds=1, overrides=epoch, client_weighting="uniform")
+    assert_equal(alike.server.state, plain.server.state)
+    assert_equal(by_rows, federate("fedavg", rounds=1, overrides=epoch).server.state)
+    assert all(not torch.equal(by_rows[name], tensor) for name, tensor in alike.server.state.items())

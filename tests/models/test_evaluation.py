@@ -182,3 +182,8 @@ def test_classes_are_scored_by_row_and_have_no_perplexity(tiny_encoder: Path) ->
     assert scores.macro_f1 == pytest.approx((2 * 2 / (2 + 3) + 0) / 2)
     assert scores.perplexity is None
     assert evaluation.summarise([scores], [0]).perplexity is None
+
+
+def test_a_class_that_is_only_guessed_lowers_macro_f1() -> None:
+    # Class 0: 3 of 4 right, given to 3 rows; class 9: held by no row and given to one, so its F1 is 0.
+    assert macro_f1(Counter({(0, 0): 3, (0, 9): 1})) == pytest.approx((2 * 3 / (4 + 3) + 0) / 2)

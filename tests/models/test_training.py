@@ -326,3 +326,34 @@ def test_a_row_without_a_class_does_not_count(tiny_encoder: Path) -> None:
     batch = training.collate([*known, Example([8, 9, 10], [], [], [], IGNORED)])
     assert batch.num_targets == 1
     torch.testing.assert_close(training.loss(model, batch), training.loss(model, training.collate(known)))
+
+
+def test_each_round_goes_on_where_the_one_before_it_ended(model: nn.Module) -> None:
+    data, spec = examples(10), replace(SGD, steps=3)
+    met: list[list[list[int]]] = []
+
+    def noting(model: nn.Module, batch: training.Batch) -> torch.Tensor:
+        met.append(batch.input_ids.tolist())
+        return training.loss(model, batch)
+
+    for round in (1, 2):
+        dropout = generator(0, round, 0, "dropout")
+        training.fit_round(
+            model, data, spec, round=round, num_rounds=2, order=order, dropout=dropout, objective=noting
+        )
+    whole = training.batches(data, spec, first=0, count=6, order=order)
+    assert met == [training.collate(rows).input_ids.tolist() for rows in whole]
+    assert met[:3] != met[3:]
+
+
+def test_a_schedule_falls_from_round_to_round(tiny_model: Path) -> None:
+    data, spec = examples(10), replace(SGD, steps=3, schedule="linear", max_grad_norm=1.0)
+
+    def moved(round: int) -> float:
+        model = load_model(ModelSpec(str(tiny_model)), LORA, 0)
+        start = [p.detach().clone() for p in model.parameters() if p.requires_grad]
+        dropout = generator(0, round, 0, "dropout")
+        training.fit_round(model, data, spec, round=round, num_rounds=3, order=order, dropout=dropout)
+        return moved_from(model, start)
+
+    assert moved(1) > 1.5 * moved(2) > 2 * moved(3) > 0

@@ -4,44 +4,36 @@ import json
 from pathlib import Path
 
 import pytest
+from tests.conftest import SIZES
 
 import kilofed
+from kilofed.config.fields import Value
 from kilofed.config.recipe import Recipe
 from kilofed.config.tables import changed, from_table, to_table
 from kilofed.errors import RunError
+from kilofed.payload import Payload
 from kilofed.records import facts
 from kilofed.records.codec import to_json
 from kilofed.records.facts import VARIES, RunFacts, TensorFacts
 
-COUNTS = {"north": 3, "south": 10, "east": 41}
-
-
-@pytest.fixture
-def uneven(tiny_recipe: Recipe, tmp_path: Path) -> Recipe:
-    """Three clients of 3, 10 and 41 rows of growing length."""
-    rows = [
-        {"client": site, "instruction": f"add {number}", "response": "is " + number % 4 * "7"}
-        for site, count in COUNTS.items()
-        for number in range(count)
-    ]
-    path = tmp_path / "rows.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
-    return changed(tiny_recipe, {"data.source": str(path), "evaluate.generate": 0, "evaluate.baselines": []})
+LEAN: dict[str, Value] = {"evaluate.generate": 0, "evaluate.baselines": []}
 
 
 def test_a_run_writes_facts_that_are_read_back(uneven: Recipe, tmp_path: Path) -> None:
-    done = kilofed.run(changed(uneven, {"seeds": 2}), out=tmp_path / "run")
+    done = kilofed.run(changed(uneven, {**LEAN, "seeds": 2}), out=tmp_path / "run")
+    state = Payload.decode((done.folder / "seed-0" / "state.safetensors").read_bytes()).tensors
     for folder, seeds in ((done.folder, 2), (done.folder / "seed-0", 1)):
         found = facts.read(folder)
         assert from_table(found.recipe).seeds == seeds  # type: ignore[arg-type]
-        assert {one.name: one.train_rows + one.test_rows for one in found.clients} == COUNTS
+        assert {one.name: one.train_rows + one.test_rows for one in found.clients} == SIZES
         assert found.created
         assert found.plan is None
-        assert {name: len(tensor.shape) for name, tensor in found.leaves[0].tensors.items()}
+        (fit,) = found.leaves
+        assert {name: tensor.shape for name, tensor in fit.tensors.items()} == {n: t.shape for n, t in state.items()}
 
 
 def test_sizes_that_differ_between_replies_vary(uneven: Recipe, tmp_path: Path) -> None:
-    done = kilofed.run(changed(uneven, {"method": "split"}), out=tmp_path / "run")
+    done = kilofed.run(changed(uneven, {**LEAN, "method": "split"}), out=tmp_path / "run")
     (forward,) = (one for one in facts.read(done.folder).leaves if one.action == "forward")
     assert TensorFacts("float32", (VARIES, 16)) in forward.tensors.values()
     assert "n x 16" in (done.folder / "report.html").read_text("utf-8")

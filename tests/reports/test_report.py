@@ -14,7 +14,9 @@ from tests.made_results import MADE, made, row
 
 from kilofed.errors import RunError
 from kilofed.federation.ledger import Ledger, Row
-from kilofed.records.results import PrivacySpent, Results, TotalBytes
+from kilofed.records.codec import to_json
+from kilofed.records.facts import Forecast
+from kilofed.records.results import Costs, PartyCost, PrivacySpent, Results, TotalBytes
 from kilofed.reports import report
 
 NASTY = '<script>alert("x")</script> & co'
@@ -374,3 +376,14 @@ def test_no_torch_is_loaded(folder: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
+
+
+def test_costs_are_shown_as_forecast_by_measured(tmp_path: Path) -> None:
+    spent = Costs(PartyCost(2e9, 0.5, 3, 10**9), PartyCost(5e8, 0.5, 3, 10**9))
+    folder = make(tmp_path, rows=plain_rows(), results=made(costs=spent))
+    run = json.loads((folder / "run.json").read_text("utf-8"))
+    told = Forecast("tiny", "fedavg", "trained tensors", client_flops=1e9, server_flops=1e9)
+    (folder / "run.json").write_text(json.dumps({**run, "plan": to_json(told)}), "utf-8")
+    page = Page(report.write(folder))
+    assert page.row("operations of a client, round 1")[-1] == "0.500"
+    assert page.row("operations of the server, round 1")[-1] == "2.00"

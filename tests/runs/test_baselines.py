@@ -1,5 +1,6 @@
 """The rows beside the federated one, against each other and against plain transformers."""
 
+import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
@@ -89,3 +90,21 @@ def test_training_alone_lowers_the_loss_on_its_own_rows(tiny_recipe: Recipe) -> 
     sites = Sites(changed(tiny_recipe, {"evaluate.generate": 0, "train.steps": 10}))
     base, local = baselines.base(sites, [0]), baselines.local(sites, [0], silent)
     assert local[0].loss < base[0].loss
+
+
+@pytest.mark.parametrize(("cohort", "together"), [(0, 3), (2, 2)])
+def test_a_central_batch_is_those_of_the_clients_of_one_round(
+    uneven: Recipe, monkeypatch: pytest.MonkeyPatch, cohort: int, together: int
+) -> None:
+    recipe = changed(uneven, {"evaluate.generate": 0, "cohort": cohort, "rounds": 1})
+    found = []
+    fit_round = baselines.training.fit_round
+
+    def watched(*words, **more):
+        found.append(fit_round(*words, **more))
+        return found[-1]
+
+    monkeypatch.setattr(baselines.training, "fit_round", watched)
+    baselines.centralized(Sites(recipe), [2])
+    assert found[0].num_steps == recipe.train.steps
+    assert found[0].num_examples == recipe.train.steps * together * recipe.train.batch_size

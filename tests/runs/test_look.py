@@ -1,6 +1,7 @@
 """What a preflight looks at: a sample over all clients, rendered as asked, and what fits into memory."""
 
 import pytest
+from tests.conftest import SIZES, uneven_rows
 from tests.findings import asked
 
 from kilofed.config.recipe import Recipe
@@ -13,15 +14,13 @@ from kilofed.runs.look import Look, some
 @pytest.fixture
 def uneven(tiny_recipe: Recipe, rows) -> Recipe:
     """Three clients of 3, 10 and 41 rows."""
-    sizes = {"few": 3, "some": 10, "many": 41}
-    every = [{**asked(n), "client": name} for name, size in sizes.items() for n in range(size)]
-    return changed(tiny_recipe, {"data.source": rows(every), "data.max_length": 10})
+    return changed(tiny_recipe, {"data.source": rows(uneven_rows(asked)), "data.max_length": 10})
 
 
 def test_the_sample_has_rows_of_every_client_and_is_bounded(uneven: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "SAMPLE", 12)
     sample = Look(uneven).sample
-    assert [sum(row["client"] == name for row in sample) for name in ("few", "some", "many")] == [2, 4, 4]
+    assert [sum(row["client"] == name for row in sample) for name in SIZES] == [2, 4, 4]
 
 
 def test_whole_examples_are_not_cut(uneven: Recipe) -> None:

@@ -1,11 +1,11 @@
 """What is foreseen of rounds that have not run is what their ledger then shows, for clients of unequal size."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from tests.conftest import SIZES
 
 import kilofed
 from kilofed.config.fields import Value
@@ -31,21 +31,12 @@ from kilofed.runs.preview import (
 )
 from kilofed.runs.sites import Sites
 
-SIZES = {"few": 3, "some": 10, "many": 41}
-
 
 @pytest.fixture
-def uneven(tiny_recipe: Recipe, tmp_path: Path) -> Recipe:
-    """Three clients of 3, 10 and 41 rows, two of them drawn in each of three rounds."""
-    rows = [
-        {"client": name, "instruction": f"add {n}", "response": "is " + n % 5 * "1"}
-        for name, size in SIZES.items()
-        for n in range(size)
-    ]
-    path = tmp_path / "rows.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+def uneven(uneven: Recipe) -> Recipe:
+    """Unequal clients, two of them drawn in each of three rounds."""
     few: Mapping[str, Value] = {"evaluate.generate": 0, "evaluate.baselines": [], "rounds": 3, "cohort": 2}
-    return changed(tiny_recipe, {"data.source": str(path), **few})
+    return changed(uneven, few)
 
 
 def measured(folder: Path) -> dict[str, dict[str, tuple[int, int]]]:

@@ -229,3 +229,16 @@ def test_a_loss_that_is_not_finite_is_named(
     broken = ClientBatch(one.hidden_BTD * torch.nan, one.mask_BT, one.batch)
     with pytest.raises(NonFiniteLoss, match="on a batch of client 3 is nan"):
         make_server("sequential").train({3: broken})
+
+
+def test_copies_of_the_servers_part_are_averaged_by_weight(
+    model: torch.nn.Module, make_server: Callable[[Sharing], ServerHalf]
+) -> None:
+    both = {0: sent(model, batch(0, [9])), 1: sent(model, batch(1, [4, 5, 3]))}
+    server = make_server("averaged")
+    server.train(both)
+    one, other = server.result({0: 1.0}), server.result({1: 1.0})
+    assert any(not torch.equal(one[name], other[name]) for name in one)
+    for name, tensor in server.result({0: 3.0, 1: 41.0}).items():
+        expected = (3 * one[name].double() + 41 * other[name].double()) / 44
+        torch.testing.assert_close(tensor.double(), expected, rtol=1e-6, atol=1e-7)

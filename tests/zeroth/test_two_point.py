@@ -186,3 +186,12 @@ def test_the_digest_tells_any_weight_or_name_apart() -> None:
     assert perturbed.digest(origin({0: 1e-3})) != digest
     model.linear.bias.data[0] += 1e-6
     assert perturbed.digest(origin()) != digest
+
+
+def test_a_seed_that_is_drawn_twice_moves_by_both_of_its_gradients(tiny: nn.Module) -> None:
+    lr = 1e-3
+    found = two_point.take_steps(perturbed_of(tiny), origin({9: 0.01}), [9, 4, 9], [BATCH] * 3, StepSettings(1e-3, lr))
+    first, other, second = found.gradients.tolist()
+    assert min(abs(first), abs(other), abs(second)) > 0
+    assert found.end.chain[-1].a[9] == pytest.approx(0.01 - lr * (first + second), rel=1e-5)
+    assert found.end.chain[-1].a[4] == pytest.approx(-lr * other, rel=1e-5)
