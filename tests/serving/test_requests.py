@@ -198,3 +198,36 @@ def test_content_may_be_a_list_of_text_parts(server) -> None:
     whole = server.post("/v1/chat/completions", asked).json()
     split = server.post("/v1/chat/completions", {**asked, "messages": [{"role": "user", "content": parts}]}).json()
     assert split["choices"] == whole["choices"]
+
+
+def test_too_many_prompts_are_refused_before_any_is_encoded(server, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoded: list[str] = []
+    encode = type(server.served.codec).encode
+    monkeypatch.setattr(
+        type(server.served.codec), "encode", lambda codec, text: encoded.append(text) or encode(codec, text)
+    )
+    error = refused(server, "/v1/completions", {**TEXT, "prompt": ["a"] * 1000})
+    assert "1000 is too many" in error["message"]
+    assert not encoded
+    assert server.post("/v1/completions", {**TEXT, "prompt": ["a"] * 3}).status_code == 200
+    assert encoded == ["a"] * 3
+
+
+def test_a_refusal_quotes_little_of_what_was_sent(server) -> None:
+    for body in (
+        {**TEXT, "k" * 500_000: 1},
+        {**TEXT, "n": int("9" * 4000)},
+        {**TEXT, "prompt": [int("9" * 4000)]},
+        {**TEXT, "model": "m" * 500_000},
+    ):
+        reply = server.post("/v1/completions", body)
+        assert reply.status_code in (400, 404)
+        assert len(reply.content) < 3000
+
+
+@pytest.mark.parametrize("cold", [5e-324, 1e-320, 1e-40, 1e-7])
+def test_a_temperature_by_which_logits_cannot_be_divided_is_refused(server, cold: float) -> None:
+    error = refused(server, "/v1/completions", {**TEXT, "temperature": cold})
+    assert error["param"] == "temperature"
+    assert server.post("/v1/completions", {**TEXT, "temperature": 1e-6}).status_code == 200
+    assert server.post("/v1/completions", {**TEXT, "temperature": 0}).status_code == 200

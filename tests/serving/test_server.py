@@ -105,3 +105,16 @@ def test_it_serves_on_the_second_loopback_too(tiny_model: Path) -> None:
             assert server.url_of(listener).startswith("http://[::1]:")
     except ServeError:
         pytest.skip("this machine has no IPv6")
+
+
+def test_headers_without_end_are_cut_off_before_any_token_is_asked_for(server) -> None:
+    host, _, port = server.url.removeprefix("http://").partition(":")
+    for request in (b"GET /health HTTP/1.1\r\nHost: a\r\nX: " + b"a" * 2**20, b"GET /" + b"a" * 2**20):
+        with socket.create_connection((host, int(port)), timeout=10) as client:
+            try:
+                client.sendall(request)
+                answer = client.recv(1000)
+            except (BrokenPipeError, ConnectionResetError):
+                continue  # Cut off before all of it was taken.
+            assert answer.startswith(b"HTTP/1.1 400")
+    assert server.http.get("/health").status_code == 200

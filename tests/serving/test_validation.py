@@ -4,7 +4,7 @@ import pytest
 
 from kilofed.serving import validation
 from kilofed.serving.model import ServedModel
-from kilofed.serving.validation import LONGEST_STOP, MOST_STOPS, Refusal
+from kilofed.serving.validation import LONGEST_STOP, MOST_STOPS, Refusal, num_prompts
 
 
 @pytest.mark.parametrize(
@@ -103,3 +103,11 @@ def test_a_refusal_is_openai_s_error() -> None:
     refusal = Refusal("no", param="n", code="c", status=422, headers={"retry-after": "1"})
     assert refusal.body() == {"error": {"message": "no", "type": "invalid_request_error", "param": "n", "code": "c"}}
     assert refusal.headers == {"retry-after": "1"}
+
+
+@pytest.mark.parametrize(
+    ("prompt", "number"),
+    [("ab", 1), ([1, 2, 3], 1), (["a", "b"], 2), ([[1], [2], [3]], 3), ([], 1), (None, 1), ({"a": 1}, 1)],
+)
+def test_prompts_are_counted_without_being_encoded(prompt, number: int) -> None:
+    assert num_prompts(prompt) == number

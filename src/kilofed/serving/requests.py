@@ -9,10 +9,13 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 from kilofed.errors import DataError
 from kilofed.generation.decoding import Sampling
 from kilofed.serving.model import ServedModel
-from kilofed.serving.validation import Refusal, check_name, read_messages, read_prompts, read_stops
+from kilofed.serving.validation import Refusal, check_name, num_prompts, read_messages, read_prompts, read_stops
 
 SEEDS = 2**63
 """Seeds are from -2^63 to 2^63 - 1, as in OpenAI's API."""
+
+COLDEST = 1e-6
+"""Lowest temperature above 0; logits divided by less are no numbers in float32."""
 
 
 @dataclass(frozen=True)
@@ -125,12 +128,12 @@ def read_completion_request(body: bytes, served: ServedModel, limits: Limits, se
     _check_common(asked, served, limits)
     _only(asked.best_of in (None, asked.n or 1), "best_of", "other than n")
     _only(not asked.suffix, "suffix")
+    n = _choices(asked.n, num_prompts(asked.prompt), limits)  # Before time is spent on encoding them.
     prompts = read_prompts(asked.prompt, served)
     wanted = 16 if asked.max_tokens is None else asked.max_tokens
     if wanted == 0 and not asked.echo:
         raise Refusal("max_tokens is 0, which only says something with echo: true", param="max_tokens")
     _check_room([len(prompt) for prompt in prompts], wanted, served, ("prompt", "max_tokens"))
-    n = _choices(asked.n, len(prompts), limits)
     return GenerationRequest(
         is_chat=False,
         prompts=tuple(tuple(prompt) for prompt in prompts),
@@ -217,12 +220,12 @@ def _only(held: bool, field: str, what: str = "") -> None:
         )
 
 
-def _choices(n: int | None, num_prompts: int, limits: Limits) -> int:
+def _choices(n: int | None, prompts: int, limits: Limits) -> int:
     n = n or 1
-    if n * num_prompts > limits.max_choices:
-        field, seen = ("n", n) if n > 1 else ("prompt", num_prompts)
+    if n * prompts > limits.max_choices:
+        field, seen = ("n", n) if n > 1 else ("prompt", prompts)
         raise Refusal(
-            f"{field}: {seen} is too many; {num_prompts} prompts times n may give at most {limits.max_choices} answers",
+            f"{field}: {seen} is too many; {prompts} prompts times n may give at most {limits.max_choices} answers",
             param=field,
         )
     return n
@@ -231,6 +234,8 @@ def _choices(n: int | None, num_prompts: int, limits: Limits) -> int:
 def _sampling(asked: _Body, wanted: int, num: int, limits: Limits, field: str, seed: int) -> Sampling:
     if num > limits.max_logprobs:
         raise Refusal(f"{field} is {num}; this server returns at most {limits.max_logprobs}", param=field)
+    if asked.temperature is not None and 0 < asked.temperature < COLDEST:
+        raise Refusal(f"temperature is {asked.temperature:g}; expected 0 or at least {COLDEST:g}", param="temperature")
     return Sampling(
         max_new_tokens=wanted,
         temperature=1.0 if asked.temperature is None else asked.temperature,

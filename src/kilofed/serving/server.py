@@ -25,6 +25,8 @@ from kilofed.serving.service import Service
 GRACE = 10
 """Seconds that answers may still take once the server is stopped."""
 MOST_CONNECTIONS = 1024
+LONGEST_HEADERS = 64 * 1024
+"""Bytes of a request before its body."""
 
 
 @dataclass(frozen=True)
@@ -126,6 +128,9 @@ class HttpServer(uvicorn.Server):
             proxy_headers=False,
             server_header=False,
             limit_concurrency=MOST_CONNECTIONS,
+            # The other parser that uvicorn knows keeps headers of any length, also of those who have no token.
+            http="h11",
+            h11_max_incomplete_event_size=LONGEST_HEADERS,
             # Reached only where a client does not read its last event.
             timeout_graceful_shutdown=GRACE + 5,
         )

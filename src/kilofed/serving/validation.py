@@ -9,6 +9,8 @@ from kilofed.serving.model import ServedModel
 MOST_STOPS = 16
 LONGEST_STOP = 200
 """Characters."""
+LONGEST_MESSAGE = 1000
+"""Characters of what is said to a client, which may quote what it sent."""
 
 
 class Refusal(Exception):
@@ -24,6 +26,7 @@ class Refusal(Exception):
         kind: str = "invalid_request_error",
         headers: Mapping[str, str] | None = None,
     ) -> None:
+        message, param = message[:LONGEST_MESSAGE], param and param[:LONGEST_MESSAGE]
         super().__init__(message)
         self.message, self.param, self.code, self.status, self.kind = message, param, code, status, kind
         self.headers = dict(headers or {})
@@ -53,6 +56,11 @@ def read_stops(stop: JsonValue) -> tuple[str, ...]:
     if len(found) < len(strings):
         raise Refusal(f"each stop string must be text of 1 to {LONGEST_STOP} characters", param="stop")
     return found
+
+
+def num_prompts(prompt: JsonValue) -> int:
+    """How many prompts `read_prompts` gives, told without encoding them; 1 for what it refuses."""
+    return len(prompt) if isinstance(prompt, list) and prompt and not _is_id(prompt[0]) else 1
 
 
 def read_prompts(prompt: JsonValue, served: ServedModel) -> list[list[int]]:
