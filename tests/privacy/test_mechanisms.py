@@ -10,7 +10,7 @@ from kilofed.config.recipe import PrivacySpec
 from kilofed.errors import PayloadError, PrivacyError
 from kilofed.payload import Payload
 from kilofed.privacy.accounting import gaussian_epsilon
-from kilofed.privacy.mechanisms import CentralGaussian, Mechanism, RowGaussian, load_mechanism
+from kilofed.privacy.mechanisms import CentralGaussian, Mechanism, RowGaussian, key_of_seed, load_mechanism
 
 KEY = "0123456789abcdef" * 2
 
@@ -168,6 +168,15 @@ def test_a_key_that_is_not_hex_is_refused(key: str) -> None:
         load_mechanism(PrivacySpec(kind="central", noise_key=key))
     with pytest.raises(PrivacyError, match="not 32 lower-case hex digits"):
         RowGaussian(1.0, 1.0, key)
+
+
+def test_seeds_of_one_key_have_keys_and_noise_of_their_own() -> None:
+    keys = [key_of_seed(KEY, seed) for seed in (0, 1, 10)]
+    assert len({KEY, *keys}) == 4
+    one, two = (noise_of((1, 0), key=key) for key in keys[:2])
+    assert not torch.allclose(one, two, atol=0.01)
+    with pytest.raises(PrivacyError, match="not 32 lower-case hex digits"):
+        key_of_seed("abc", 0)
 
 
 def test_every_run_draws_its_own_key() -> None:

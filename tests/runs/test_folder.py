@@ -166,7 +166,9 @@ def test_a_secret_key_is_drawn_once_for_its_owner(tiny_recipe: Recipe, tmp_path:
     state.unlink()
     assert run_folder.noise_key(private, tmp_path) != key
     stated = replace(private, privacy=replace(private.privacy, noise_key="ab" * 16))
-    assert run_folder.noise_key(stated, tmp_path) == "ab" * 16
+    keys = [run_folder.noise_key(replace(stated, seed=seed), tmp_path) for seed in (0, 1, 0)]
+    assert keys[0] == keys[2] != keys[1]
+    assert len(keys[0]) == len(keys[1]) == 32
 
 
 @pytest.mark.parametrize("kind", ["none", "rows"])

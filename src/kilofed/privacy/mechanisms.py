@@ -196,6 +196,16 @@ def new_key() -> str:
     return secrets.token_hex(16)
 
 
+def key_of_seed(key: str, seed: int) -> str:
+    """The secret of the run with `seed` among those that share `key`: equal noise in two runs would cancel out.
+
+    Raises:
+        PrivacyError: `key` is not 32 hex digits.
+    """
+    _check_key(key)
+    return hashlib.shake_256(bytes.fromhex(key) + f"\0seed\0{seed}".encode()).hexdigest(16)
+
+
 def _check_key(key: str) -> None:
     if len(key) != 32 or any(c not in "0123456789abcdef" for c in key):
         raise PrivacyError("privacy.noise_key is not 32 lower-case hex digits; leave it empty to draw a secret one")

@@ -19,7 +19,7 @@ from kilofed.config.tables import from_table, to_table, to_toml
 from kilofed.errors import RunError
 from kilofed.federation.method import with_present_names
 from kilofed.files import replace_file, said
-from kilofed.privacy.mechanisms import new_key
+from kilofed.privacy.mechanisms import key_of_seed, new_key
 from kilofed.records import facts
 from kilofed.records.codec import to_json
 from kilofed.records.facts import RunFacts
@@ -145,13 +145,16 @@ def clear(folder: Path) -> None:
 
 
 def noise_key(recipe: Recipe, folder: Path) -> str:
-    """The secret of the noise: the recipe's, or one drawn once and kept in the run folder for its owner only.
+    """The secret of the noise: from the recipe's, or one drawn once and kept in the run folder for its owner only.
 
     Raises:
+        PrivacyError: the recipe's is not 32 hex digits.
         RunError: it is gone or damaged; another one would give other noise to the same means.
     """
-    if recipe.privacy.kind != "central" or recipe.privacy.noise_key:  # Elsewhere a client draws its own.
-        return recipe.privacy.noise_key
+    if recipe.privacy.kind != "central":
+        return recipe.privacy.noise_key  # A client draws its own where it is empty.
+    if recipe.privacy.noise_key:
+        return key_of_seed(recipe.privacy.noise_key, recipe.seed)
     path = folder / "noise.key"
     if not path.exists():
         if (folder / commit.FILE).exists():
