@@ -8,7 +8,7 @@ KilofedError                  every error that kilofed raises on purpose; a Valu
 ├── PrivacyError              a method asked for more than the privacy policy allows
 ├── ClientError               one client could not do its part: the run stops or goes on without it
 │   ├── NonFiniteLoss         a loss was NaN or infinite
-│   └── WrongWeights          a site holds other weights than the server: the run stops whatever on_failure says
+│   └── WrongWeights          a site holds other weights than the server
 ├── TooFewReplies             fewer clients answered than the quorum
 ├── RemoteError               a model behind an API cannot be asked or answers wrongly
 │   └── BudgetSpent           the requests or tokens that may be sent to it are spent
@@ -60,7 +60,7 @@ class NonFiniteLoss(ClientError):
 
 
 class WrongWeights(ClientError):
-    """A site holds other weights than the server; going on without it would hide that."""
+    """A site holds other weights than the server."""
 
 
 class TooFewReplies(KilofedError):

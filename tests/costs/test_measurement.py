@@ -13,7 +13,7 @@ from torch.nn.functional import scaled_dot_product_attention
 import kilofed
 from kilofed.config.recipe import Recipe
 from kilofed.costs import environment, measurement
-from kilofed.federation.cohort import address
+from kilofed.federation.address import Address
 from kilofed.payload import Payload
 from kilofed.runs.sites import Sites
 
@@ -65,7 +65,7 @@ def test_sites_are_counted_in_round_1_and_weighed_in_round_2(
     measured = measurement.MeasuredSites(sites.site, tmp_path)
 
     def tell(number: int, round: int) -> dict[str, float]:
-        ask = Payload(sites.store.start(tiny_recipe.model), address("fit", "mean", round, 0))
+        ask = Payload(sites.store.start(tiny_recipe.model), Address("fit", "mean", round, 0).scalars)
         assert Payload.decode(measured.handle(number, ask.encode())).tensors
         found = json.loads((tmp_path / str(number) / measurement.FILE).read_text("utf-8"))
         assert isinstance(found, dict)
@@ -90,7 +90,7 @@ def test_where_the_peak_cannot_be_forgotten_that_of_round_1_stands(
     measured = measurement.MeasuredSites(sites.site, tmp_path)
     monkeypatch.setattr(environment, "reset_peak_memory", lambda: False)
     for round in (1, 2):
-        ask = Payload(sites.store.start(tiny_recipe.model), address("fit", "mean", round, 0))
+        ask = Payload(sites.store.start(tiny_recipe.model), Address("fit", "mean", round, 0).scalars)
         measured.handle(0, ask.encode())
         if round == 1:
             before = (tmp_path / "0" / measurement.FILE).read_bytes()

@@ -10,7 +10,7 @@ from kilofed.config.recipe import TrainSpec
 from kilofed.engines.faulty import Faults, Faulty
 from kilofed.engines.inprocess import Handler, InProcess
 from kilofed.errors import ClientError, RecipeError, TooFewReplies
-from kilofed.federation.cohort import Cohort
+from kilofed.federation.cohort import Cohort, Rules
 from kilofed.federation.ledger import Ledger
 from kilofed.federation.method import Method, handle, on_client
 from kilofed.federation.parties import Client
@@ -31,6 +31,9 @@ class Counting(Method):
         return Payload({"id": torch.full((3,), float(client.id)), "num": num})
 
 
+COUNTED = Payload({"id": torch.zeros(3), "num": torch.zeros(())})
+
+
 def handler() -> Handler:
     method = Counting()
     clients = {i: Client(id=i, data=[], train=TrainSpec(), num_rounds=3, seed=0) for i in IDS}
@@ -39,7 +42,7 @@ def handler() -> Handler:
 
 def cohort(faults: Faults, seed: int = 0, *, skip: bool = True, quorum: int = 1) -> Cohort:
     engine = Faulty(InProcess(IDS, handler()), faults, seed)
-    return Cohort(IDS, engine, Ledger(), Mechanism(), round=2, quorum=quorum, skip_failures=skip)
+    return Cohort(IDS, engine, Ledger(), Mechanism(), round=2, rules=Rules(quorum, skip))
 
 
 class Echo(InProcess):
@@ -110,7 +113,7 @@ def test_shares_that_are_no_shares_are_refused(faults: Faults) -> None:
 @pytest.mark.parametrize("fault", ["truncate", "corrupt"])
 def test_a_damaged_reply_is_its_clients_failure(fault: str) -> None:
     some = cohort(Faults(**{fault: 0.3}))
-    mean = some.mean("count", Payload())
+    mean = some.mean("count", Payload(), COUNTED)
     spared = [client for client in IDS if client not in some.failures]
     assert 15 < len(spared) < 40
     assert all("not a whole kilofed payload" in text for text in some.failures.values())
@@ -120,23 +123,23 @@ def test_a_damaged_reply_is_its_clients_failure(fault: str) -> None:
 @pytest.mark.parametrize("fault", ["truncate", "corrupt"])
 def test_a_damaged_reply_stops_a_run_that_stops(fault: str) -> None:
     with pytest.raises(ClientError, match=r"round 2: client 0: .* bytes are not a whole kilofed payload"):
-        cohort(Faults(**{fault: 1.0}), skip=False).mean("count", Payload())
+        cohort(Faults(**{fault: 1.0}), skip=False).mean("count", Payload(), COUNTED)
 
 
 def test_a_dropped_reply_is_no_answer() -> None:
     some = cohort(Faults(drop=0.3))
-    replies = some.call("count", Payload())
-    assert set(some.failures.values()) == {"no answer"}
+    replies = some.call("count", Payload(), COUNTED)
+    assert set(some.failures.values()) == {"no answer to 'count'"}
     assert sorted(set(replies) | set(some.failures)) == IDS
 
 
 def test_too_many_faults_miss_the_quorum() -> None:
-    with pytest.raises(TooFewReplies, match="of 40 clients answered 'count', quorum is 35"):
-        cohort(Faults(drop=0.3, truncate=0.2), quorum=35).mean("count", Payload())
+    with pytest.raises(TooFewReplies, match="of 40 clients are left after 'count', quorum is 35"):
+        cohort(Faults(drop=0.3, truncate=0.2), quorum=35).mean("count", Payload(), COUNTED)
 
 
 def test_a_message_delivered_twice_counts_once_in_a_clients_state() -> None:
     once, twice = cohort(Faults()), cohort(Faults(duplicate=1.0))
     for number in (1, 2, 3):
-        assert once.mean("count", Payload()).tensors["num"].item() == number
-        assert twice.mean("count", Payload()).tensors["num"].item() == number
+        assert once.mean("count", Payload(), COUNTED).tensors["num"].item() == number
+        assert twice.mean("count", Payload(), COUNTED).tensors["num"].item() == number

@@ -14,7 +14,8 @@ from kilofed.config.recipe import EngineSpec, Recipe
 from kilofed.config.tables import to_table
 from kilofed.engines import open_engine
 from kilofed.errors import ModelError, RunError
-from kilofed.federation.cohort import Cohort, address
+from kilofed.federation.address import Address
+from kilofed.federation.cohort import Cohort
 from kilofed.federation.ledger import Ledger
 from kilofed.payload import Payload
 from kilofed.runs.sites import Sites
@@ -65,7 +66,7 @@ def test_an_actor_that_cannot_start_says_why(tiny_recipe: Recipe, tmp_path: Path
     text = json.dumps(to_table(gone))
     with closing(open_engine(EngineSpec("flower", timeout=300), [0, 1], text, tmp_path, Sites(gone).handle)) as engine:
         with pytest.raises(ModelError, match=r"^model directory .*gone does not exist"):
-            list(engine.exchange({0: Payload(scalars=address("fit", "mean", 1, 0)).encode()}))
+            list(engine.exchange({0: Payload(scalars=Address("fit", "mean", 1, 0).scalars).encode()}))
 
 
 @pytest.mark.slow

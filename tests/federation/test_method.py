@@ -10,7 +10,8 @@ from kilofed.config.fields import Value, warn_once
 from kilofed.config.recipe import MethodSpec, TrainSpec
 from kilofed.engines.inprocess import InProcess
 from kilofed.errors import ClientError, KilofedError, NonFiniteLoss, PayloadError, PrivacyError, RecipeError
-from kilofed.federation.cohort import Cohort, address
+from kilofed.federation.address import Address
+from kilofed.federation.cohort import Cohort
 from kilofed.federation.ledger import Ledger
 from kilofed.federation.method import Method, handle, load_method, method_names, on_client, with_present_names
 from kilofed.federation.parties import Client, Server, generator
@@ -58,7 +59,7 @@ def client(number: int) -> Client:
 
 
 def ask(action: str, verb: str = "mean", round: int = 1, exchange: int = 0, **tensors: torch.Tensor) -> bytes:
-    return Payload(tensors, address(action, verb, round, exchange)).encode()
+    return Payload(tensors, Address(action, verb, round, exchange).scalars).encode()
 
 
 # What a client does with a message.
@@ -66,13 +67,13 @@ def ask(action: str, verb: str = "mean", round: int = 1, exchange: int = 0, **te
 
 def test_only_marked_functions_run() -> None:
     for action in ("secret", "round", "__init__", "replies", "nothing"):
-        with pytest.raises(PayloadError, match=rf"'{action}' is not something that clients of Probe do"):
-            handle(Probe(), OPEN, client(1), ask(action))
+        reply = Payload.decode(handle(Probe(), OPEN, client(1), ask(action)))
+        assert f"'{action}' is not something that clients of Probe do" in str(reply.scalars["@error"])
 
 
 def test_a_misspelt_action_is_answered_with_the_nearest() -> None:
-    with pytest.raises(PayloadError, match=r"\(did you mean profile\?\)"):
-        handle(Probe(), OPEN, client(1), ask("profle"))
+    reply = Payload.decode(handle(Probe(), OPEN, client(1), ask("profle")))
+    assert "(did you mean profile?)" in str(reply.scalars["@error"])
 
 
 def test_a_foreign_message_is_refused() -> None:
@@ -92,14 +93,13 @@ def test_the_address_is_not_part_of_what_a_function_sees() -> None:
             seen.update(ask.scalars, round=client.round)
             return Payload()
 
-    body = Payload(scalars={"mine": 4, **address("look", "mean", 7, 1)}).encode()
+    body = Payload(scalars={"mine": 4, **Address("look", "mean", 7, 1).scalars}).encode()
     handle(Looking(), OPEN, client(0), body)
     assert seen == {"mine": 4, "round": 7}
 
 
 def test_the_clients_own_policy_refuses_single_replies() -> None:
     reply = Payload.decode(handle(Probe(), CENTRAL, client(1), ask("tell", "call")))
-    assert reply.scalars["@kind"] == "PrivacyError"
     assert "'tell' in Probe lets the server see single replies" in str(reply.scalars["@error"])
     assert not reply.tensors
 
@@ -107,25 +107,53 @@ def test_the_clients_own_policy_refuses_single_replies() -> None:
 def test_an_action_that_reads_no_rows_is_exempt_from_the_policy() -> None:
     reply = Payload.decode(handle(Probe(), CENTRAL, client(3), ask("profile", "call")))
     assert torch.equal(reply.tensors["speed"], torch.full((2,), 300.0))  # Not clipped to 1.
-    assert reply.scalars == {"cores": 3}
+    assert reply.scalars == {"cores": 3, **Address("profile", "call", 1, 0).answered(3)}
 
 
 def test_a_mean_leaves_clipped_and_without_scalars() -> None:
     method = Probe(Payload({"x": torch.tensor([3.0, 4.0])}, {"weight": 2, "loss": 1.0}))
     reply = Payload.decode(handle(method, CENTRAL, client(1), ask("tell")))
     torch.testing.assert_close(reply.tensors["x"], torch.tensor([0.6, 0.8]))
-    assert not reply.scalars
+    assert list(reply.scalars) == ["@"]
 
 
 @pytest.mark.parametrize("error", [ClientError("no space"), NonFiniteLoss("loss is nan"), PrivacyError("no")])
 def test_what_a_client_can_name_becomes_a_reply(error: KilofedError) -> None:
     reply = Payload.decode(handle(Probe(error=error), OPEN, client(1), ask("tell")))
-    assert reply.scalars == {"@error": str(error), "@kind": type(error).__name__}
+    assert reply.scalars == {"@error": str(error), **Address("tell", "mean", 1, 0).answered(1)}
 
 
-def test_a_mistake_in_the_program_is_not_hidden() -> None:
-    with pytest.raises(ZeroDivisionError):
-        handle(Probe(error=ZeroDivisionError()), OPEN, client(1), ask("tell"))
+@pytest.mark.parametrize("error", [ZeroDivisionError("by none"), KeyError("x"), MemoryError(), RecursionError("deep")])
+def test_a_mistake_in_the_program_is_a_reply_and_its_traceback_stays_in_the_clients_log(
+    error: Exception, caplog: pytest.LogCaptureFixture
+) -> None:
+    reply = Payload.decode(handle(Probe(error=error), OPEN, client(1), ask("tell")))
+    assert str(reply.scalars["@error"]).startswith(f"{type(error).__name__}: {error}")
+    assert "Traceback" in caplog.text
+
+
+def test_under_central_privacy_an_error_says_its_kind_and_nothing_of_the_data() -> None:
+    error = KeyError("Mrs Jones, born 1961")
+    reply = Payload.decode(handle(Probe(error=error), CENTRAL, client(1), ask("tell")))
+    assert "KeyError" in str(reply.scalars["@error"])
+    assert "Jones" not in str(reply.scalars["@error"])
+
+
+def test_a_client_that_failed_keeps_its_state() -> None:
+    one = client(0)
+    handle(Probe(), OPEN, one, ask("count"))
+    spoilt = Probe(Payload(scalars={"loss": float("nan")}))
+    reply = Payload.decode(handle(spoilt, OPEN, one, ask("tell", round=2)))
+    assert "expected a finite number" in str(reply.scalars["@error"])
+    again = Payload.decode(handle(Probe(), OPEN, one, ask("count", round=3)))
+    assert again.tensors["n"].item() == 2
+
+
+@pytest.mark.parametrize("verb", ["sum", "", "mean ", "Call"])
+def test_there_are_two_verbs_and_no_other(verb: str) -> None:
+    body = Payload(scalars={"@": f"tell/{verb}/000001/000000/{'0' * 16}"}).encode()
+    with pytest.raises(PayloadError, match=r"expected mean or call|not written by a kilofed server"):
+        handle(Probe(Payload({"x": torch.ones(2)})), CENTRAL, client(1), body)
 
 
 def test_state_goes_on_from_message_to_message() -> None:

@@ -62,18 +62,37 @@ def test_large_finite_numbers_are_numbers() -> None:
     assert torch.equal(total.mean().tensors["a"], large)
 
 
-def test_replies_of_other_dtypes_are_refused() -> None:
+@pytest.mark.parametrize(
+    "other",
+    [
+        Payload({"a": torch.ones(2, dtype=torch.bfloat16)}, {"x": 1.0}),
+        Payload({"b": torch.ones(2)}, {"x": 1.0}),
+        Payload({"a": torch.ones(3)}, {"x": 1.0}),
+        Payload({"a": torch.ones(2)}, {"x": 1.0, "more": 3}),
+        Payload({"a": torch.ones(2)}),
+    ],
+)
+def test_what_is_unlike_the_rest_is_refused_whole(other: Payload) -> None:
     total = WeightedSum()
-    total.add(Payload({"a": torch.ones(2)}), 1.0)
-    with pytest.raises(PayloadError, match=r"a as torch\.bfloat16, others torch\.float32"):
-        total.add(Payload({"a": torch.ones(2, dtype=torch.bfloat16)}), 1.0)
+    total.add(Payload({"a": torch.ones(2)}, {"x": 2.0}), 1.0)
+    with pytest.raises(PayloadError, match="than what was added before"):
+        total.add(other, 1.0)
+    assert total.mean().encode() == Payload({"a": torch.ones(2)}, {"x": 2.0}).encode()
 
 
-def test_other_scalars_do_not_hinder_a_sum() -> None:
+def test_scalars_are_averaged_by_weight() -> None:
     total = WeightedSum()
-    total.add(Payload.decode(Payload({"a": torch.ones(2)}, {"x": 1.0}).encode()), 1.0)
-    total.add(Payload.decode(Payload({"a": torch.zeros(2)}, {"x": 2.0, "longer": 3}).encode()), 1.0)
-    assert total.mean().tensors["a"].tolist() == [0.5, 0.5]
+    total.add(Payload({"a": torch.ones(2)}, {"x": 1.0}), 1.0)
+    total.add(Payload({"a": torch.zeros(2)}, {"x": 5}), 3.0)
+    assert total.mean().tensors["a"].tolist() == [0.25, 0.25]
+    assert total.mean().scalars == {"x": 4.0}
+    assert total.weight == 4.0
+
+
+@pytest.mark.parametrize("weight", [-1.0, float("nan"), float("inf")])
+def test_a_weight_that_is_none_is_refused(weight: float) -> None:
+    with pytest.raises(PayloadError, match="expected a number from 0"):
+        WeightedSum().add(reply(1), weight)
 
 
 def test_nothing_added_is_an_empty_mean() -> None:

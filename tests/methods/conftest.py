@@ -11,7 +11,6 @@ from kilofed.config.fields import Value
 from kilofed.config.recipe import Recipe
 from kilofed.config.tables import changed, to_toml
 from kilofed.engines.inprocess import InProcess
-from kilofed.federation.cohort import Cohort
 from kilofed.federation.ledger import Ledger
 from kilofed.federation.method import forecast
 from kilofed.federation.workload import RunPreview
@@ -62,11 +61,11 @@ class Federation:
     def run(self, rounds: int) -> "Federation":
         """Up to and with round number `rounds`."""
         assert not self.shared, "take federate(..., fresh=True) to go on"
-        ids, policy = self.sites.client_ids(), self.sites.policy
+        ids = self.sites.client_ids()
         for number in range(self.done + 1, rounds + 1):
             self.server.round = self.done = number
             engine = self.engine(ids, self._answer)
-            cohort = Cohort(ids, engine, self.ledger, policy, round=number)
+            cohort = self.sites.cohort(ids, engine, self.ledger, round=number)
             self.metrics.append(self.sites.method.round(self.server, cohort))
         return self
 
@@ -128,6 +127,8 @@ def federate(
             fields = {"data.public_share": 0.2, **fields}
         recipe = changed(uneven, {"method": name, **fields, **(overrides or {})})  # type: ignore[dict-item]
         key = to_toml(recipe), rounds
+        if "engine" in own:  # One that loses clients.
+            recipe = changed(recipe, {"on_failure": "skip"})
         if fresh or own:
             return Federation(recipe, **own).run(rounds)  # type: ignore[arg-type]
         if key not in finished:

@@ -1,6 +1,8 @@
 """FedKSeed collapses to FedAvg of the clients' models; quantisation, disclosure and new pools do only what they state."""
 
 import math
+import re
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -8,13 +10,13 @@ import torch
 
 from kilofed.config.recipe import TrainSpec
 from kilofed.engines.inprocess import InProcess
-from kilofed.errors import ClientError, KilofedError, PayloadError, TooFewReplies
-from kilofed.federation.cohort import Cohort
+from kilofed.errors import ClientError, KilofedError, PayloadError
+from kilofed.federation.cohort import Cohort, Rules
 from kilofed.federation.ledger import Ledger
+from kilofed.federation.site import answering
 from kilofed.methods.fedkseed import FedKSeed
 from kilofed.models import loading, training
 from kilofed.payload import Payload
-from kilofed.privacy.mechanisms import Mechanism
 from kilofed.zeroth import codec, seed_log, two_point
 from kilofed.zeroth.seed_log import Report, Request
 
@@ -131,7 +133,7 @@ def test_a_client_with_another_base_model_is_named(federate) -> None:
         method.walk(client, asks[2])
 
 
-def test_wrong_weights_stop_the_run_even_where_failures_are_skipped(federate) -> None:
+def test_a_client_with_wrong_weights_stops_a_run_or_is_left_out_and_sent_everything_again(federate) -> None:
     found = federate("fedkseed", rounds=1, fresh=True, overrides=FULL)
     ids, sites = found.sites.client_ids(), found.sites
 
@@ -145,9 +147,14 @@ def test_wrong_weights_stop_the_run_even_where_failures_are_skipped(federate) ->
                 parameter[0] -= 1e-3 * (number == 1)
 
     found.server.round = 2
-    cohort = Cohort(ids, InProcess(ids, answer), Ledger(), sites.policy, round=2, skip_failures=True)
+    engine = InProcess(ids, answer)
     with pytest.raises(ClientError, match="client 1: the rebuilt weights hash"):
-        sites.method.round(found.server, cohort)
+        sites.method.round(found.server, Cohort(ids, engine, Ledger(), sites.policy, round=2))
+    cohort = Cohort(ids, engine, Ledger(), sites.policy, round=2, rules=Rules(skip_failures=True))
+    sites.method.round(found.server, cohort)
+    assert list(cohort.failures) == [1]
+    held = {client: (pool, version) for client, pool, version in found.server.state["held"].tolist()}
+    assert held == {0: (0, 1), 1: (-1, -1), 2: (0, 1), 3: (0, 1)}
 
 
 def test_charts_show_every_coefficient_in_order_and_probabilities_that_sum_to_k(federate) -> None:
@@ -168,12 +175,46 @@ def test_gradients_out_of_range_are_refused_and_their_client_named(federate) -> 
     for broken, words in ((steep, "gradient of magnitude 100000"), (good[:-1], "checksum"), (b"", "truncated")):
         with pytest.raises(PayloadError, match=words):
             method.pools.report(broken)
-    cohort = Cohort([0, 1], InProcess([0, 1], lambda *_: b""), Ledger(), Mechanism(), round=1)
-    replies = {0: Payload({"b": seed_log.to_tensor(good)}), 1: Payload({"b": seed_log.to_tensor(steep)})}
-    assert method._valid_reports(replies, cohort) == {0: good}
-    assert "refused: a gradient of magnitude 100000" in cohort.failures[1]
-    with pytest.raises(TooFewReplies):
-        method._valid_reports({1: replies[1]}, cohort)
+
+
+HOSTILE: dict[str, tuple[Callable[[], bytes], str]] = {
+    "steep": (lambda: Report(9, 1.0, (), np.full(3, 1e7)).pack(32), "gradient of magnitude 1e.07"),
+    "heavy": (lambda: Report(10**9, 1.0, (), np.ones(3)).pack(6), "weight 1e.09; its rows allow at most"),
+    "long": (lambda: Report(9, 1.0, (), np.ones(4)).pack(6), "expected 3|4 numbers|of 4"),
+    "cut": (lambda: Report(9, 1.0, (), np.ones(3)).pack(6)[:-1], "checksum"),
+}
+
+
+@pytest.mark.parametrize("liar", [0, 2, 3])
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_a_hostile_report_is_its_clients_failure_and_no_part_of_the_round(federate, kind: str, liar: int) -> None:
+    pack, words = HOSTILE[kind]
+
+    def round(hostile: bool, skip: bool) -> tuple[object, Cohort]:
+        how = {"on_failure": "skip" if skip else "stop"}
+        found = federate("fedkseed", rounds=1, fresh=True, overrides={**FULL, **how})
+        found.server.round = 2
+
+        def answer(number: int, body: bytes) -> bytes:
+            if number == liar and not hostile:
+                raise ConnectionError("no answer is no report either")
+            reply = Payload.decode(found.sites.handle(number, body))
+            tensors = {"b": seed_log.to_tensor(pack())} if number == liar else reply.tensors
+            return Payload(tensors, reply.scalars).encode()
+
+        ids = found.sites.client_ids()
+        engine = InProcess(ids, answering(answer, found.sites.policy))
+        cohort = found.sites.cohort(ids, engine, Ledger(), round=2)
+        found.sites.method.round(found.server, cohort)
+        return found, cohort
+
+    found, cohort = round(hostile=True, skip=True)
+    assert list(cohort.failures) == [liar]
+    assert re.search(words, cohort.failures[liar])
+    without, _ = round(hostile=False, skip=True)
+    assert found.content == without.content
+    with pytest.raises(ClientError, match=words):
+        round(hostile=True, skip=False)
 
 
 @pytest.mark.parametrize(

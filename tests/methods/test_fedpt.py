@@ -14,7 +14,7 @@ from kilofed.config.recipe import ModelSpec, Recipe
 from kilofed.config.tables import changed
 from kilofed.distillation import losses
 from kilofed.errors import BudgetSpent, ModelError, RecipeError
-from kilofed.federation.cohort import address
+from kilofed.federation.address import Address
 from kilofed.federation.method import method_names
 from kilofed.federation.workload import RunPreview
 from kilofed.methods import fedpt
@@ -158,7 +158,7 @@ def test_clients_never_load_the_large_model(federate, tmp_path: Path) -> None:
     missing = str(tmp_path / "there-is-none")
     found = federate("fedpt", rounds=0)
     recipe = changed(found.recipe, {"method.large": missing})
-    ask = Payload(found.server.state, address("fit", "mean", 1, 0))
+    ask = Payload(found.server.state, Address("fit", "mean", 1, 0).scalars)
     # What a worker process opens is the same handler; a client that touched the large model would fail here.
     sites = Sites(recipe)
     small = sum(p.numel() for p in loading.load_model(recipe.model, recipe.adapter, 0).parameters())

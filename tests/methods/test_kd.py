@@ -11,8 +11,8 @@ from kilofed.config.recipe import Recipe
 from kilofed.config.tables import changed
 from kilofed.distillation import ensemble
 from kilofed.engines.inprocess import InProcess
-from kilofed.errors import ClientError, ModelError, RecipeError
-from kilofed.federation.cohort import Cohort
+from kilofed.errors import ClientError, RecipeError
+from kilofed.federation.cohort import Cohort, Rules
 from kilofed.federation.ledger import Ledger
 from kilofed.federation.workload import Message, RunPreview
 from kilofed.models import loading
@@ -36,7 +36,7 @@ def replies(found, round: int = 1) -> tuple[Payload, dict[int, Payload]]:
     ask = method._ask(server.model, rows)
     cohort = Cohort(found.sites.client_ids(), InProcess(found.sites.client_ids(), found.sites.handle), Ledger(),
                     found.sites.policy, round=round)  # fmt: skip
-    return ask, cohort.call("tune", ask)
+    return ask, cohort.call("tune", ask, method._reply(ask.tensors["log_probs"]))
 
 
 @pytest.mark.parametrize("overrides", [{}, CLASSIFY], ids=["tokens", "classes"])
@@ -130,7 +130,7 @@ def test_a_classifying_client_may_have_another_tokeniser(federate, tiny_encoder:
 
 def test_another_vocabulary_is_refused_for_language_models(federate, tiny_model: Path, tmp_path: Path) -> None:
     other = _with_another_word(tiny_model, tmp_path)
-    with pytest.raises(ModelError, match="has another vocabulary than"):
+    with pytest.raises(ClientError, match=r"client 0: .*has another vocabulary than"):
         federate("kd", rounds=1, overrides={"method.models": {"0": str(other)}}, fresh=True)
 
 
@@ -179,7 +179,7 @@ def test_a_client_with_logits_that_are_not_finite_is_named_and_left_out(federate
         return reply
 
     cohort = Cohort(found.sites.client_ids(), InProcess(found.sites.client_ids(), answer), Ledger(),
-                    found.sites.policy, round=1, skip_failures=True)  # fmt: skip
+                    found.sites.policy, round=1, rules=Rules(skip_failures=True))  # fmt: skip
     found.server.round = 1
     found.sites.method.round(found.server, cohort)
     assert list(cohort.failures) == [1]

@@ -8,7 +8,7 @@ import torch
 
 from kilofed.engines.inprocess import InProcess
 from kilofed.errors import ClientError, PrivacyError, RecipeError, TooFewReplies
-from kilofed.federation.cohort import Cohort
+from kilofed.federation.cohort import Cohort, Rules
 from kilofed.payload import Payload
 
 ALONE = {"data.partition.kind": "iid", "data.partition.num_clients": 1}
@@ -210,10 +210,7 @@ class Sends(InProcess):
         (lambda r: Payload({**r.tensors, "rows": r.tensors["rows"] * torch.nan}, r.scalars), "NaN or infinite"),
         (lambda r: Payload({**r.tensors, "rows": r.tensors["rows"][1:]}, r.scalars), "expected"),
         (lambda r: Payload({**r.tensors, "labels": r.tensors["labels"][1:]}, r.scalars), "labels for"),
-        (
-            lambda r: Payload({n: t for n, t in r.tensors.items() if n != "lengths"}, r.scalars),
-            "differs in ['lengths']",
-        ),
+        (lambda r: Payload({n: t for n, t in r.tensors.items() if n != "lengths"}, r.scalars), "'lengths' is missing"),
     ],
 )
 def test_an_invalid_reply_is_named_and_its_client_dropped(
@@ -222,7 +219,9 @@ def test_an_invalid_reply_is_named_and_its_client_dropped(
     found = federate("split", rounds=0, fresh=True)
     engine = type("Wrong", (Sends,), {"wrong": staticmethod(wrong)})(found.sites.client_ids(), found.sites.handle)
     found.server.round = 1
-    cohort = Cohort(found.sites.client_ids(), engine, found.ledger, found.sites.policy, round=1, skip_failures=True)
+    cohort = Cohort(
+        found.sites.client_ids(), engine, found.ledger, found.sites.policy, round=1, rules=Rules(skip_failures=True)
+    )
     found.sites.method.round(found.server, cohort)
     assert list(cohort.failures) == [2]
     assert why in cohort.failures[2]
@@ -235,7 +234,7 @@ def test_a_round_ends_when_too_few_are_left(federate) -> None:
     found = federate("split", rounds=0, fresh=True)
     engine = leaving_after(1)(found.sites.client_ids(), found.sites.handle)
     found.server.round = 1
-    cohort = Cohort(found.sites.client_ids(), engine, found.ledger, found.sites.policy, round=1, quorum=3)
+    cohort = Cohort(found.sites.client_ids(), engine, found.ledger, found.sites.policy, round=1, rules=Rules(3, True))
     with pytest.raises(TooFewReplies):
         found.sites.method.round(found.server, cohort)
 

@@ -267,7 +267,7 @@ def test_a_first_line_of_metrics_that_was_cut_is_written_again(recipe: Recipe, t
     ("on_failure", "message"),
     [
         ("stop", r"round 1: client 0: the (loss is|weights are) .*; the state of round 0 is kept"),
-        ("skip", "round 1: 0 of 4 clients answered 'fit', quorum is 1"),
+        ("skip", "round 1: 0 of 4 clients are left after 'fit', quorum is 1; client 0: the loss is nan"),
     ],
 )
 def test_clients_whose_loss_is_not_finite_stop_or_are_skipped(

@@ -12,7 +12,7 @@ from kilofed.config.recipe import ModelSpec, Recipe
 from kilofed.config.tables import changed, to_table
 from kilofed.costs.measurement import FILE
 from kilofed.errors import DataError, RecipeError
-from kilofed.federation.cohort import address
+from kilofed.federation.address import Address
 from kilofed.models import loading
 from kilofed.payload import Payload
 from kilofed.runs.sites import Sites, drawn, open_handler
@@ -28,7 +28,7 @@ KD: dict[str, Value] = {
 
 
 def fit(sites: Sites, round: int = 1) -> bytes:
-    return Payload(sites.store.start(sites.recipe.model), address("fit", "mean", round, 0)).encode()
+    return Payload(sites.store.start(sites.recipe.model), Address("fit", "mean", round, 0).scalars).encode()
 
 
 @pytest.mark.parametrize(

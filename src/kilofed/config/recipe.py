@@ -221,7 +221,14 @@ class Recipe(Settings):
     quorum: Annotated[int, Ge(1)] = 1
     """Fewest replies with which a round goes on."""
     on_failure: Literal["stop", "skip"] = "stop"
-    """stop: a client's failure ends the run, state kept; skip: the round goes on without that client."""
+    """stop: a client's failure, of whatever kind, ends the run, state kept; skip: the round goes on without that client."""
+    max_weight: Annotated[float, Ge(0)] = 0.0
+    """Weights of clients above it are lowered to it; 0 lowers none. More than its rows allow no client may claim."""
+    outliers: Literal["warn", "clip", "leave_out"] = "warn"
+    """An update whose norm is far above the cohort's median. warn: it is named and taken; clip: scaled down to the largest
+    norm that passes; leave_out: its client is left out of the round. The last two hold all updates of a round in memory."""
+    outlier_ratio: Annotated[float, Gt(1)] = 10.0
+    """How many times the cohort's median norm an update may have."""
     seed: Annotated[int, Interval(ge=0, lt=2**63)] = 0
     """Root of every random draw."""
     seeds: Annotated[int, Ge(1)] = 1

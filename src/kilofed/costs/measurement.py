@@ -16,7 +16,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from kilofed.costs import environment
-from kilofed.federation.cohort import ROUND
+from kilofed.federation.address import Address
 from kilofed.federation.site import Site
 from kilofed.files import replace_file
 from kilofed.payload import Payload
@@ -94,7 +94,7 @@ class MeasuredSites:
 
     def handle(self, number: int, body: bytes) -> bytes:
         """The reply of client `number` to `body`. Raises PayloadError: it is not a message for a client."""
-        site, round = self._site_of(number), int(Payload.peek(body).get(ROUND, 0))
+        site, round = self._site_of(number), Address.of(Payload.peek(body)).round
         if round == 1:
             with counted() as cost:
                 reply = site.handle(body)

@@ -1,21 +1,38 @@
-"""The clients of one round as a method's server side sees them: two verbs, every byte counted, failures taken down."""
+"""The clients of one round as a method's server side sees them: two verbs, every byte counted, every reply checked.
+
+A reply is believed only where it answers the very message that was sent (`address`), is what the method said it would
+be (`expected`), and claims no more weight than its rows allow.
+"""
 
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from typing import Protocol
+from dataclasses import dataclass
+from typing import Literal, Protocol, Self
 
-from kilofed.errors import ClientError, PayloadError, PrivacyError, TooFewReplies, WrongWeights
+from kilofed.config.recipe import Recipe
+from kilofed.errors import ClientError, PayloadError, PrivacyError, TooFewReplies
+from kilofed.federation import outliers
+from kilofed.federation.address import ADDRESS, NO_RUN, Address
+from kilofed.federation.expected import Expected
 from kilofed.federation.ledger import Ledger, Row
 from kilofed.federation.sums import WeightedSum
-from kilofed.payload import Payload, Scalar
+from kilofed.payload import Payload
 from kilofed.privacy.mechanisms import Mechanism
 
 log = logging.getLogger("kilofed")
 
-ACTION, VERB, ROUND, EXCHANGE = "@action", "@verb", "@round", "@turn"
-ERROR, KIND = "@error", "@kind"
+ERROR = "@error"
 WEIGHT = "weight"
+
+MAX_ERROR_TEXT = 1000
+"""Letters of a client's error that are taken down."""
+MAX_ERROR_BYTES = 8 * MAX_ERROR_TEXT
+"""Longest reply that is looked at for an error where a shorter one was expected."""
+
+Check = Callable[[int, Payload], None]
+"""(client, reply): raises PayloadError where a method can tell that the reply is wrong."""
 
 
 class Engine(Protocol):
@@ -38,9 +55,24 @@ class Engine(Protocol):
         ...
 
 
-def address(action: str, verb: str, round: int, exchange: int) -> dict[str, Scalar]:
-    """The scalars that tell a client what it is asked."""
-    return {ACTION: action, VERB: verb, ROUND: round, EXCHANGE: exchange}
+@dataclass(frozen=True)
+class Rules:
+    """What a run does about clients that fail, and about replies unlike the others; fields as in `Recipe`."""
+
+    quorum: int = 1
+    """Fewest replies with which an exchange counts."""
+    skip_failures: bool = False
+    """Go on without a client that failed, in whatever way; otherwise its failure stops the run."""
+    max_weight: float = 0.0
+    """Weights above it are lowered to it; 0 lowers none."""
+    outliers: Literal["warn", "clip", "leave_out"] = "warn"
+    outlier_ratio: float = 10.0
+
+    @classmethod
+    def of(cls, recipe: Recipe) -> Self:
+        """The rules that a recipe sets."""
+        skip = recipe.on_failure == "skip"
+        return cls(recipe.quorum, skip, recipe.max_weight, recipe.outliers, recipe.outlier_ratio)
 
 
 class Cohort:
@@ -49,8 +81,9 @@ class Cohort:
     Args:
         ids: clients drawn for this round, ascending.
         round: number of the round, from 1.
-        quorum: fewest replies with which an exchange counts.
-        skip_failures: go on without a client that failed; otherwise its failure stops the run.
+        run: the run's identity; replies to another run's messages are refused.
+        heaviest: largest weight that a client may claim.
+        reads_data: whether the replies to an action come from clients' rows, so that the policy holds for them.
     """
 
     def __init__(
@@ -61,75 +94,150 @@ class Cohort:
         policy: Mechanism,
         *,
         round: int,
-        quorum: int = 1,
-        skip_failures: bool = False,
+        rules: Rules = Rules(),
+        run: str = NO_RUN,
+        heaviest: Callable[[int], float] = lambda client: math.inf,
+        reads_data: Callable[[str], bool] = lambda action: True,
     ) -> None:
         self.ids = sorted(ids)
         self.failures: dict[int, str] = {}
         """What went wrong in this round, by client."""
+        self.outliers: dict[int, str] = {}
+        """What is unlike the other clients in a reply that was taken all the same, by client."""
         self._engine, self._ledger, self._policy = engine, ledger, policy
-        self._round, self._quorum, self._skip = round, quorum, skip_failures
+        self._round, self._rules, self._run = round, rules, run
+        self._heaviest, self._reads_data = heaviest, reads_data
         self._num_exchanges = 0
 
-    def mean(self, action: str, ask: Payload | Mapping[int, Payload]) -> Payload:
+    def mean(
+        self,
+        action: str,
+        ask: Payload | Mapping[int, Payload],
+        like: Payload | Expected,
+        *,
+        clip_outliers: bool = False,
+    ) -> Payload:
         """The weighted mean of the replies to `action`; single replies are never shown.
 
-        A reply's scalar `weight` is its weight (1 where absent); other scalars must be numbers. Sums run in float64
-        in ascending id order, so that the result does not depend on who answered first.
+        A reply's scalar `weight` is its weight (1 where `like` has none); other scalars must be numbers. Sums run in
+        float64 in ascending id order, so that the result does not depend on who answered first. An update whose norm is
+        far above the cohort's median is named, and taken, clipped or left out as the rules say.
 
         Args:
             ask: one payload for all, or one per id (then only those ids are asked).
+            like: what each reply is like: names, dtypes and shapes, whatever the numbers.
+            clip_outliers: clip where the rules say to warn only.
 
         Raises:
-            TooFewReplies: fewer clients answered than the quorum.
+            TooFewReplies: fewer clients answered than the quorum, or all replies weigh nothing.
             ClientError: a client failed, and failures are not skipped.
-            PrivacyError: a client's policy refuses it, or each client is asked another thing under a policy of means.
+            PrivacyError: each client is asked another thing under a policy of means.
         """
-        if self._policy.needs_aggregate and not isinstance(ask, Payload):
-            raise PrivacyError(
-                f"privacy.{self._policy.kind} needs one ask for all clients, {action!r} sends one to each"
-            )
+        policy = self._policy
+        if policy.needs_aggregate and not isinstance(ask, Payload):
+            raise PrivacyError(f"privacy.{policy.kind} needs one ask for all clients, {action!r} sends one to each")
         when = self._round, self._num_exchanges
-        total = WeightedSum()
-
-        def take(client: int, reply: Payload) -> None:
-            weight = 1.0 if self._policy.uniform else float(reply.scalars.get(WEIGHT, 1.0))
-            scalars = {name: value for name, value in reply.scalars.items() if name != WEIGHT}
-            total.add(Payload(reply.tensors, scalars), weight)
-
-        self._exchange(action, "mean", ask, take)
+        total = self._sum(action, ask, like, clip_outliers=clip_outliers)
+        self._enough(action, total.num)
+        if not total.weight:
+            raise TooFewReplies(f"round {self._round}: all {total.num} replies to {action!r} have weight 0")
         shared = ask if isinstance(ask, Payload) else Payload()
         # Noise meets the mean before it is rounded: on a coarse grid one client could move it by more than its clip.
         mean = total.exact_mean()
-        given = self._policy.server(mean, shared, num_replies=total.num, expected=len(self.ids), when=when)
+        given = policy.server(mean, shared, num_replies=total.num, expected=len(self.ids), when=when)
         return total.rounded(given)
 
-    def call(self, action: str, ask: Payload | Mapping[int, Payload]) -> dict[int, Payload]:
+    def call(
+        self,
+        action: str,
+        ask: Payload | Mapping[int, Payload],
+        like: Payload | Expected,
+        *,
+        check: Check = lambda client, reply: None,
+    ) -> dict[int, Payload]:
         """Every client's reply to `action`, by id.
+
+        Args:
+            ask: one payload for all, or one per id (then only those ids are asked).
+            like: what each reply is like: names, dtypes and shapes, whatever the numbers.
+            check: refuses what only the method can tell is wrong; that is the client's failure.
 
         Raises:
             PrivacyError: the policy allows means only.
             TooFewReplies: fewer clients answered than the quorum.
             ClientError: a client failed, and failures are not skipped.
         """
+        if self._policy.needs_aggregate and self._reads_data(action):
+            raise PrivacyError(
+                f"{action!r} lets the server see single replies; privacy.{self._policy.kind} allows means only\n"
+                "  hint: use a method that asks for means, such as fedavg"
+            )
         replies: dict[int, Payload] = {}
-        self._exchange(action, "call", ask, replies.__setitem__)
+
+        def take(client: int, reply: Payload) -> None:
+            check(client, reply)
+            replies[client] = reply
+
+        self._exchange(action, "call", ask, like, take)
         return replies
+
+    def weight(self, client: int, claimed: object) -> float:
+        """What a client weighs that claims the weight `claimed`: at most the rules' largest.
+
+        Raises:
+            PayloadError: it is no number, below 0, or more than its rows allow.
+        """
+        most = self._heaviest(client)
+        if isinstance(claimed, bool | str) or not isinstance(claimed, int | float) or not 0 <= claimed < math.inf:
+            raise PayloadError(f"it sent weight {claimed!r:.80}; expected a number from 0")
+        if claimed > most:
+            raise PayloadError(f"it sent weight {claimed:g}; its rows allow at most {most:g}")
+        return min(float(claimed), self._rules.max_weight or math.inf)
+
+    def without_outliers(
+        self, replies: Mapping[int, Payload], ask: Payload | Mapping[int, Payload]
+    ) -> dict[int, Payload]:
+        """Replies to `call` that hold updates, with those far above the cohort's median treated as in `mean`."""
+        asks = {client: ask if isinstance(ask, Payload) else ask[client] for client in replies}
+        norms = {client: outliers.update_norm(reply, asks[client]) for client, reply in replies.items()}
+        what = self._rules.outliers
+        limit, far = self._far_out(norms, what)
+        found = {}
+        for client, reply in replies.items():
+            if client in far and what == "clip":
+                reply = outliers.scaled(reply, asks[client], limit / far[client])
+            if client not in far or what != "leave_out":
+                found[client] = reply
+        return found
+
+    def note(self, client: int, what: str) -> None:
+        """Take down that something in a client's reply is unlike the others, which was taken all the same."""
+        self.outliers[client] = what
+        log.warning("round %d: client %d: %s", self._round, client, what)
 
     def leave_out(self, client: int, why: str) -> None:
         """Take down that a client failed, as its reply shows. Raises ClientError unless failures are skipped."""
-        self._fail(client, Payload(scalars={ERROR: why}))
+        text = _plain(why)
+        if not self._rules.skip_failures:
+            raise ClientError(
+                f"round {self._round}: client {client}: {text}; the state of round {self._round - 1} is kept"
+            )
+        self.failures[client] = text
+        log.warning("round %d: client %d is left out: %s", self._round, client, text)
 
     def _exchange(
-        self, action: str, verb: str, ask: Payload | Mapping[int, Payload], take: Callable[[int, Payload], None]
+        self, action: str, verb: str, ask: Payload | Mapping[int, Payload], like: Payload | Expected, take: Check
     ) -> None:
-        """Ask, count bytes, hand each reply to `take`; a reply that it refuses (PayloadError) is that client's failure."""
+        """Ask, count bytes, check each reply and hand it to `take`; one that is refused is that client's failure."""
         exchange, self._num_exchanges = self._num_exchanges, self._num_exchanges + 1
-        header = address(action, verb, self._round, exchange)
+        address = Address(action, verb, self._round, exchange, self._run)
+        expected = self._expected(action, like)
         if isinstance(ask, Payload):
-            asks = dict.fromkeys(self.ids, Payload(ask.tensors, {**ask.scalars, **header}).encode())
+            asks = dict.fromkeys(self.ids, Payload(ask.tensors, {**ask.scalars, **address.scalars}).encode())
         else:
-            asks = {i: Payload(one.tensors, {**one.scalars, **header}).encode() for i, one in sorted(ask.items())}
+            asks = {
+                i: Payload(one.tensors, {**one.scalars, **address.scalars}).encode() for i, one in sorted(ask.items())
+            }
         for client, body in asks.items():
             self._ledger.add(Row(self._round, exchange, action, verb, "down", client, len(body), 0.0))
         answered = set()
@@ -139,33 +247,105 @@ class Cohort:
             self._ledger.add(Row(self._round, exchange, action, verb, "up", client, len(body), round(now - since, 6)))
             since = now
             try:
-                reply = Payload.decode(body)
-                if ERROR not in reply.scalars:
-                    take(client, reply)
-                    answered.add(client)
-            except PayloadError as error:
-                reply = Payload(scalars={ERROR: str(error)})
-            if ERROR in reply.scalars:
-                self._fail(client, reply)
+                take(client, _read(body, client, address, expected))
+                answered.add(client)
+            except (PayloadError, ClientError) as error:
+                self.leave_out(client, str(error))
         for client in sorted(set(asks) - answered - set(self.failures)):
-            self.failures[client] = "no answer"
-            log.warning(
-                "round %d: client %d did not answer %s; the round goes on without it", self._round, client, action
-            )
+            self.leave_out(client, f"no answer to {action!r}")
         # Where only some are asked, the quorum is over those who have not failed in this round.
-        enough = len(answered) if len(asks) == len(self.ids) else len(set(self.ids) - set(self.failures))
-        if enough < min(self._quorum, len(self.ids)):
-            raise TooFewReplies(
-                f"round {self._round}: {len(answered)} of {len(asks)} clients answered {action!r}, quorum is {self._quorum}"
-            )
+        self._enough(action, len(answered) if len(asks) == len(self.ids) else len(set(self.ids) - set(self.failures)))
 
-    def _fail(self, client: int, reply: Payload) -> None:
-        text = str(reply.scalars[ERROR])
-        if reply.scalars.get(KIND) == PrivacyError.__name__:
-            raise PrivacyError(text)
-        if not self._skip or reply.scalars.get(KIND) == WrongWeights.__name__:
-            raise ClientError(
-                f"round {self._round}: client {client}: {text}; the state of round {self._round - 1} is kept"
+    def _sum(
+        self, action: str, ask: Payload | Mapping[int, Payload], like: Payload | Expected, *, clip_outliers: bool
+    ) -> WeightedSum:
+        """The weighted sum of the replies, without what the rules say of outliers."""
+        policy, what = self._policy, self._rules.outliers
+        what = "clip" if clip_outliers and what == "warn" else what
+        streams = policy.needs_aggregate or what == "warn"  # Else all are held until their median is known.
+        total = WeightedSum()
+        norms: dict[int, float] = {}
+        kept: dict[int, tuple[Payload, float]] = {}
+
+        def take(client: int, reply: Payload) -> None:
+            asked = ask if isinstance(ask, Payload) else ask[client]
+            weight = 1.0 if policy.uniform else self.weight(client, reply.scalars.get(WEIGHT, 1.0))
+            reply = self._clipped(client, reply, asked)
+            one = Payload(reply.tensors, {name: value for name, value in reply.scalars.items() if name != WEIGHT})
+            if streams:
+                total.add(one, weight)
+            else:
+                total.check(one)
+                kept[client] = one, weight
+            if not policy.needs_aggregate:  # Else every update was clipped to one norm.
+                norms[client] = outliers.update_norm(one, asked)
+
+        self._exchange(action, "mean", ask, like, take)
+        limit, far = self._far_out(norms, what)
+        for client, (one, weight) in kept.items():
+            asked = ask if isinstance(ask, Payload) else ask[client]
+            if client not in far:
+                total.add(one, weight)
+            elif what == "clip":
+                total.add(outliers.scaled(one, asked, limit / far[client]), weight)
+        return total
+
+    def _expected(self, action: str, like: Payload | Expected) -> Expected:
+        """What a reply is like once the client's policy has been at it. Raises PrivacyError: the policy refuses it."""
+        found = like if isinstance(like, Expected) else Expected.like(like)
+        if self._reads_data(action):
+            found = found.only(self._policy.outline(found.largest))
+        return Expected(found.tensors, {**found.scalars, ADDRESS: int})
+
+    def _clipped(self, client: int, reply: Payload, ask: Payload) -> Payload:
+        """The reply as the policy lets it in; a client that should have clipped and did not is named."""
+        found = self._policy.arrived(reply, ask)
+        if found is not reply:
+            self.note(client, "its update was larger than privacy.clip and was clipped at the server")
+        return found
+
+    def _far_out(self, norms: Mapping[int, float], what: str) -> tuple[float, dict[int, float]]:
+        limit, far = outliers.far_out(norms, self._rules.outlier_ratio)
+        for client, norm in far.items():
+            text = (
+                f"the norm of its update is {norm:.3g}, over {self._rules.outlier_ratio:g} times the cohort's median"
             )
-        self.failures[client] = text
-        log.warning("round %d: client %d is left out: %s", self._round, client, text)
+            if what == "leave_out":
+                self.failures[client] = f"left out: {text}"
+                log.warning("round %d: client %d is left out: %s", self._round, client, text)
+            else:
+                self.note(client, text if what == "warn" else f"{text}; it was clipped to {limit:.3g}")
+        return limit, far
+
+    def _enough(self, action: str, num: int) -> None:
+        if num >= min(self._rules.quorum, len(self.ids)):
+            return
+        first = min(self.failures.items(), default=None)
+        raise TooFewReplies(
+            f"round {self._round}: {num} of {len(self.ids)} clients are left after {action!r}, quorum is "
+            f"{self._rules.quorum}" + (f"; client {first[0]}: {first[1]}" if first else "")
+        )
+
+
+def _read(body: bytes, client: int, address: Address, expected: Expected) -> Payload:
+    """The reply in `body` without its address.
+
+    Raises:
+        PayloadError: it is too long, damaged, answers another message, or is not what was expected.
+        ClientError: the client says that it failed.
+    """
+    if len(body) > max(expected.max_bytes, MAX_ERROR_BYTES):
+        raise PayloadError(f"it sent {len(body)} bytes; expected at most {expected.max_bytes}")
+    reply = Payload.decode(body)
+    if reply.scalars.get(ADDRESS) != address.answered(client)[ADDRESS]:
+        raise PayloadError("its reply answers another message than the one that it was sent")
+    if ERROR in reply.scalars:
+        raise ClientError(str(reply.scalars[ERROR]))
+    expected.check(reply)
+    return Payload(reply.tensors, {name: value for name, value in reply.scalars.items() if name != ADDRESS})
+
+
+def _plain(text: str) -> str:
+    """A client's words on one line, cut, without anything that a terminal or a log would obey."""
+    words = " ".join(text.split())
+    return "".join(letter if letter.isprintable() else "?" for letter in words[:MAX_ERROR_TEXT])

@@ -2,7 +2,8 @@
 
     class Mine(Method):
         def round(self, server, clients):
-            reply = clients.mean("fit", Payload(server.state))
+            like = Payload(server.state, {"weight": 1, "loss": 0.0})
+            reply = clients.mean("fit", Payload(server.state), like)
             server.state.update(reply.tensors)
             return dict(reply.scalars)
 
@@ -12,7 +13,7 @@
             return Payload(tensors, {"weight": client.num_examples, "loss": loss})
 
 The two verbs are the privacy statement. `mean` gives the method the weighted mean of the replies and nothing else;
-`call` gives it every reply.
+`call` gives it every reply. With both a method says what a reply is like, and a reply that is not like that is refused.
 """
 
 import importlib
@@ -27,12 +28,14 @@ from torch import nn
 from kilofed.config import fields
 from kilofed.config.bounds import Settings
 from kilofed.config.fields import Table, Value
-from kilofed.config.recipe import MethodSpec, ModelSpec, Recipe
-from kilofed.errors import ClientError, PayloadError, PrivacyError, RecipeError, nearest
-from kilofed.federation.cohort import ACTION, ERROR, EXCHANGE, KIND, ROUND, VERB, Cohort, address
+from kilofed.config.recipe import MethodSpec, ModelSpec, Recipe, TrainSpec
+from kilofed.errors import KilofedError, PayloadError, PrivacyError, RecipeError, nearest
+from kilofed.federation.address import ADDRESS, Address
+from kilofed.federation.cohort import ERROR, MAX_ERROR_TEXT, Cohort, log
 from kilofed.federation.parties import Client, Server
 from kilofed.federation.presentation import Presentation
 from kilofed.federation.workload import Costs, Message, RunPreview
+from kilofed.models import training
 from kilofed.payload import Payload, Scalar
 from kilofed.privacy.mechanisms import Mechanism
 
@@ -90,6 +93,16 @@ class Method(Settings):
     def done(self, server: Server) -> bool:
         """Whether no further round is wanted; read from `server.state` before each."""
         return False
+
+    def max_weight(self, train: TrainSpec, num_rows: int) -> float:
+        """The largest weight that a client of `num_rows` training rows may claim for a round.
+
+        By default the number of examples that a round of local training takes it through, and 1 where clients are
+        weighted uniformly.
+        """
+        if getattr(self, "client_weighting", "examples") == "uniform":
+            return 1.0
+        return max(1.0, training.num_seen(train, num_rows))
 
     def messages(self, preview: RunPreview) -> Mapping[int, Sequence[Message]]:
         """The messages of a round by client, numbers made up; no client where nobody can tell."""
@@ -202,50 +215,75 @@ def forecast(method: Method, preview: RunPreview, policy: Mechanism) -> dict[int
 
 def sent(method: Method, message: Message, policy: Mechanism) -> Sent:
     """Bytes of one message, which one client takes part in."""
-    ask = Payload(message.ask.tensors, {**message.ask.scalars, **address(message.action, message.verb, 0, 0)})
-    down, up = ask.num_bytes * message.times, leaving(method, message, policy).num_bytes * message.times
-    return Sent(message.action, down, up, message.times)
+    address = Address(message.action, message.verb, 0, 0)
+    ask = Payload(message.ask.tensors, {**message.ask.scalars, **address.scalars})
+    left = leaving(method, message, policy)
+    reply = Payload(left.tensors, {**left.scalars, **address.answered(0)})
+    return Sent(message.action, ask.num_bytes * message.times, reply.num_bytes * message.times, message.times)
 
 
 def leaving(method: Method, message: Message, policy: Mechanism) -> Payload:
     """What leaves a client in answer to `message`: names, shapes and dtypes, whatever the numbers."""
-    _, about = _function(method, message.action)
-    return policy.outline(message.reply) if about.reads_data else message.reply
+    return policy.outline(message.reply) if reads_data(method, message.action) else message.reply
+
+
+def reads_data(method: Method, action: str) -> bool:
+    """Whether the replies to `action` come from clients' rows. Raises PayloadError: clients do no such thing."""
+    return _function(method, action)[1].reads_data
 
 
 def handle(method: Method, policy: Mechanism, client: Client, body: bytes) -> bytes:
     """The whole client side of every engine: bytes in, bytes out.
 
-    Only functions marked `@on_client` run; the client's own policy decides what may leave; a failure that the client
-    can name becomes a reply that says so.
+    Only functions marked `@on_client` run; the client's own policy decides what may leave; whatever goes wrong becomes
+    a reply that says so.
 
     Raises:
         PayloadError: `body` is not a message for a client.
     """
     ask = Payload.decode(body)
+    address = Address.of(ask.scalars)
     try:
-        action, verb = str(ask.scalars[ACTION]), str(ask.scalars[VERB])
-        when = int(ask.scalars[ROUND]), int(ask.scalars[EXCHANGE])
-    except KeyError as error:
-        raise PayloadError(f"the message has no {error}: it was not written by a kilofed server") from error
-    ask = Payload(ask.tensors, {k: v for k, v in ask.scalars.items() if not k.startswith("@")})
-    before = client.states.before(when)
-    client.round, client.state = when[0], dict(before)
-    try:
-        function, about = _function(method, action)
-        if verb == "call" and about.reads_data and policy.needs_aggregate:
-            raise PrivacyError(
-                f"{action!r} in {type(method).__name__} lets the server see single replies; "
-                f"privacy.{policy.kind} allows means only\n  hint: use a method that asks for means, such as fedavg"
-            )
-        reply = function(client, ask)
-        if about.reads_data:
-            reply = policy.client(reply, ask)
-    except (ClientError, PrivacyError) as error:
-        return Payload(scalars={ERROR: str(error), KIND: type(error).__name__}).encode()
-    if client.state or before:
-        client.states.keep(when, client.state)
-    return reply.encode()
+        before = client.states.before(when := (address.round, address.exchange))
+        client.round, client.state = address.round, dict(before)
+        reply = _answer(method, policy, client, address, ask)
+        answer = Payload(reply.tensors, {**reply.scalars, **address.answered(client.id)}).encode()
+        if client.state or before:
+            client.states.keep(when, client.state)
+    except Exception as error:
+        return _failed(policy, client.id, address, error)
+    return answer
+
+
+def failed(policy: Mechanism, client: int, body: bytes, error: Exception) -> bytes:
+    """The reply of a client that met `error` before it could so much as look at `body`.
+
+    Raises:
+        PayloadError: `body` is not a message for a client.
+    """
+    return _failed(policy, client, Address.of(Payload.peek(body)), error)
+
+
+def _answer(method: Method, policy: Mechanism, client: Client, address: Address, ask: Payload) -> Payload:
+    """What leaves the client's walls. Raises KilofedError, or whatever the method's function raises."""
+    function, about = _function(method, address.action)
+    if address.verb == "call" and about.reads_data and policy.needs_aggregate:
+        raise PrivacyError(
+            f"{address.action!r} in {type(method).__name__} lets the server see single replies; "
+            f"privacy.{policy.kind} allows means only\n  hint: use a method that asks for means, such as fedavg"
+        )
+    ask = Payload(ask.tensors, {name: value for name, value in ask.scalars.items() if name != ADDRESS})
+    reply = function(client, ask)
+    return policy.client(reply, ask) if about.reads_data else reply
+
+
+def _failed(policy: Mechanism, client: int, address: Address, error: Exception) -> bytes:
+    kind = type(error).__name__
+    if not isinstance(error, KilofedError):
+        log.error("client %d failed in %r", client, address.action, exc_info=error)
+    text = str(error) if isinstance(error, KilofedError) else f"{kind}: {error}"
+    told = policy.failure(kind, text)[:MAX_ERROR_TEXT].encode("utf-8", "replace").decode("utf-8")
+    return Payload(scalars={ERROR: told, **address.answered(client)}).encode()
 
 
 def _function(method: Method, action: str) -> tuple[Callable[[Client, Payload], Payload], Action]:

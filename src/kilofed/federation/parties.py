@@ -93,6 +93,10 @@ class Server:
     """The run folder, for what is kept beside the state, such as an API's answers; None where there is none."""
     cache: dict[str, object] = field(default_factory=dict)
     """May vanish between two rounds."""
+    num_rows: Callable[[int], int] | None = None
+    """Training rows of a client, as its site told when it joined; None where nobody told."""
+    max_length: int = 0
+    """Longest example in tokens, the recipe's data.max_length; 0 where it is not known."""
     round: int = 0
     """Round in hand, from 1; 0 before the first."""
 

@@ -3,7 +3,7 @@
 In a simulation many of them share a process; a deployed site is one of them, with rows, disk and policy of its own.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,11 +12,14 @@ from torch import nn
 
 from kilofed.config.recipe import Recipe
 from kilofed.data.examples import Example
-from kilofed.federation.method import Method, handle, load_method
+from kilofed.federation.method import Method, failed, handle, load_method
 from kilofed.federation.parties import Client
 from kilofed.federation.states import States
 from kilofed.models.store import ModelStore
 from kilofed.privacy.mechanisms import Mechanism, load_mechanism
+
+Handler = Callable[[int, bytes], bytes]
+"""(client id, message) to reply."""
 
 
 @dataclass(frozen=True)
@@ -75,3 +78,15 @@ def open_site(recipe: Recipe, number: int, data: SiteData, *, store: ModelStore,
         start=partial(store.start, spec) if spec else dict,
     )
     return Site(method, load_mechanism(recipe.privacy), client)
+
+
+def answering(handler: Handler, policy: Mechanism) -> Handler:
+    """`handler`, whose errors become replies that say so: a site that cannot be opened is that client's failure."""
+
+    def handle(client: int, body: bytes) -> bytes:
+        try:
+            return handler(client, body)
+        except Exception as error:
+            return failed(policy, client, body, error)
+
+    return handle

@@ -23,16 +23,37 @@ class WeightedSum:
         """One per run of the layout."""
         self._scalars: dict[str, float] = {}
 
-    def add(self, reply: Payload, weight: float) -> None:
-        """Add one client's reply, whole or not at all. Raises PayloadError: it is no number, or unlike the others."""
-        if not 0.0 <= weight < math.inf:
-            raise PayloadError(f"it sent weight {weight}; expected a number from 0")
-        pack = Pack.of(reply.tensors)
-        _check_alike(pack.layout, self._layout or pack.layout)
-        _check_finite(pack)
+    @property
+    def weight(self) -> float:
+        """Sum of the weights."""
+        return self._weight
+
+    @staticmethod
+    def check(reply: Payload) -> None:
+        """Raise PayloadError unless all that `reply` holds are finite numbers."""
+        _check_finite(Pack.of(reply.tensors))
         for name, value in reply.scalars.items():
             if isinstance(value, str | bool):
-                raise PayloadError(f"it sent the scalar {name}={value!r}; a mean takes numbers only")
+                raise PayloadError(f"it sent the scalar {name}={value!r:.80}; a mean takes numbers only")
+
+    def add(self, reply: Payload, weight: float) -> None:
+        """Add one reply, whole or not at all.
+
+        Args:
+            reply: of the same names, dtypes and shapes as the others, which is for the caller to see to.
+            weight: finite, from 0.
+
+        Raises:
+            PayloadError: it is no number, or unlike the others.
+        """
+        if not 0.0 <= weight < math.inf:
+            raise PayloadError(f"it has weight {weight}; expected a number from 0")
+        self.check(reply)
+        pack = Pack.of(reply.tensors)
+        if self._layout is not None and not pack.layout.like(self._layout):
+            raise PayloadError("it has other tensors than what was added before")
+        if self.num and reply.scalars.keys() != self._scalars.keys():
+            raise PayloadError("it has other scalars than what was added before")
         if self._layout is None:
             self._layout = pack.layout
             self._totals = [torch.zeros(num, dtype=torch.float64) for _, _, num in pack.layout.runs]
@@ -68,20 +89,6 @@ class WeightedSum:
     def _dtype(self, name: str) -> torch.dtype:
         assert self._layout is not None
         return self._layout.runs[self._layout.places[name].run][0]
-
-
-def _check_alike(layout: Layout, first: Layout) -> None:
-    if layout.like(first):
-        return
-    if odd := sorted(set(layout.places) ^ set(first.places))[:3]:
-        raise PayloadError(f"it sent other tensors than the clients before it: {odd}")
-    for name, here in layout.places.items():
-        there = first.places[name]
-        if here.shape != there.shape:
-            raise PayloadError(f"it sent {name} of shape {tuple(here.shape)}, others {tuple(there.shape)}")
-        dtype, others = layout.runs[here.run][0], first.runs[there.run][0]
-        if dtype != others:
-            raise PayloadError(f"it sent {name} as {dtype}, others {others}")
 
 
 def _check_finite(pack: Pack) -> None:

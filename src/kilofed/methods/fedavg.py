@@ -33,9 +33,16 @@ class FedAvg(Method):
         server.state.update(loading.read_trained(server.model))
 
     def round(self, server: Server, clients: Cohort) -> Mapping[str, Scalar]:
-        reply = clients.mean("fit", Payload(wire.down(server.state, self.wire)))
+        message = self.message(server.state)
+        reply = clients.mean("fit", message.ask, message.reply)
         server.state.update(self.server_step(server, wire.arrive(server.state, reply.tensors)))
         return dict(reply.scalars)
+
+    def message(self, state: Mapping[str, Tensor]) -> Message:
+        """What every client is sent, and what its reply is like."""
+        ask = Payload(wire.down(state, self.wire))
+        end = wire.up(wire.shared(state), ask.tensors, self.wire)
+        return Message("fit", "mean", ask, Payload(end, {"weight": 1, "train_loss": 0.0}))
 
     def server_step(self, server: Server, mean: dict[str, Tensor]) -> Mapping[str, Tensor]:
         """What enters `server.state`, given the mean of the clients' trained tensors."""
@@ -62,6 +69,4 @@ class FedAvg(Method):
         return LocalTraining()
 
     def messages(self, preview: RunPreview) -> Mapping[int, Sequence[Message]]:
-        ask = Payload(wire.down(preview.server.state, self.wire))
-        end = wire.up(wire.shared(preview.server.state), ask.tensors, self.wire)
-        return preview.alike(Message("fit", "mean", ask, Payload(end, {"weight": 1, "train_loss": 0.0})))
+        return preview.alike(self.message(preview.server.state))

@@ -19,9 +19,11 @@ from torch import Tensor, nn
 
 from kilofed.config.bounds import Or, power_of_two
 from kilofed.config.fields import FormerName
+from kilofed.config.recipe import TrainSpec
 from kilofed.data.examples import Example
-from kilofed.errors import ClientError, KilofedError, PayloadError, RecipeError, TooFewReplies, WrongWeights
-from kilofed.federation.cohort import Cohort, log
+from kilofed.errors import ClientError, KilofedError, PayloadError, RecipeError, WrongWeights
+from kilofed.federation.cohort import Cohort
+from kilofed.federation.expected import Expected, TensorLike
 from kilofed.federation.method import Method, on_client
 from kilofed.federation.parties import Client, Server
 from kilofed.federation.presentation import Presentation
@@ -94,11 +96,12 @@ class FedKSeed(Method):
         asks, held = self._asks(server, clients.ids), held_by_server(state)
         metrics: dict[str, float]
         if self.disclose == "scalars":
-            replies = self._valid_reports(clients.call("walk", asks), clients)
-            state[log_name(server.round)] = seed_log.pack_reports(replies)
+            reports = self._reports(clients, asks)
+            state[log_name(server.round)] = seed_log.pack_reports(reports)
             metrics = self.pools.apply(server.seed, state, server.round)
         else:
-            mean = clients.mean("walk", next(iter(asks.values())))
+            like = self._own_sums(Report(1, 0.0, (), np.zeros(0)), np.zeros((3, self.num_seeds)))
+            mean = clients.mean("walk", next(iter(asks.values())), like, clip_outliers=True)
             num = len(clients.ids) - len(clients.failures)
             state[log_name(server.round)] = self._round_sums(mean, num)
             metrics = {**self.pools.apply(server.seed, state, server.round), **_numbers(mean)}
@@ -122,6 +125,9 @@ class FedKSeed(Method):
         """`model`, which holds w0, wrapped to run at points of this method's pools."""
         return two_point.PerturbedModel(model, loading.trained(model), self.num_seeds)
 
+    def max_weight(self, train: TrainSpec, num_rows: int) -> float:
+        return num_rows if self.client_weighting == "examples" else 1
+
     def _asks(self, server: Server, ids: list[int]) -> dict[int, Payload]:
         state, pools, digest = server.state, self.pools, seed_log.NO_DIGEST
         if self.check_every and (server.round - 1) % self.check_every == 0:
@@ -135,26 +141,22 @@ class FedKSeed(Method):
         packed = {held: replace(request, updates=pools.updates(state, held)).pack() for held in set(holds.values())}
         return {client: Payload({BODY: packed[held]}) for client, held in holds.items()}
 
-    def _valid_reports(self, replies: Mapping[int, Payload], clients: Cohort) -> dict[int, bytes]:
-        """The valid replies; the others count as failures."""
-        valid = {}
-        for client, reply in replies.items():
-            try:
-                body = seed_log.to_bytes(reply.tensors.get(BODY, torch.zeros(0)))
-                self.pools.report(body)
-            except PayloadError as error:
-                clients.failures[client] = f"refused: {error}"
-                log.warning("the report of client %d is refused and not part of the round: %s", client, error)
-            else:
-                valid[client] = body
-        if not valid:
-            raise TooFewReplies(f"none of {len(clients.ids)} clients sent a valid report")
-        return valid
+    def _reports(self, clients: Cohort, asks: Mapping[int, Payload]) -> dict[int, bytes]:
+        """Each client's report as it is recorded: with the weight that the rules leave it."""
+        found: dict[int, bytes] = {}
+
+        def check(client: int, reply: Payload) -> None:
+            body = seed_log.to_bytes(reply.tensors[BODY])
+            claimed = self.pools.report(body).weight
+            found[client] = seed_log.with_weight(body, max(int(clients.weight(client, claimed)), 1))
+
+        longest = Report.max_bytes(self.steps)
+        like = Expected({BODY: TensorLike(torch.uint8, (range(1, longest + 1),))})
+        clients.call("walk", asks, like, check=check)
+        return found
 
     def _round_sums(self, mean: Payload, num: int) -> Tensor:
         """(1 or 3, K): the weighted mean of gradients, and plain sums of magnitudes and counts."""
-        if not mean.tensors:
-            raise TooFewReplies("no client answered")
         gradients = mean.tensors["slopes"].double().reshape(1, -1)
         if not bool(gradients.isfinite().all()):
             raise PayloadError(

@@ -16,11 +16,13 @@ import torch
 from annotated_types import Ge, Gt
 from torch import Tensor
 
-from kilofed.errors import RecipeError
+from kilofed.config.recipe import TrainSpec
+from kilofed.errors import RecipeError, TooFewReplies
 from kilofed.federation import wire
 from kilofed.federation.cohort import Cohort
 from kilofed.federation.method import on_client
 from kilofed.federation.parties import Client, Server
+from kilofed.federation.sums import WeightedSum
 from kilofed.federation.workload import Costs, Message, RunPreview, TwoPointSteps
 from kilofed.methods.fedavg import FedAvg
 from kilofed.models import loading, training
@@ -56,21 +58,25 @@ class FedMeZO(FedAvg):
             raise RecipeError(f"method.lr_range is {self.lr_range}; expected at most method.lr, {self.lr}")
 
     def round(self, server: Server, clients: Cohort) -> Mapping[str, Scalar]:
-        down = wire.down(server.state, self.wire)
+        message = self.message(server.state)
         if self.rates == "frozen":
-            reply = clients.mean("fit", Payload(down))
+            reply = clients.mean("fit", message.ask, message.reply)
         elif self.rates == "random":
-            reply = clients.mean("fit", self._asks(server, clients.ids, down))
+            reply = clients.mean("fit", self._asks(server, clients.ids, message.ask), message.reply)
         else:
-            replies = clients.call("fit", self._asks(server, clients.ids, down))
-            reply = average(replies)
+            asks = self._asks(server, clients.ids, message.ask)
+            replies = clients.without_outliers(clients.call("fit", asks, message.reply, check=check_sum), asks)
+            reply = average(replies, clients)
             record_history(server.state, replies, reply)
         server.state.update(self.server_step(server, wire.arrive(server.state, reply.tensors)))
         return dict(reply.scalars)
 
-    def _asks(self, server: Server, ids: list[int], down: dict[str, Tensor]) -> dict[int, Payload]:
+    def _asks(self, server: Server, ids: list[int], ask: Payload) -> dict[int, Payload]:
         rates = self.learning_rates(server, ids)
-        return {client: Payload(down, {"lr": rates[client]}) for client in ids}
+        return {client: Payload(ask.tensors, {"lr": rates[client]}) for client in ids}
+
+    def max_weight(self, train: TrainSpec, num_rows: int) -> float:
+        return self.steps * min(self.batch_size, num_rows) if self.client_weighting == "examples" else 1
 
     def learning_rates(self, server: Server, ids: list[int]) -> dict[int, float]:
         """Each client's learning rate in the current round, within lr plus or minus lr_range."""
@@ -141,21 +147,20 @@ def relative_deviations(values: Mapping[int, float]) -> dict[int, float]:
     return {client: value / largest for client, value in deviations.items()}
 
 
-def average(replies: Mapping[int, Payload]) -> Payload:
-    """The weighted mean of the replies, in float64 and id order, as in `Cohort.mean`."""
-    weights = {client: float(reply.scalars["weight"]) for client, reply in sorted(replies.items())}
-    total_weight = math.fsum(weights.values())
-    tensors: dict[str, Tensor] = {}
-    loss = 0.0
-    for client, weight in weights.items():
-        loss += weight * float(replies[client].scalars["train_loss"])
-        for name, tensor in replies[client].tensors.items():
-            tensors.setdefault(name, torch.zeros(tensor.shape, dtype=torch.float64)).add_(tensor, alpha=weight)
-    dtypes = {name: t.dtype for reply in replies.values() for name, t in reply.tensors.items()}
-    return Payload(
-        {name: (total / total_weight).to(dtypes[name]) for name, total in tensors.items()},
-        {"train_loss": loss / total_weight},
-    )
+def check_sum(client: int, reply: Payload) -> None:
+    """Raise PayloadError unless the reply can enter a sum."""
+    WeightedSum.check(reply)
+
+
+def average(replies: Mapping[int, Payload], clients: Cohort) -> Payload:
+    """The weighted mean of the replies, as `Cohort.mean` would give it. Raises TooFewReplies: all weights are 0."""
+    total = WeightedSum()
+    for client, reply in sorted(replies.items()):
+        loss = {"train_loss": reply.scalars["train_loss"]}
+        total.add(Payload(reply.tensors, loss), clients.weight(client, reply.scalars["weight"]))
+    if not total.weight:
+        raise TooFewReplies(f"all {total.num} replies have weight 0")
+    return total.mean()
 
 
 def record_history(state: dict[str, Tensor], replies: Mapping[int, Payload], mean: Payload) -> None:

@@ -104,7 +104,7 @@ class FedPT(FedAvg):
         return recipe.model
 
     def check(self, server: Server) -> None:
-        if (out := getattr(server.model, "get_output_embeddings", None)) is None or out() is None:
+        if loading.classifies(server.model):
             raise RecipeError(
                 "fedpt steers the next token of a large model, and this model gives classes to rows: set "
                 "data.task=generate, or take another method"

@@ -97,7 +97,7 @@ class KD(Method):
         rows = self.rows(server.public, server.seed, server.round)
         loading.write_trained(server.model, wire.shared(server.state))
         ask = self._ask(server.model, rows)
-        reply = clients.mean("tune", ask)
+        reply = clients.mean("tune", ask, self._reply(ask.tensors[LOG_PROBS]))
         teacher = self.teacher(ask, reply)
         loading.write_trained(server.model, wire.shared(server.state))  # In-process clients use the same model.
         fitted = self._distil(server.model, rows, teacher, server.train, self.steps, server.rng("distil"))
@@ -159,11 +159,14 @@ class KD(Method):
         tokens = torch.zeros(num, k, dtype=torch.long) if k else None
         log_probs = torch.zeros(num, k + 1 if k else num_outputs)
         ask = self._packed(Scores(log_probs, tokens, num_outputs, torch.ones(num)), "0" * 16)
-        tensors = {LOG_PROBS: ask.tensors[LOG_PROBS]}
+        return preview.alike(Message("tune", "mean", ask, self._reply(ask.tensors[LOG_PROBS])))
+
+    def _reply(self, log_probs: Tensor) -> Payload:
+        """What a client's reply is like where the server sent `log_probs`."""
+        tensors = {LOG_PROBS: log_probs}
         if self.counts:
-            tensors[COUNTS] = torch.zeros(num, dtype=_float(self.wire))
-        reply = Payload(tensors, {"weight": 1, "train_loss": 0.0, "guide_loss": 0.0})
-        return preview.alike(Message("tune", "mean", ask, reply))
+            tensors[COUNTS] = torch.zeros(len(log_probs), dtype=_float(self.wire))
+        return Payload(tensors, {"weight": 1, "train_loss": 0.0, "guide_loss": 0.0})
 
     def _ask(self, model: nn.Module, rows: list[Example]) -> Payload:
         """The global model's scores and the tokens that clients score."""

@@ -21,6 +21,7 @@ from kilofed.config.recipe import ModelSpec, Recipe
 from kilofed.data.examples import Example
 from kilofed.errors import NonFiniteLoss, PayloadError, RecipeError
 from kilofed.federation.cohort import Cohort
+from kilofed.federation.expected import Expected, TensorLike
 from kilofed.federation.method import Method, on_client
 from kilofed.federation.parties import Client, Server
 from kilofed.federation.presentation import Presentation
@@ -35,8 +36,8 @@ from kilofed.split.passes import PartName, PartOfModel
 from kilofed.split.server_half import BatchLimits, ClientBatch, ServerHalf, Sharing
 
 STEP, STEPS, LAST = "step", "steps", "last"
-MAX_LENGTH = 2**15
-"""Tokens of a row."""
+MAX_STEPS, MAX_LENGTH = 2**20, 2**15
+"""Of a client's round, and tokens of a row, where the server was not told."""
 
 NUM_ATTACKED = 32
 """Maximum number of rows that the reconstruction attack is run on, and is fitted on."""
@@ -132,16 +133,33 @@ class Split(Method):
                 messages.append(Message("head", "call", Payload(up, {TURN: 0}), Payload(back)))
             due = back
             if (every and (number + 1) % every == 0) or number + 1 == len(batches):
-                reply = Payload(own, {"weight": 1.0, "train_loss": 0.0})
+                reply = _part_like(own)
                 messages.append(Message("part", "mean", Payload(due, {LAST: False, TURN: 0}), reply))
                 due = dict(own)
         return messages
 
     def limits(self, server: Server) -> BatchLimits:
         """What a client's batch may be."""
-        return BatchLimits.of(
-            server.model, server.train, length=MAX_LENGTH, dtype=self.activations, labels=not self.holds_head
-        )
+        longest, labels = server.max_length or MAX_LENGTH, not self.holds_head
+        return BatchLimits.of(server.model, server.train, length=longest, dtype=self.activations, labels=labels)
+
+    def expected_batch(self, limits: BatchLimits) -> Expected:
+        """A client's reply to `forward`: hidden states of at most a batch of rows, their lengths, and their labels."""
+        rows = self.expected_rows(limits, self.activations)
+        (most,) = {one.shape[0] for one in rows.tensors.values()}
+        per_row, per_token = (range(1, limits.num_rows + 1),), (most,)
+        numbers = {server_half.LENGTHS: TensorLike(torch.int32, per_row)}
+        if limits.targets == "classes":
+            numbers[server_half.CLASSES] = TensorLike(torch.int32, per_row)
+        elif limits.targets == "tokens":
+            numbers[server_half.LABELS] = TensorLike(torch.int32, per_token)
+        return Expected({**rows.tensors, **numbers}, {STEPS: int})
+
+    def expected_rows(self, limits: BatchLimits, dtype: activation_codec.WireDtype) -> Expected:
+        """Encoded hidden states of at most a batch of rows, or their gradients."""
+        most = range(1, limits.num_rows * limits.length + 1)
+        one_row = Expected.like(Payload(_zero_rows(1, limits.width, dtype)))
+        return Expected({name: TensorLike(one.dtype, (most, *one.shape[1:])) for name, one in one_row.tensors.items()})
 
     def presentation(self) -> "ReconstructionCharts":
         return ReconstructionCharts(self)
@@ -229,6 +247,11 @@ def _zero_rows(num_rows: int, width: int, dtype: activation_codec.WireDtype) -> 
     return activation_codec.encode(torch.zeros(num_rows, width), dtype)[0]
 
 
+def _part_like(own: Mapping[str, Tensor]) -> Payload:
+    """A client's reply to `part`, whose trained tensors are like `own`."""
+    return Payload(own, {"weight": 1.0, "train_loss": 0.0})
+
+
 class _Round:
     """One round as the server runs it."""
 
@@ -236,8 +259,8 @@ class _Round:
         self._method, self._server, self._clients = method, server, clients
         own, others = method.shares(server)
         self._half = ServerHalf(server.model, method.cut, others, server.train, method.server_part, server.rng)
-        self._width = halves.width(server.model)
-        self._limits = method.limits(server)
+        self._own, self._limits = own, method.limits(server)
+        self._batch_like = method.expected_batch(self._limits)
         self._alive = list(clients.ids)
         self._turns = Counter[int]()
         self._outbox: dict[int, dict[str, Tensor]] = {client: dict(own) for client in self._alive}
@@ -261,7 +284,7 @@ class _Round:
         return {"train_loss": self._loss(mean)}
 
     def _step(self, number: int, working: list[int]) -> None:
-        sent = self._decode_batches(self._call("forward", working, {STEP: number}))
+        sent = self._call_forward(number, working)
         if not sent:
             return
         steps = max(self._steps.values())
@@ -284,11 +307,9 @@ class _Round:
             rows = activation_codec.unpad(self._half.forward_to_head(client, one), one.mask_BT)
             self._outbox[client] = self._encode(client, "head", rows, self._method.activations)
         with_gradients = {}
-        for client, reply in self._call("head", sorted(sent), {}).items():
-            gradient_rows = self._rows(client, reply, int(sent[client].mask_BT.sum()))
-            if gradient_rows is not None:
-                gradient_BTD = activation_codec.pad(gradient_rows, sent[client].mask_BT)
-                with_gradients[client] = replace(sent[client], top_BTD=gradient_BTD)
+        for client, rows in self._call_head(sent).items():
+            gradient_BTD = activation_codec.pad(rows, sent[client].mask_BT)
+            with_gradients[client] = replace(sent[client], top_BTD=gradient_BTD)
         self._train({client: with_gradients[client] for client in sent if client in with_gradients})
 
     def _train(self, sent: Mapping[int, ClientBatch]) -> None:
@@ -301,16 +322,48 @@ class _Round:
     def _average(self, *, last: bool) -> Payload:
         """Average the clients' tensors, and the server's copies."""
         asks = {client: self._ask(client, {LAST: last}) for client in self._alive}
-        mean = self._clients.mean("part", asks)
+        mean = self._clients.mean("part", asks, _part_like(self._own))
         self._update_alive(asks)
         self._half.average(self._weights())
         return mean
 
-    def _call(self, action: str, asked: list[int], scalars: dict[str, Scalar]) -> dict[int, Payload]:
-        """Call `asked`; clients that failed are dropped, and the server's steps on their batches undone."""
-        replies = self._clients.call(action, {client: self._ask(client, scalars) for client in asked})
-        self._update_alive(asked, received=action != "head")
-        return replies
+    def _call_forward(self, number: int, asked: list[int]) -> dict[int, ClientBatch]:
+        """The batches of step `number`; clients that failed are dropped, and the server's steps on theirs undone."""
+        found: dict[int, ClientBatch] = {}
+
+        def check(client: int, reply: Payload) -> None:
+            found[client] = server_half.decode_batch(reply.tensors, self._limits)
+            self._steps[client] = self._checked_steps(client, int(reply.scalars[STEPS]))
+
+        asks = {client: self._ask(client, {STEP: number}) for client in asked}
+        self._clients.call("forward", asks, self._batch_like, check=check)
+        self._update_alive(asked)
+        return {client: batch for client, batch in found.items() if client in self._alive}
+
+    def _call_head(self, sent: Mapping[int, ClientBatch]) -> dict[int, Tensor]:
+        """Gradients (N, D) with respect to the output of the last block; clients that failed are dropped."""
+        found: dict[int, Tensor] = {}
+
+        def check(client: int, reply: Payload) -> None:
+            num = int(sent[client].mask_BT.sum())
+            rows = activation_codec.decode(reply.tensors, num, self._limits.width, self._method.gradients)
+            found[client] = server_half.check_finite(rows)
+
+        asks = {client: self._ask(client, {}) for client in sorted(sent)}
+        like = self._method.expected_rows(self._limits, self._method.gradients)
+        self._clients.call("head", asks, like, check=check)
+        self._update_alive(asks, received=False)
+        return {client: rows for client, rows in found.items() if client in self._alive}
+
+    def _checked_steps(self, client: int, steps: int) -> int:
+        """Raise PayloadError unless a client of its rows takes `steps` steps in a round."""
+        spec, told = self._server.train, self._server.num_rows
+        most = training.num_steps(spec, told(client)) if told else MAX_STEPS if spec.epochs else spec.steps
+        if not 1 <= steps <= most or steps != self._steps.get(client, steps):
+            raise PayloadError(
+                f"it says that its round has {steps} steps; expected 1 to {most}, the same in all replies"
+            )
+        return steps
 
     def _ask(self, client: int, scalars: Mapping[str, Scalar]) -> Payload:
         turn, self._turns[client] = self._turns[client], self._turns[client] + 1
@@ -327,29 +380,6 @@ class _Round:
         self._alive.remove(client)
         self._half.drop(client)
         self._steps.pop(client, None)
-
-    def _decode_batches(self, replies: Mapping[int, Payload]) -> dict[int, ClientBatch]:
-        """The valid batches; clients with others are dropped."""
-        found = {}
-        for client, reply in replies.items():
-            try:
-                found[client] = server_half.decode_batch(reply.tensors, self._limits)
-                self._steps[client] = int(reply.scalars[STEPS])
-            except (PayloadError, KeyError, ValueError) as error:
-                self._reject(client, str(error))
-        return found
-
-    def _rows(self, client: int, reply: Payload, num: int) -> Tensor | None:
-        try:
-            rows = activation_codec.decode(reply.tensors, num, self._width, self._method.gradients)
-            return server_half.check_finite(rows)
-        except PayloadError as error:
-            self._reject(client, str(error))
-            return None
-
-    def _reject(self, client: int, why: str) -> None:
-        self._clients.leave_out(client, why)
-        self._drop(client)
 
     def _encode(self, client: int, action: str, rows: Tensor, dtype: activation_codec.WireDtype) -> dict[str, Tensor]:
         tensors, self._residuals[client, action] = activation_codec.encode(

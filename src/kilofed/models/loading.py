@@ -166,6 +166,12 @@ def add_adapter(base: nn.Module, adapter: AdapterSpec, seed: int) -> nn.Module:
     return cast(nn.Module, model.eval())
 
 
+def classifies(model: nn.Module) -> bool:
+    """Whether the model gives classes to rows, and no scores to tokens."""
+    head = getattr(model, "get_output_embeddings", None)
+    return head is None or head() is None
+
+
 def trained(model: nn.Module) -> dict[str, nn.Parameter]:
     """The trained parameters by their short name, which is used on the wire; tied ones once."""
     return {_short(name): p for name, p in sorted(model.named_parameters()) if p.requires_grad}

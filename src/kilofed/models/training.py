@@ -161,6 +161,13 @@ def num_steps(spec: TrainSpec, num_examples: int) -> int:
     return spec.steps
 
 
+def num_seen(spec: TrainSpec, num_examples: int) -> int:
+    """The most examples, counted as often as they come, that a client with `num_examples` rows trains on in a round."""
+    if spec.epochs:
+        return spec.epochs * num_examples
+    return spec.steps * min(spec.batch_size, num_examples)
+
+
 def batches(
     examples: Sequence[Example], spec: TrainSpec, *, first: int, count: int, order: Callable[[str], torch.Generator]
 ) -> Iterator[list[Example]]:

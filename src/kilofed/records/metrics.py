@@ -44,6 +44,8 @@ class RoundMetrics:
     clients: tuple[ClientLoss, ...] = ()
     failures: Mapping[int, str] = field(default_factory=dict)
     """What each client that failed said."""
+    outliers: Mapping[int, str] = field(default_factory=dict)
+    """Clients whose reply was unlike the others and was taken all the same."""
 
     @property
     def by_client(self) -> dict[int, float]:

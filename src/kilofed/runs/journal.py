@@ -28,7 +28,8 @@ class Journal:
 
     def __init__(self, folder: Path, last: Commit | None, metrics: Tally, *, run: str, recipe: str) -> None:
         self.ledger = Ledger(folder / LEDGER)
-        self._folder, self._metrics, self._run, self._recipe = folder, metrics, run, recipe
+        self._folder, self._metrics, self._recipe = folder, metrics, recipe
+        self.run = run
         # Rows of earlier rounds say nothing about what was released: the commit does.
         self._num_means = (last.num_means if last else 0) - self.ledger.num_means
         self._clients = dict(last.clients) if last else {}
@@ -53,7 +54,7 @@ class Journal:
             Commit(
                 state=server.state,
                 round=server.round,
-                run=self._run,
+                run=self.run,
                 recipe=self._recipe,
                 ledger=Lines(tally.num, tally.sha256),
                 metrics=Lines(self._metrics.num, self._metrics.sha256),

@@ -19,6 +19,7 @@ from kilofed.costs import measurement
 from kilofed.engines import open_engine
 from kilofed.federation.cohort import Cohort
 from kilofed.federation.parties import Server
+from kilofed.federation.site import answering
 from kilofed.models import evaluation
 from kilofed.privacy.mechanisms import Mechanism
 from kilofed.runs.folder import recipe_digest
@@ -39,7 +40,7 @@ def run_rounds(
     """
     recipe, method = sites.recipe, sites.method
     clients = measurement.MeasuredSites(sites.site, folder / "clients")
-    handle = clients.handle if recipe.evaluate.costs else sites.handle
+    handle = answering(clients.handle if recipe.evaluate.costs else sites.handle, sites.policy)
     text = json.dumps(to_table(recipe))
     with (
         closing(_begin(sites, server, folder)) as journal,
@@ -50,15 +51,8 @@ def run_rounds(
             if method.done(server):
                 break
             server.round = number
-            cohort = Cohort(
-                drawn(engine.client_ids(), recipe, number),
-                engine,
-                journal.ledger,
-                policy,
-                round=number,
-                quorum=recipe.quorum,
-                skip_failures=recipe.on_failure == "skip",
-            )
+            ids = drawn(engine.client_ids(), recipe, number)
+            cohort = sites.cohort(ids, engine, journal.ledger, round=number, policy=policy, run=journal.run)
             counts = recipe.evaluate.costs and number == 1
             metrics = _round(sites, server, cohort, _counted(clients, folder) if counts else nullcontext())
             if extra := engine.overhead() - framing:
@@ -88,6 +82,8 @@ def _round(sites: Sites, server: Server, cohort: Cohort, counted: AbstractContex
     with counted:
         metrics: dict[str, object] = {"round": server.round, **sites.method.round(server, cohort)}
     metrics["failures"] = {str(client): text for client, text in cohort.failures.items()}
+    if cohort.outliers:
+        metrics["outliers"] = {str(client): text for client, text in cohort.outliers.items()}
     metrics["seconds"] = round(time.perf_counter() - began, 3)
     return metrics
 

@@ -19,12 +19,15 @@ from kilofed.data.corpus import Corpus
 from kilofed.data.examples import Example
 from kilofed.data.notices import Warn, log_warning
 from kilofed.errors import RecipeError
-from kilofed.federation.method import load_method
+from kilofed.federation.address import NO_RUN
+from kilofed.federation.cohort import Cohort, Engine, Rules
+from kilofed.federation.ledger import Ledger
+from kilofed.federation.method import load_method, reads_data
 from kilofed.federation.parties import Server, generator
-from kilofed.federation.site import Site, SiteData, open_site
+from kilofed.federation.site import Site, SiteData, answering, open_site
 from kilofed.models import loading
 from kilofed.models.store import ModelStore
-from kilofed.privacy.mechanisms import load_mechanism
+from kilofed.privacy.mechanisms import Mechanism, load_mechanism
 
 
 class Sites:
@@ -98,7 +101,50 @@ class Sites:
         recipe, spec = self.recipe, self.method.server_model(self.recipe)
         model = (model_of or self.store.model)(spec) if spec else nn.Identity()
         public = self.corpus.public_examples()
-        return Server(recipe.seed, recipe.rounds, recipe.train, model, public=public, spec=spec, folder=folder)
+        return Server(
+            recipe.seed,
+            recipe.rounds,
+            recipe.train,
+            model,
+            public=public,
+            spec=spec,
+            folder=folder,
+            num_rows=self._num_rows,
+            max_length=recipe.data.max_length,
+        )
+
+    def cohort(
+        self,
+        ids: list[int],
+        engine: Engine,
+        ledger: Ledger,
+        *,
+        round: int,
+        policy: Mechanism | None = None,
+        run: str = NO_RUN,
+    ) -> Cohort:
+        """The clients `ids` in one round, held to what the recipe, the method and their rows allow.
+
+        Args:
+            policy: the server's, with its own key; by default the sites'.
+            run: the run's identity.
+        """
+        recipe, method = self.recipe, self.method
+        return Cohort(
+            ids,
+            engine,
+            ledger,
+            policy or self.policy,
+            round=round,
+            rules=Rules.of(recipe),
+            run=run,
+            heaviest=lambda client: method.max_weight(recipe.train, self._num_rows(client)),
+            reads_data=partial(reads_data, method),
+        )
+
+    def _num_rows(self, client: int) -> int:
+        """Training rows of a client, as its site would tell when it joins."""
+        return len(self.corpus.shares[client].train)
 
 
 class _Lazy(Sequence[Example]):
@@ -134,9 +180,8 @@ def open_handler(recipe_json: str, folder: str) -> Callable[[int, bytes], bytes]
         RecipeError, PrivacyError: the recipe cannot be run.
     """
     sites = Sites(from_table(json.loads(recipe_json)), Path(folder))
-    if sites.recipe.evaluate.costs:
-        return MeasuredSites(sites.site, Path(folder)).handle
-    return sites.handle
+    handle = MeasuredSites(sites.site, Path(folder)).handle if sites.recipe.evaluate.costs else sites.handle
+    return answering(handle, sites.policy)
 
 
 def drawn(ids: list[int], recipe: Recipe, number: int) -> list[int]:

@@ -139,6 +139,11 @@ class Report:
             raise PayloadError("a gradient of a skipped step in the report; expected 0")
         return Report(weight, loss, skipped, gradients)
 
+    @staticmethod
+    def max_bytes(num_steps: int) -> int:
+        """Length of the longest report of `num_steps` steps: float32 gradients, every step skipped."""
+        return _REPORT.size + 2 * num_steps + len(codec.encode_scalars(np.zeros(0), bits=32)) + 4 * num_steps
+
     def sums(self, seeds: Integers, num_seeds: int) -> Floats:
         """(3, K): sums of gradients, of their clipped magnitudes, and the number of steps of each seed."""
         drawn = np.ones(len(seeds))
@@ -149,6 +154,12 @@ class Report:
         ):
             np.add.at(row, seeds, values)
         return total
+
+
+def with_weight(report: bytes, weight: int) -> bytes:
+    """A packed report with another weight."""
+    _, loss, num_skipped = _REPORT.unpack_from(report)
+    return _REPORT.pack(weight, loss, num_skipped) + report[_REPORT.size :]
 
 
 def pack_reports(replies: Mapping[int, bytes]) -> Tensor:
