@@ -155,3 +155,43 @@ def test_a_digest_is_that_of_the_bytes_and_a_missing_file_is_named(tmp_path: Pat
     assert sha256_of(tmp_path / "a") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
     with pytest.raises(RunError, match=r"b cannot be read \(No such file or directory\)"):
         sha256_of(tmp_path / "b")
+
+
+def test_all_of_the_content_is_written_before_it_is_forced_to_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[bytes] = []
+    fsync = os.fsync
+
+    def seen(handle: int) -> None:
+        fsync(handle)
+        synced.extend(path.read_bytes() for path in tmp_path.glob("*.part"))
+
+    monkeypatch.setattr(os, "fsync", seen)
+    replace_file(tmp_path / "state", b"new")
+    assert synced == [b"new"]
+
+
+def test_a_file_that_may_not_be_made_is_refused_for_that_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def forbidden(*_: object) -> int:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", forbidden)
+        with pytest.raises(RunError, match="Permission denied"):
+            replace_file(tmp_path / "state", b"new")
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="open files are listed in /proc")
+def test_no_file_stays_open(tmp_path: Path) -> None:
+    def num_open() -> int:
+        return len(os.listdir("/proc/self/fd"))
+
+    replace_file(tmp_path / "state", b"first")
+    before = num_open()
+    for _ in range(3):
+        replace_file(tmp_path / "state", b"next")
+        append_line(tmp_path / "lines", {"round": 0})
+    assert num_open() == before

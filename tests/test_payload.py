@@ -404,3 +404,17 @@ def test_scalars_in_any_order_are_the_same_bytes() -> None:
     scalars = {"weight": 41, "loss": 0.5, "word": "x", "last": True}
     backwards = dict(reversed(scalars.items()))
     assert Payload(scalars=scalars).encode() == Payload(scalars=backwards).encode()
+
+
+@pytest.mark.parametrize("number", [2**63 - 1, -(2**63)])
+def test_integers_of_64_bits_are_sent_and_longer_ones_refused(number: int) -> None:
+    assert Payload.decode(Payload(scalars={"n": number}).encode()).scalars["n"] == number
+    with pytest.raises(PayloadError, match="expected a finite number of 64 bits"):
+        Payload(scalars={"n": number + (1 if number > 0 else -1)}).encode()
+
+
+def test_bytes_that_no_header_stands_for_are_refused() -> None:
+    body = Payload({"x": torch.ones(3)}, {"n": 1}).encode()
+    text = body.index(b'{"n"')
+    with pytest.raises(PayloadError):
+        Payload.decode(body[:text] + bytes(8) + body[text:])

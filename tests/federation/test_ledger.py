@@ -1,6 +1,7 @@
 """The ledger is the only meter: rows in order, exact sums, broken lines named."""
 
 import errno
+import io
 import os
 import tracemalloc
 from contextlib import closing
@@ -96,3 +97,29 @@ def test_a_full_disk_is_said_in_one_sentence(tmp_path: Path, monkeypatch: pytest
             ledger.close()
     with closing(Ledger(tmp_path / "ledger.jsonl")) as again:
         check_sums(again)
+
+
+def test_an_exchange_that_shows_every_reply_is_no_mean(tmp_path: Path) -> None:
+    # What privacy costs is counted in means: of these three exchanges one was a call.
+    for ledger in (filled(None), filled(tmp_path / "ledger.jsonl")):
+        with closing(ledger):
+            assert (ledger.num_exchanges, ledger.num_means) == (3, 2)
+
+
+def test_clients_come_in_ascending_order_whoever_answered_first() -> None:
+    ledger = Ledger()
+    for row in reversed(ROWS):
+        ledger.add(row)
+    assert list(ledger.per_client("down")) == list(ledger.per_client("up")) == [0, 2]
+
+
+def test_rows_that_no_longer_fit_on_the_disk_are_said_when_they_are_added(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Full(io.StringIO):
+        def write(self, text: str) -> int:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "open", lambda *_, **__: Full())
+    with pytest.raises(RunError, match=r"cannot write .*ledger\.jsonl \(No space left on device\)"):
+        Ledger(tmp_path / "ledger.jsonl").add(ROWS[0])

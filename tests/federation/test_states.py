@@ -134,3 +134,24 @@ def test_dtypes_and_scalars_shapes_survive(states: States) -> None:
     found = states.before((2, 0))
     assert found.keys() == kept.keys()
     assert all(torch.equal(found[name], kept[name]) and found[name].dtype == kept[name].dtype for name in kept)
+
+
+def test_a_state_under_the_name_of_another_message_is_refused(tmp_path: Path) -> None:
+    states = States(tmp_path, client=41)
+    states.keep((1, 0), of(1), "run")
+    (tmp_path / "round-000001-0000.safetensors").rename(tmp_path / "round-000002-0003.safetensors")
+    with pytest.raises(RunError, match="round 1, expected 2; exchange 0, expected 3"):
+        states.before((4, 0), "run")
+    with pytest.raises(RunError, match="run run, expected other"):
+        states.before((4, 0), "other")
+    with pytest.raises(RunError, match="client 41, expected 3"):
+        States(tmp_path, client=3).before((4, 0), "run")
+
+
+def test_a_folder_that_cannot_be_made_and_a_file_that_cannot_be_read_are_named(tmp_path: Path) -> None:
+    (tmp_path / "taken").write_text("a file stands here", "utf-8")
+    with pytest.raises(RunError, match=r"cannot make .*taken"):
+        States(tmp_path / "taken").keep((1, 0), of(1))
+    (tmp_path / "round-000001-0000.safetensors").mkdir()
+    with pytest.raises(RunError, match=r"cannot read .*round-000001-0000"):
+        States(tmp_path).before((2, 0))

@@ -49,6 +49,8 @@ class Federation:
     state: dict[str, torch.Tensor] = field(default_factory=dict)
     ledger: Ledger = field(default_factory=Ledger)
     metrics: list[Mapping[str, object]] = field(default_factory=list)
+    failures: list[dict[int, str]] = field(default_factory=list)
+    """Of each round, by client."""
     shared: bool = False
     """Several tests look at it, so it stays as it is."""
 
@@ -67,6 +69,7 @@ class Federation:
             engine = self.engine(ids, self._answer)
             cohort = self.sites.cohort(ids, engine, self.ledger, round=number)
             self.metrics.append(self.sites.method.round(self.server, cohort))
+            self.failures.append(dict(cohort.failures))
         return self
 
     def forecast(self) -> dict[int, dict[str, int]]:
@@ -143,3 +146,24 @@ def federate(
 def one_away() -> Engine:
     """An engine in which one client never answers."""
     return OneAway
+
+
+@pytest.fixture
+def away_in() -> Callable[[int], Engine]:
+    """`away_in(2)`: an engine in which client 1 does not answer in the second round that is run, and then does again."""
+
+    def made(number: int) -> Engine:
+        rounds: list[InProcess] = []
+
+        class Away(InProcess):
+            def __init__(self, *words: object) -> None:
+                super().__init__(*words)  # type: ignore[arg-type]
+                rounds.append(self)
+
+            def exchange(self, asks: Mapping[int, bytes]) -> Iterator[tuple[int, bytes]]:
+                away = {1} if len(rounds) == number else set[int]()
+                yield from super().exchange({client: body for client, body in asks.items() if client not in away})
+
+        return Away
+
+    return made

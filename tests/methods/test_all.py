@@ -77,6 +77,15 @@ def test_one_client_that_never_answers_is_survived(name: str, federate, one_away
     assert sorted(found.ledger.per_client("down")) == [0, 1, 2]
 
 
+def test_a_client_that_fails_in_round_1_takes_part_in_round_2(name: str, federate, away_in) -> None:
+    found = federate(name, engine=away_in(1))
+    assert [sorted(failed) for failed in found.failures] == [[1], []]
+    answered = {(row.round, row.client) for row in found.ledger.rows() if row.direction == "up"}
+    assert answered == {(1, 0), (1, 2), (2, 0), (2, 1), (2, 2)}
+    assert [math.isfinite(metrics["train_loss"]) for metrics in found.metrics] == [True, True]
+    assert found.content not in (federate(name).content, federate(name, engine=away_in(2)).content)
+
+
 @pytest.mark.parametrize("overrides", [{}, CENTRAL])
 def test_the_forecast_is_what_the_ledger_counts(name: str, federate, overrides: dict[str, str]) -> None:
     try:

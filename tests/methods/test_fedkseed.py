@@ -237,3 +237,13 @@ def test_fields_out_of_range_are_refused(fields: dict[str, float], words: str) -
 def test_a_schedule_or_decay_that_sums_cannot_stand_for_is_refused(federate, change) -> None:
     with pytest.raises(KilofedError, match="one constant learning rate without decay"):
         federate("fedkseed", rounds=0, overrides={**FULL, **change})
+
+
+def test_a_client_that_failed_is_sent_all_that_it_may_have_missed(federate, away_in) -> None:
+    # It holds the coefficients of round 1, and the change from round 2 to 3 does not fit those.
+    found = federate("fedkseed", rounds=3, engine=away_in(2), overrides={**FULL, "rounds": 3})
+    assert [sorted(failed) for failed in found.failures] == [[], [1], []]
+    assert found.server.state["held"].tolist() == [[0, 0, 2], [1, 0, 2], [2, 0, 2]]
+    down = {(row.round, row.client): row.bytes for row in found.ledger.rows() if row.direction == "down"}
+    assert down[2, 1] == down[2, 0]
+    assert down[3, 1] > down[3, 0] == down[3, 2]
