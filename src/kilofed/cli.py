@@ -20,8 +20,12 @@ ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "TOKENIZERS_PARALLELISM": "false",
     "TRANSFORMERS_VERBOSITY": "error",
+    "PYTHONSAFEPATH": "1",
 }
-"""Defaults that switch off telemetry and notices of libraries; what the user has set is kept."""
+"""Defaults that switch off telemetry and notices of libraries, and keep Python files of the current folder from taking
+the place of libraries in the processes that this one starts; what the user has set is kept."""
+LOADING = ("run", "resume", "check", "compare", "plan", "show", "eval", "export", "replay", "chat", "serve")
+"""Commands that load a method."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -32,6 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     try:
+        _settle_trust(options)
         options.call(options)
     except KilofedError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
@@ -52,12 +57,32 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for add in (_add_training, _add_plan, _add_reading, _add_results, _add_serving):
         add(commands)
+    for name in LOADING:
+        commands.choices[name].add_argument(
+            "--trust", action="store_true", help="run the code of a method that is not kilofed's without asking"
+        )
     options, more = parser.parse_known_args(argv)
     if more and ("words" not in options or any(word.startswith("-") for word in more)):
         parser.error(f"unrecognized arguments: {' '.join(more)}")
     if more:
         options.words = [*options.words, *more]
     return options
+
+
+def _settle_trust(options: argparse.Namespace) -> None:
+    """What decides on code that is not kilofed's: --trust, else the user if there is one to ask, else nobody."""
+    from kilofed.config import trust
+
+    def answer(name: str, place: str) -> bool:
+        if options.trust:
+            return True
+        if not (sys.stdin.isatty() and sys.stderr.isatty()):
+            return False
+        print(f"runs code of {name} at {place}: go on? [y/N] ", end="", file=sys.stderr, flush=True)
+        return sys.stdin.readline().strip().lower() in ("y", "yes")
+
+    if "trust" in options:
+        trust.ask(answer)
 
 
 def _add_training(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:

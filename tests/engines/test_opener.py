@@ -1,13 +1,17 @@
 """A handler is built from text alone, and an error crosses a process border as what it was."""
 
+import os
 import pickle
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 from kilofed import errors
 from kilofed.engines.inprocess import Handler
-from kilofed.engines.opener import Opener, as_text, raise_again
+from kilofed.engines.opener import Opener, as_text, raise_again, safe_path
 
 NOT_A_FUNCTION = 3
 
@@ -55,3 +59,19 @@ def test_any_other_error_comes_with_its_traceback_and_place() -> None:
         raise_again(text, "worker 1")
     assert "test_opener.py" in str(caught.value)
     assert "TypeError: open_echo() takes 2 positional arguments but 3 were given" in str(caught.value)
+
+
+def test_a_process_started_within_a_safe_path_takes_no_file_of_the_current_folder_for_a_library(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "json.py").write_text("raise SystemExit('hostile')\n", "utf-8")
+    monkeypatch.delenv("PYTHONSAFEPATH", raising=False)
+    command = [sys.executable, "-c", "import json; json.dumps(1)"]
+    assert subprocess.run(command, cwd=tmp_path, check=False, capture_output=True).stderr.startswith(b"hostile")
+    with safe_path():
+        subprocess.run(command, cwd=tmp_path, check=True)
+    assert "PYTHONSAFEPATH" not in os.environ
+    monkeypatch.setenv("PYTHONSAFEPATH", "yes")
+    with safe_path():
+        assert os.environ["PYTHONSAFEPATH"] == "1"
+    assert os.environ["PYTHONSAFEPATH"] == "yes"

@@ -234,8 +234,32 @@ def test_a_method_file_defines_one_method(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "no_methods").mkdir()
     (tmp_path / "no_methods" / "none.py").write_text("from kilofed.methods.fedavg import FedAvg\n", "utf-8")
+    monkeypatch.setenv("KILOFED_TRUST", "no_methods.none")
     with pytest.raises(RecipeError, match=r"no_methods\.none defines 0 Method classes; expected one"):
         load_method(MethodSpec("no_methods.none"))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "",
+        ".",
+        "..",
+        ".fedavg",
+        "fedavg.",
+        "a..b",
+        "fed avg",
+        "../fedavg",
+        "fedavg\0",
+        "fed-avg",
+        "\ud800",
+        "1",
+        "a/b.c",
+    ],
+)
+def test_a_name_that_no_module_can_have_is_refused(name: str) -> None:
+    with pytest.raises(RecipeError, match=r"^method is .*; expected a name such as fedavg or my_package\.my_method$"):
+        load_method(MethodSpec(name))
 
 
 def test_an_import_that_fails_inside_a_method_file_is_not_hidden(
@@ -244,12 +268,17 @@ def test_an_import_that_fails_inside_a_method_file_is_not_hidden(
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "bad_methods").mkdir()
     (tmp_path / "bad_methods" / "needy.py").write_text("import a_module_that_is_not_there\n", "utf-8")
-    with pytest.raises(ModuleNotFoundError, match="a_module_that_is_not_there"):
+    monkeypatch.setenv("KILOFED_TRUST", "bad_methods.needy")
+    said = (
+        r"cannot be imported \(ModuleNotFoundError: .*'a_module_that_is_not_there', at .*needy\.py line 1\); correct"
+    )
+    with pytest.raises(RecipeError, match=said):
         load_method(MethodSpec("bad_methods.needy"))
 
 
 def test_a_method_in_one_file_outside_the_package_is_found_and_works(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(Path(__file__).parents[1])
+    monkeypatch.setenv("KILOFED_TRUST", "fixtures.outside_method")
     method = load_method(MethodSpec("fixtures.outside_method", {"step": 0.5}))
     server = Server(0, 1, TrainSpec())
     method.setup(server)

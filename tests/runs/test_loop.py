@@ -1,6 +1,7 @@
 """Runs from recipe to results: what a folder holds, what results say, resuming, repeats, scoring."""
 
 import hashlib
+import importlib
 import json
 import math
 import re
@@ -352,6 +353,7 @@ def test_a_method_outside_the_package_runs_by_name(
     recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.syspath_prepend(Path(__file__).parents[1])
+    importlib.import_module("fixtures.outside_method")  # By this program's own will: nobody is asked.
     done = kilofed.run(changed(recipe, {**SMALL, "method": "fixtures.outside_method"}), out=tmp_path / "run")
     state = Payload.decode((done.folder / "state.safetensors").read_bytes())
     assert torch.equal(state.tensors["x"], torch.full((2, 3), 3.0))  # Two rounds of the mean of 0, 1, 2, 3.

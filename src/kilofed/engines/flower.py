@@ -4,11 +4,11 @@ The simulation runs in a thread of its own; its ServerApp hands out the grid and
 sends over that grid. A body travels as one uint8 array, so it has no size limit.
 """
 
-import contextlib
 import functools
 import importlib.util
 import logging
 import os
+import sys
 import tempfile
 import threading
 import time
@@ -17,7 +17,7 @@ from concurrent.futures import thread as executors
 from typing import cast
 
 from kilofed.engines.inprocess import Handler
-from kilofed.engines.opener import Opener, as_text, raise_again
+from kilofed.engines.opener import Opener, as_text, raise_again, safe_path
 from kilofed.errors import RunError
 
 # Read at import: no telemetry, no look for updates, no second cluster after a shutdown; actors see every accelerator and
@@ -35,6 +35,7 @@ if not (importlib.util.find_spec("flwr") and importlib.util.find_spec("ray")):
     raise RunError("engine flower needs Flower's simulation: pip install 'kilofed[flower]'")
 
 import ray
+import ray.job_config
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
@@ -199,20 +200,35 @@ class _Simulation:
         client.query()(_introduce)
         client.train()(functools.partial(_answer, opener, self._pulse.name))
         config: dict[str, dict[str, int | float | str | bool]] = {
-            "init_args": {"num_cpus": workers, "logging_level": "CRITICAL", "log_to_driver": False},
             # Flower hands these to Ray's `options`: an actor that died is started again.
             "client_resources": {"num_cpus": 1, "num_gpus": 0.0, "max_restarts": -1},
         }
-        path = os.environ.get("PYTHONPATH")
         try:
+            _start_ray(workers)
             run_simulation(server, client, self._num_nodes, backend_config=config)
         except BaseException as error:
             self._failure = f"{type(error).__name__}: {error.__cause__ or error}"
-        finally:
-            with contextlib.suppress(KeyError):  # Flower wrote sys.path there.
-                del os.environ["PYTHONPATH"]
-            if path is not None:
-                os.environ["PYTHONPATH"] = path
+
+
+class _Job(ray.job_config.JobConfig):  # type: ignore[misc]
+    """A job whose actors import what this process can; Ray would put the current folder in front of that."""
+
+    def _runtime_env_has_working_dir(self) -> bool:
+        return True
+
+
+def _start_ray(workers: int) -> None:
+    """Start Ray before Flower does, which then takes it as it is and shuts it down in the end."""
+    paths = os.pathsep.join(path for path in sys.path if path)
+    with safe_path():
+        ray.init(
+            num_cpus=workers,
+            include_dashboard=False,
+            logging_level="CRITICAL",
+            log_to_driver=False,
+            job_config=_Job(),
+            runtime_env={"env_vars": {"PYTHONPATH": paths}},
+        )
 
 
 def _introduce(message: Message, context: Context) -> Message:

@@ -1,8 +1,10 @@
-"""A handler named by an import path and strings, for processes that must build their own; and their errors as text."""
+"""A handler named by an import path and strings, for processes that must build their own; their start, and their errors."""
 
 import importlib
+import os
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NoReturn
 
@@ -38,6 +40,20 @@ class Opener:
         if not callable(function):
             raise RecipeError(f"{self.path!r} names no function; expected module:function")
         return function(*self.arguments)
+
+
+@contextmanager
+def safe_path() -> Iterator[None]:
+    """Processes started within do not look for modules in the current folder before they have their parent's path."""
+    before = os.environ.get("PYTHONSAFEPATH")
+    os.environ["PYTHONSAFEPATH"] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["PYTHONSAFEPATH"]
+        else:
+            os.environ["PYTHONSAFEPATH"] = before
 
 
 def as_text(error: Exception) -> str:

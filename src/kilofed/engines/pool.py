@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from multiprocessing.connection import Connection, wait
 
-from kilofed.engines.opener import Opener, as_text, raise_again
+from kilofed.engines.opener import Opener, as_text, raise_again, safe_path
 from kilofed.errors import RunError
 
 log = logging.getLogger("kilofed")
@@ -163,7 +163,8 @@ class _Worker:
         self._process = context.Process(
             target=_serve, args=(theirs, self._opener), name=f"kilofed-worker-{self.number}", daemon=True
         )
-        self._process.start()
+        with safe_path():
+            self._process.start()
         theirs.close()
 
     def _died(self) -> dict[int, bytes | None]:

@@ -20,7 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from multiprocessing.connection import wait
 
-from kilofed.engines.opener import Opener, as_text, raise_again
+from kilofed.engines.opener import Opener, as_text, raise_again, safe_path
 from kilofed.errors import RunError
 
 if not importlib.util.find_spec("grpc"):
@@ -217,7 +217,8 @@ class _Home:
         self._process = multiprocessing.get_context("spawn").Process(
             target=_live, args=(address, self.token, client, opener), name=f"kilofed-client-{client}", daemon=True
         )
-        self._process.start()
+        with safe_path():
+            self._process.start()
 
     @property
     def alive(self) -> bool:

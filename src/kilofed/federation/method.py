@@ -19,13 +19,15 @@ The two verbs are the privacy statement. `mean` gives the method the weighted me
 import importlib
 import inspect
 import pkgutil
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import ModuleType
 from typing import ClassVar, TypeVar, cast, overload
 
 from torch import nn
 
-from kilofed.config import fields
+from kilofed.config import fields, trust
 from kilofed.config.bounds import Settings
 from kilofed.config.fields import Table, Value
 from kilofed.config.recipe import MethodSpec, ModelSpec, Recipe, TrainSpec
@@ -175,14 +177,16 @@ def with_present_names(table: Table, method: str) -> dict[str, Value]:
 
 
 def find_method(name: str) -> type[Method]:
-    """The Method class of `kilofed.methods.<name>`, or of the module `name` when it has a dot. Raises RecipeError."""
+    """The Method class of `kilofed.methods.<name>`, or of the module `name` when it has a dot.
+
+    Raises:
+        RecipeError: there is none; or the module is not kilofed's own, not imported yet, and nobody has trusted it.
+    """
+    if not all(part.isidentifier() for part in name.split(".")):
+        raise RecipeError(f"method is {name!r}; expected a name such as fedavg or my_package.my_method")
     path = name if "." in name else f"kilofed.methods.{name}"
-    try:
-        module = importlib.import_module(path)
-    except ModuleNotFoundError as error:
-        if error.name is None or not path.startswith(error.name):
-            raise
-        raise RecipeError(f"method {name!r} does not exist{nearest(name, method_names())}") from error
+    trust.allow(path)
+    module = _imported(path, name)
     own = [
         item
         for item in vars(module).values()
@@ -191,6 +195,21 @@ def find_method(name: str) -> type[Method]:
     if len(own) != 1:
         raise RecipeError(f"{path} defines {len(own)} Method classes; expected one")
     return own[0]
+
+
+def _imported(path: str, name: str) -> ModuleType:
+    try:
+        return importlib.import_module(path)
+    except KilofedError:
+        raise
+    except Exception as error:  # Somebody else's code may raise anything.
+        if isinstance(error, ModuleNotFoundError) and f"{path}.".startswith(f"{error.name}."):
+            raise RecipeError(f"method {name!r} does not exist{nearest(name, method_names())}") from error
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        raise RecipeError(
+            f"method {name!r} cannot be imported ({type(error).__name__}: {error}, at {last.filename} line {last.lineno}); "
+            "correct its code or install what it needs"
+        ) from error
 
 
 def method_names() -> list[str]:

@@ -6,6 +6,7 @@ comparison that was stopped goes on where it was when it is called again.
 
 import copy
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -13,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import cast
 
+from kilofed.config import trust
 from kilofed.config.fields import Table, Value
 from kilofed.config.recipe import EvaluateSpec, Recipe
 from kilofed.config.tables import from_table, lay_over, read_table, shipped, to_table, to_toml
@@ -174,6 +176,8 @@ def compare(
         RecipeError: an entry's recipe is wrong. RunError: `out` holds another comparison, or an entry stopped.
     """
     wanted = recipes(source, chosen, common, seeds)
+    for recipe in wanted.values():
+        _check_method(recipe.method.name)
     for label, recipe in wanted.items():
         _check_same(out / label, recipe)
     for label, recipe in wanted.items():
@@ -266,6 +270,15 @@ def _at(table: Table, *path: str) -> object:
     return value
 
 
+def _check_method(name: str) -> None:
+    """Refuse a method that cannot be loaded before anything runs; one that can be loaded here can be in the runs."""
+    from kilofed.federation.method import find_method
+
+    find_method(name)
+    if "." in name:
+        trust.trust(name)
+
+
 def _check_same(folder: Path, recipe: Recipe) -> None:
     if not (folder / facts.FILE).exists():
         return
@@ -289,7 +302,9 @@ def _run(folder: Path, recipe: Recipe) -> None:
     began = (folder / "run.json").exists()
     words = ["resume", str(folder)] if began else ["run", str(written), "--out", str(folder)]
     print(f"== {recipe.name}", file=sys.stderr, flush=True)
-    done = subprocess.run([sys.executable, "-m", "kilofed", *words], stdout=subprocess.DEVNULL, check=False)
+    # Without -P, a kilofed.py of the current folder would run in place of this one; the variable is for its children.
+    command, environment = [sys.executable, "-P", "-m", "kilofed", *words], {**os.environ, "PYTHONSAFEPATH": "1"}
+    done = subprocess.run(command, stdout=subprocess.DEVNULL, env=environment, check=False)
     if done.returncode:
         raise RunError(f"{recipe.name} stopped (see above); what was finished is kept, call compare again to go on")
 

@@ -12,6 +12,7 @@ from typing import overload
 import torch
 from torch import nn
 
+from kilofed.config import trust
 from kilofed.config.recipe import ModelSpec, Recipe
 from kilofed.config.tables import from_table
 from kilofed.costs.measurement import MeasuredSites
@@ -179,8 +180,11 @@ def open_handler(recipe_json: str, folder: str) -> Callable[[int, bytes], bytes]
     Raises:
         RecipeError, PrivacyError: the recipe cannot be run.
     """
-    sites = Sites(from_table(json.loads(recipe_json)), Path(folder))
-    handle = MeasuredSites(sites.site, Path(folder)).handle if sites.recipe.evaluate.costs else sites.handle
+    recipe = from_table(json.loads(recipe_json))
+    if "." in recipe.method.name:
+        trust.trust(recipe.method.name)  # The process that started this one has loaded it.
+    sites = Sites(recipe, Path(folder))
+    handle = MeasuredSites(sites.site, Path(folder)).handle if recipe.evaluate.costs else sites.handle
     return answering(handle, sites.policy)
 
 
