@@ -1,5 +1,6 @@
 """Bad input, as a stranger types it: exit status 1, one sentence that says what to do, nothing lost, no traceback."""
 
+import importlib
 import json
 import os
 import shutil
@@ -302,3 +303,14 @@ def test_a_real_process_ends_with_status_1_and_one_sentence(recipe: Path, tmp_pa
     )  # fmt: skip
     assert ended.returncode == 1
     assert message(ended.stdout, ended.stderr).startswith("DataError: nobody/nothing is not an embedded source")
+
+
+@pytest.mark.parametrize(("kind", "number"), [("recipe", 150), ("file", 60)])
+def test_drawn_bad_input_is_refused_in_a_sentence(kind: str, number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A part of benchmarks/robustness/inputs.py, which draws 120,000."""
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks" / "robustness")
+    inputs = importlib.import_module("inputs")
+    kept: dict[str, object] = {}
+    said = [inputs.outcome(kind, case, 1, kept) for case in range(number)]
+    assert [text for name, text in said if name == "WRONG"] == []
+    assert 5 < sum(name == "taken" for name, _ in said) < number / 2  # Neither all sound nor all refused at the door.

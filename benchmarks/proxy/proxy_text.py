@@ -28,7 +28,7 @@ from torch import nn
 from kilofed.config.recipe import Recipe
 from kilofed.config.tables import from_table
 from kilofed.data.examples import Example
-from kilofed.data.readers import Row
+from kilofed.data.formats import Row
 from kilofed.engines.inprocess import InProcess
 from kilofed.federation.cohort import Cohort
 from kilofed.federation.ledger import Ledger

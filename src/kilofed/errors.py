@@ -26,6 +26,9 @@ The message says what was seen, what was expected and what to do:
 import difflib
 from collections.abc import Iterable
 
+LONGEST_SHOWN = 100
+"""Characters of a value that a message shows."""
+
 
 class KilofedError(ValueError):
     """Root of the family."""
@@ -88,3 +91,13 @@ def nearest(name: str, known: Iterable[str]) -> str:
     names = sorted(known)
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
     return f" (did you mean {close[0]}?)" if close else f" (there is: {', '.join(names) or 'nothing'})"
+
+
+def shorten(text: str, longest: int = LONGEST_SHOWN) -> str:
+    """The beginning of a text that may be very long, as a message shows it."""
+    return text if len(text) <= longest else f"{text[:longest]}... ({len(text):,} characters)"
+
+
+def readable(text: str) -> str:
+    """`text` with what cannot be printed as UTF-8 spelt out."""
+    return text.encode("utf-8", "backslashreplace").decode()

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 from kilofed.config.recipe import ModelSpec, Recipe
 from kilofed.config.tables import changed
 from kilofed.data.corpus import Corpus
-from kilofed.data.readers import Row
+from kilofed.data.formats import Row
 from kilofed.errors import DataError, ModelError
 
 SIZES = (3, 10, 41)

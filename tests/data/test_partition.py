@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kilofed.config.recipe import DataSpec, PartitionSpec
+from kilofed.data.formats import Row
 from kilofed.data.partition import Share, divide
-from kilofed.data.readers import Row, Rows, read
+from kilofed.data.readers import Rows, read
 from kilofed.errors import DataError
 
 SHARED = Path(__file__).parents[2] / ".." / "shared" / "data"

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from kilofed.config.recipe import ColumnsSpec, DataSpec, PartitionSpec
-from kilofed.data.readers import Row, Rows, layout, read, row_hash, set_aside, unused_columns
+from kilofed.data.formats import Row
+from kilofed.data.readers import Rows, layout, read, row_hash, set_aside, unused_columns
 from kilofed.errors import DataError
 
 SHARED = Path(__file__).parents[2] / ".." / "shared" / "data"

@@ -11,7 +11,7 @@ from kilofed.config.recipe import Recipe
 from kilofed.config.tables import changed
 from kilofed.data.corpus import Corpus
 from kilofed.data.examples import Renderer
-from kilofed.data.readers import Row
+from kilofed.data.formats import Row
 from kilofed.engines.inprocess import InProcess
 from kilofed.errors import PayloadError, RecipeError
 from kilofed.federation.address import Address

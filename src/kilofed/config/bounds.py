@@ -15,7 +15,7 @@ from typing import Annotated
 
 from annotated_types import Ge, GroupedMetadata, Gt, Le, Lt, MinLen, Predicate
 
-from kilofed.errors import RecipeError
+from kilofed.errors import RecipeError, shorten
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,8 @@ class Bounds:
             return len(value) >= self.min_length
         if isinstance(value, bool) or not isinstance(value, int | float):
             return True
-        return value in self.others or ((math.isfinite(value) or not self.finite) and self._within(value))
+        finite = isinstance(value, int) or math.isfinite(value)  # A whole number may be too large for a float.
+        return value in self.others or ((finite or not self.finite) and self._within(value))
 
     def _within(self, value: float) -> bool:
         low, high = self.lowest, self.highest
@@ -110,7 +111,7 @@ def refuse_outside(bounds: Bounds, value: object, key: str) -> None:
         seen, expected = f"has {len(value)} items", f"at least {bounds.min_length}"
     else:
         finite = "a finite number" if isinstance(value, float) and not math.isfinite(value) else ""
-        seen, expected = f"is {value}", ", ".join(filter(None, (finite, bounds.words)))
+        seen, expected = f"is {shorten(str(value))}", ", ".join(filter(None, (finite, bounds.words)))
     raise RecipeError(f"{key} {seen}; expected {expected}")
 
 

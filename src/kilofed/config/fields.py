@@ -18,7 +18,7 @@ from functools import cache
 from typing import Annotated, Literal, NamedTuple, TypeVar, cast
 
 from kilofed.config.bounds import bounds_of, refuse_outside
-from kilofed.errors import RecipeError, nearest
+from kilofed.errors import RecipeError, nearest, shorten
 
 Value = str | int | float | bool | list["Value"] | dict[str, "Value"]
 """What TOML can say."""
@@ -55,6 +55,12 @@ class Described(NamedTuple):
     """The string below the field in the source."""
 
 
+@cache
+def hints_of(cls: type) -> dict[str, object]:
+    """The types of a class's fields, with what they state of bounds and former names."""
+    return typing.get_type_hints(cls, include_extras=True)
+
+
 def build(cls: type[T], table: Table, where: str = "") -> T:
     """A frozen dataclass from plain values; unknown keys, wrong types and values out of bounds are refused.
 
@@ -66,7 +72,7 @@ def build(cls: type[T], table: Table, where: str = "") -> T:
         RecipeError: what was seen, what was expected, the nearest name.
     """
     table = with_present_names(cls, table, where)
-    hints = typing.get_type_hints(cls, include_extras=True)
+    hints = hints_of(cls)  # type: ignore[arg-type]
     known = {item.name for item in dataclasses.fields(cls) if item.init}  # type: ignore[arg-type]
     owner = cls.__name__
     for key in table:
@@ -81,7 +87,7 @@ def with_present_names(cls: type, table: Table, where: str = "") -> dict[str, Va
     Raises:
         RecipeError: a field is given under both names.
     """
-    hints = typing.get_type_hints(cls, include_extras=True)
+    hints = hints_of(cls)
     former = former_names(cls)
     found: dict[str, Value] = {}
     for key, value in table.items():
@@ -105,7 +111,7 @@ def without_earlier_names(cls: type, table: Table) -> dict[str, Value]:
 
 def former_names(cls: type) -> dict[str, str]:
     """Present names of the fields that had another one before, by the former name."""
-    hints = typing.get_type_hints(cls, include_extras=True)
+    hints = hints_of(cls)
     return {mark.name: name for name, hint in hints.items() for mark in _marks(hint) if isinstance(mark, FormerName)}
 
 
@@ -139,7 +145,7 @@ def describe(cls: type) -> list[Described]:
             if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name):
                 documented = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
                 texts[item.target.id] = str(after.value.value) if documented else ""  # type: ignore[union-attr]
-    hints = typing.get_type_hints(cls, include_extras=True)
+    hints = hints_of(cls)
     rows = []
     for one in dataclasses.fields(cls):
         hint, factory = hints[one.name], one.default_factory
@@ -165,14 +171,14 @@ def _typed(hint: object, value: Value, where: str) -> object:
         return build(cls, {dataclasses.fields(cls)[0].name: value}, where + ".")
     if origin is Literal:
         if value not in args:
-            raise RecipeError(f"{where} is {value!r}; expected one of {', '.join(map(repr, args))}")
+            raise RecipeError(f"{where} is {shorten(repr(value))}; expected one of {', '.join(map(repr, args))}")
         return value
     if origin is tuple:
         items = value if isinstance(value, list) else [value]
         return tuple(_convert(args[0], item, f"{where}[{i}]") for i, item in enumerate(items))
     if origin is dict:
         if not isinstance(value, dict):
-            raise RecipeError(f"{where} is {value!r}; expected a table")
+            raise RecipeError(f"{where} is {shorten(repr(value))}; expected a table")
         return {key: _convert(args[1], item, f"{where}.{key}") for key, item in value.items()}
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return _float(value)
@@ -180,7 +186,7 @@ def _typed(hint: object, value: Value, where: str) -> object:
         return value
     if isinstance(hint, types.UnionType) or origin is typing.Union or hint is Value:
         return value
-    raise RecipeError(f"{where} is {json.dumps(value)}; expected {type_name(hint)}")
+    raise RecipeError(f"{where} is {shorten(json.dumps(value))}; expected {type_name(hint)}")
 
 
 def _float(value: int) -> float:

@@ -4,15 +4,17 @@ import dataclasses
 import tomllib
 import typing
 from collections.abc import Mapping, Sequence
+from datetime import date, time
 from importlib import resources
 from pathlib import Path
 from typing import cast
 
 import tomli_w
 
+from kilofed.config import values
 from kilofed.config.fields import Table, Value, build, with_present_names
 from kilofed.config.recipe import Recipe
-from kilofed.errors import RecipeError, nearest
+from kilofed.errors import RecipeError, nearest, readable, shorten
 
 
 def load(source: str | Path, overrides: Mapping[str, Value] | None = None) -> Recipe:
@@ -32,6 +34,7 @@ def load(source: str | Path, overrides: Mapping[str, Value] | None = None) -> Re
 
 def from_table(table: Table) -> Recipe:
     """The recipe that `table` (nested, as TOML gives it) describes; raises RecipeError."""
+    values.refuse_strange(table, "the recipe")
     return build(Recipe, _method_fields(table))
 
 
@@ -62,11 +65,20 @@ def parse_words(words: Sequence[str]) -> dict[str, Value]:
         key, equals, text = word.partition("=")
         if not equals or not key:
             raise RecipeError(f"{word!r} is not key=value, such as train.lr=0.001")
-        try:
-            overrides[key] = tomllib.loads(f"value = {text}")["value"]
-        except tomllib.TOMLDecodeError:
-            overrides[key] = text
+        overrides[key] = _value(text, key)
     return overrides
+
+
+def _value(text: str, key: str) -> Value:
+    if len(text.splitlines()) > 1:  # More than one line of TOML would say more than one value.
+        return text
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+    except (RecursionError, ValueError):
+        value = values.parse(f"value = {text}", key)["value"]  # Says in a sentence why it cannot be read.
+    return text if isinstance(value, date | time) else cast(Value, value)
 
 
 def shipped() -> dict[str, str]:
@@ -79,29 +91,31 @@ def shipped() -> dict[str, str]:
 
 def text_of(source: str | Path) -> str:
     """The TOML text of a shipped recipe or a recipe file. Raises RecipeError: there is none."""
-    path = Path(source)
+    path, name = Path(source), shorten(readable(str(source)), longest=1000)
     if path.suffix == ".toml":
-        if not path.is_file():
-            raise RecipeError(f"there is no recipe file {path}; check the path, or see `kilofed ls recipes`")
         try:
+            if not path.is_file():
+                raise RecipeError(f"there is no recipe file {name}; check the path, or see `kilofed ls recipes`")
             return path.read_text("utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise RecipeError(f"{path} cannot be read as UTF-8 text ({error})") from error
+        except (OSError, UnicodeError) as error:
+            raise RecipeError(
+                f"{name} cannot be read as UTF-8 text ({getattr(error, 'strerror', None) or error})"
+            ) from error
     if str(source) not in shipped():
-        raise RecipeError(f"{source} is neither a shipped recipe nor a .toml file{nearest(str(source), shipped())}")
+        raise RecipeError(f"{name} is neither a shipped recipe nor a .toml file{nearest(str(source), shipped())}")
     return (resources.files("kilofed") / "recipes" / f"{source}.toml").read_text("utf-8")
 
 
 def read_table(source: str | Path) -> dict[str, Value]:
     """A recipe as its file has it, nested, under present names; raises RecipeError: there is none, or it is not TOML."""
-    try:
-        return with_present_names(Recipe, tomllib.loads(text_of(source)))
-    except tomllib.TOMLDecodeError as error:
-        raise RecipeError(f"{source} is not valid TOML: {error}") from error
+    return with_present_names(Recipe, values.parse(text_of(source), str(source)))
 
 
 def lay_over(table: dict[str, Value], overrides: Mapping[str, Value]) -> None:
     """Write dotted keys and their values into `table`; raises RecipeError: no such key, or one under two names."""
+    for key, value in overrides.items():
+        values.refuse_strange(key, "the key of an override")
+        values.refuse_strange(value, key)
     overrides = _under_present_names(overrides)
     data = table.get("data")
     if isinstance(data, dict) and overrides.keys() & {"data", "data.source"}:

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING
 from kilofed.config.recipe import ModelSpec, Recipe
 from kilofed.data import public
 from kilofed.data.examples import Example, Renderer, class_names
+from kilofed.data.formats import Row
 from kilofed.data.notices import Warn, log_warning
 from kilofed.data.partition import Share, divide
-from kilofed.data.readers import Row, Rows, layout, read, set_aside
+from kilofed.data.readers import Rows, layout, read, set_aside
 from kilofed.errors import DataError, ModelError
 
 if TYPE_CHECKING:

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, NamedTuple, cast
 from jinja2 import TemplateError
 
 from kilofed.config.recipe import DataSpec
+from kilofed.data.formats import Row
 from kilofed.data.notices import Warn, log_warning
-from kilofed.data.readers import Row, Rows, layout, read, row_hash, set_aside
+from kilofed.data.readers import Rows, layout, read, row_hash, set_aside
 from kilofed.errors import DataError, nearest
 
 if TYPE_CHECKING:

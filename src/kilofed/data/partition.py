@@ -8,8 +8,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from kilofed.config.recipe import DataSpec, PartitionSpec
+from kilofed.data.formats import Row
 from kilofed.data.notices import Warn, log_warning
-from kilofed.data.readers import Row, Rows, row_hash
+from kilofed.data.readers import Rows, row_hash
 from kilofed.errors import DataError, nearest
 
 

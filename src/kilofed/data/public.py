@@ -5,7 +5,8 @@ from dataclasses import replace
 
 from kilofed.config.recipe import DataSpec
 from kilofed.data.examples import Example, Renderer, class_names
-from kilofed.data.readers import Row, Rows
+from kilofed.data.formats import Row
+from kilofed.data.readers import Rows, check_columns
 from kilofed.errors import DataError
 
 
@@ -31,6 +32,7 @@ def examples(rows: Sequence[Row], spec: DataSpec, renderer: Renderer, classes: S
         raise _no_column(
             have, f"{columns.instruction} and {columns.response}, or {columns.messages}, or {columns.text}"
         )
+    check_columns(needed[kind], rows, "public row")
     if kind == renderer.kind:
         return renderer(rows)
     return Renderer(renderer.tokenizer, replace(spec, template=""), kind)(rows)
@@ -42,6 +44,7 @@ def _to_classify(
     text, label = spec.columns.text, spec.columns.label
     if text not in have:
         raise _no_column(have, text)
+    check_columns({text}, rows, "public row")
     labelled = [row for row in rows if row.get(label) not in (None, "")]
     if labelled:
         try:

@@ -1,11 +1,8 @@
 """Read rows from embedded sources, files, folders, saved data sets and the hub."""
 
-import csv
-import gzip
 import hashlib
 import json
-import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
@@ -14,12 +11,10 @@ from kilofed import hub
 from kilofed.config.fields import Value
 from kilofed.config.recipe import ColumnsSpec, DataSpec
 from kilofed.data import sources
+from kilofed.data.formats import FORMATS, Row, first_line, read_file, reader_of
 from kilofed.data.notices import Warn, log_warning
-from kilofed.errors import DataError, nearest
+from kilofed.errors import DataError, nearest, readable, shorten
 
-Row = Mapping[str, object]
-
-FORMATS = ".jsonl, .jsonl.gz, .json, .csv or .parquet"
 HELD_OUT = (("test",), ("valid", "val"), ("dev", "eval"))
 """Prefixes of names of held-out files and splits; the first kind that exists is used."""
 HUB_OPTIONS = ("name", "revision")
@@ -52,7 +47,7 @@ def read(spec: DataSpec, seed: int, *, warn: Warn = log_warning) -> Rows:
         if not test:
             raise DataError(f"data.test is {spec.test}, which has no rows; expected at least one")
     needed = _needed(layout(spec.columns, train, spec.task), spec.columns)
-    _check_columns(needed, test, "held-out row")
+    check_columns(needed, test, "held-out row")
     if spec.source not in sources.names() and (names := unused_columns(spec, train)):
         warn(unused_sentence(names))
     if spec.max_rows and len(train) > spec.max_rows:
@@ -107,16 +102,17 @@ def layout(columns: ColumnsSpec, rows: Sequence[Row], task: str = "generate") ->
             raise DataError(f"data.columns.{role} is {name!r}, which no row has{nearest(name, have)}")
     for kind in ("label",) if task == "classify" else ("response", "messages", "text"):
         if (needed := _needed(kind, columns)) <= have:
-            _check_columns(needed, rows, "row")
+            check_columns(needed, rows, "row")
             return kind
+    seen = f"the rows have the columns {shorten(', '.join(sorted(have)), 1000)}"
     if task == "classify":
         raise DataError(
-            f"the rows have the columns {', '.join(sorted(have))}; expected {columns.text} and {columns.label}\n"
+            f"{seen}; expected {columns.text} and {columns.label}\n"
             "  hint: data.columns.text=NAME data.columns.label=NAME"
         )
     raise DataError(
-        f"the rows have the columns {', '.join(sorted(have))}; expected {columns.instruction} and {columns.response}, "
-        f"or {columns.messages}, or {columns.text}\n  hint: data.columns.instruction=NAME data.columns.response=NAME"
+        f"{seen}; expected {columns.instruction} and {columns.response}, or {columns.messages}, or {columns.text}\n"
+        "  hint: data.columns.instruction=NAME data.columns.response=NAME"
     )
 
 
@@ -146,12 +142,13 @@ def _needed(kind: str, columns: ColumnsSpec) -> set[str]:
     return by_kind[kind]
 
 
-def _check_columns(needed: set[str], rows: Sequence[Row], what: str) -> None:
+def check_columns(needed: set[str], rows: Sequence[Row], what: str) -> None:
+    """Raise DataError where a row lacks a needed column; `what` is what one row is called."""
     for number, row in enumerate(rows, 1):
         if missing := needed - row.keys():
+            has = shorten(", ".join(sorted(row))) or "none"
             raise DataError(
-                f"{what} {number} has no column {', '.join(sorted(missing))}; it has {', '.join(sorted(row)) or 'none'}: "
-                "fill it in or drop the row"
+                f"{what} {number} has no column {', '.join(sorted(missing))}; it has {has}: fill it in or drop the row"
             )
 
 
@@ -163,7 +160,7 @@ def _read(source: str, options: Mapping[str, Value], seed: int, warn: Warn) -> t
         except (ValueError, TypeError) as error:
             raise DataError(f"data.source={source}: {error}") from error
         return list(found.train), list(found.test), found.note
-    path = Path(source).expanduser()
+    path = _path(source)
     if not path.exists() and not _looks_local(source, path):
         return *_read_hub(source, options, warn), ""
     if options:
@@ -173,18 +170,30 @@ def _read(source: str, options: Mapping[str, Value], seed: int, warn: Warn) -> t
     if path.is_dir():
         return *_read_folder(path, warn), ""
     if path.exists():
-        return _read_file(path), [], ""
+        return read_file(path), [], ""
     raise DataError(f"file or folder {source} does not exist in {Path.cwd()}; check data.source and data.test")
 
 
+def _path(source: str) -> Path:
+    try:
+        path = Path(source).expanduser()
+        path.exists()
+    except (OSError, ValueError, RuntimeError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise DataError(
+            f"{shorten(readable(source))} cannot be the name of a file ({why}); check data.source, data.test and data.public"
+        ) from error
+    return path
+
+
 def _looks_local(source: str, path: Path) -> bool:
-    return source.startswith((".", "/", "~")) or source.count("/") > 1 or _reader(path) is not None
+    return source.startswith((".", "/", "~")) or source.count("/") > 1 or reader_of(path) is not None
 
 
 def _read_folder(path: Path, warn: Warn) -> tuple[list[Row], list[Row]]:
     if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
         return _read_saved(path, warn)
-    files = sorted(f for f in path.iterdir() if _reader(f)) or sorted(f for f in path.rglob("*") if _reader(f))
+    files = sorted(f for f in path.iterdir() if reader_of(f)) or sorted(f for f in path.rglob("*") if reader_of(f))
     train = [file for file in files if file.name.lower().startswith("train")]
     kinds = [[file for file in files if file.name.lower().startswith(prefix)] for prefix in HELD_OUT]
     test = next((kind for kind in kinds if kind), [])
@@ -194,7 +203,7 @@ def _read_folder(path: Path, warn: Warn) -> tuple[list[Row], list[Row]]:
         raise DataError(f"{path} has no {FORMATS} file of training rows; it has {names}")
     if unread := [file.name for file in files if file not in train and file not in test]:
         warn(f"{path}: files whose names begin with neither train nor test are not read: {', '.join(unread)}")
-    return [row for file in train for row in _read_file(file)], [row for file in test for row in _read_file(file)]
+    return [row for file in train for row in read_file(file)], [row for file in test for row in read_file(file)]
 
 
 def _read_saved(path: Path, warn: Warn) -> tuple[list[Row], list[Row]]:
@@ -202,8 +211,10 @@ def _read_saved(path: Path, warn: Warn) -> tuple[list[Row], list[Row]]:
 
     try:
         return _splits(datasets.load_from_disk(str(path)), warn)
-    except (OSError, ValueError, KeyError) as error:
-        raise DataError(f"{path} is not a complete data set of save_to_disk ({_first_line(error)})") from error
+    except DataError:
+        raise
+    except Exception as error:  # The library reads whatever the folder's files say.
+        raise DataError(f"{path} is not a complete data set of save_to_disk ({first_line(error)})") from error
 
 
 def _read_hub(source: str, options: Mapping[str, Value], warn: Warn) -> tuple[list[Row], list[Row]]:
@@ -217,7 +228,7 @@ def _read_hub(source: str, options: Mapping[str, Value], warn: Warn) -> tuple[li
     except Exception as error:  # Every library below has its own exceptions for network failures.
         raise DataError(
             f"{source} is not an embedded source ({', '.join(sources.names())}), file or folder, and loading it from the hub "
-            f"failed ({type(error).__name__}: {_first_line(error)}); check the name and the network"
+            f"failed ({type(error).__name__}: {first_line(error)}); check the name and the network"
         ) from error
 
 
@@ -234,105 +245,3 @@ def _splits(found: object, warn: Warn) -> tuple[list[Row], list[Row]]:
     if unread := [name for name in names if name not in (train, test)]:
         warn(f"splits that are not read: {', '.join(unread)}")
     return list(found[train]), list(found[test]) if test and test != train else []
-
-
-def _reader(path: Path) -> Callable[[Path], list[Row]] | None:
-    readers = {".jsonl": _read_jsonl, ".json": _read_json, ".csv": _read_csv, ".parquet": _read_parquet}
-    name = path.name.lower().removesuffix(".gz")
-    return readers.get(Path(name).suffix)
-
-
-def _read_file(path: Path) -> list[Row]:
-    reader = _reader(path)
-    if reader is None:
-        raise DataError(f"{path} is not {FORMATS}")
-    return reader(path)
-
-
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Numbered lines, decoded one by one so that an error names its line."""
-    number = 0
-    try:
-        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
-            for number, line in enumerate(file, 1):
-                yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} line {number} is not UTF-8 text ({error}); save the file as UTF-8") from error
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise DataError(f"{path} is truncated after line {number} ({error}); download or write it again") from error
-    except OSError as error:
-        raise DataError(f"{path} cannot be read ({error.strerror or error})") from error
-
-
-def _read_jsonl(path: Path) -> list[Row]:
-    return [
-        _as_row(_parse(path, number, line.rstrip()), f"{path} line {number}")
-        for number, line in _lines(path)
-        if line.strip()
-    ]
-
-
-def _read_json(path: Path) -> list[Row]:
-    """A list of objects, or one object per line."""
-    lines = [line for _, line in _lines(path)]
-    if not "".join(lines[:100]).lstrip().startswith("["):
-        return _read_jsonl(path)
-    rows = _parse(path, 1, "".join(lines))
-    return [_as_row(row, f"{path} item {number}") for number, row in enumerate(cast(list[object], rows), 1)]
-
-
-def _parse(path: Path, number: int, text: str) -> object:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        line = number + error.lineno - 1
-        raise DataError(
-            f"{path} line {line} is not JSON ({error.msg} at column {error.colno}); correct or delete that line"
-        ) from error
-
-
-def _as_row(value: object, where: str) -> Row:
-    if not isinstance(value, dict):
-        raise DataError(f"{where} is a {type(value).__name__}; expected an object with columns")
-    return value
-
-
-def _read_csv(path: Path) -> list[Row]:
-    """Rows of text; the first line names the columns."""
-    usual = csv.field_size_limit(2**31 - 1)
-    reader = csv.reader((line for _, line in _lines(path)), strict=True)
-    rows: list[Row] = []
-    try:
-        header = next(reader, [])
-        if len(set(header)) < len(header):
-            raise DataError(f"{path} has a column twice: {', '.join(header)}; rename one")
-        for fields in reader:
-            if fields and len(fields) != len(header):
-                raise DataError(
-                    f"{path} line {reader.line_num} has {len(fields)} fields, the header has {len(header)}; "
-                    "correct that line, or quote fields that contain commas"
-                )
-            if fields:
-                rows.append(dict(zip(header, fields, strict=True)))
-    except csv.Error as error:
-        raise DataError(f"{path} line {reader.line_num} is not CSV ({error}); correct that line") from error
-    finally:
-        csv.field_size_limit(usual)
-    return rows
-
-
-def _read_parquet(path: Path) -> list[Row]:
-    import pyarrow  # type: ignore[import-untyped]
-    import pyarrow.parquet  # type: ignore[import-untyped]
-
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            return cast(list[Row], file.read().to_pylist())
-    except (OSError, pyarrow.ArrowException) as error:
-        raise DataError(
-            f"{path} is not a complete parquet file ({_first_line(error)}); download or write it again"
-        ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

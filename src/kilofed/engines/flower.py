@@ -219,7 +219,9 @@ class _Job(ray.job_config.JobConfig):  # type: ignore[misc]
 
 def _start_ray(workers: int) -> None:
     """Start Ray before Flower does, which then takes it as it is and shuts it down in the end."""
-    paths = os.pathsep.join(path for path in sys.path if path)
+    # What trust put last is put last there as well; on PYTHONPATH, which Python reads first, its sitecustomize would run.
+    found = sys.path[:-1] if sys.path[-1:] == [os.getcwd()] else sys.path
+    paths = os.pathsep.join(path for path in found if path)
     with safe_path():
         ray.init(
             num_cpus=workers,

@@ -11,8 +11,8 @@ from kilofed.config.recipe import DataSpec, Recipe
 from kilofed.costs import environment
 from kilofed.costs.counter import CostCounter
 from kilofed.data.examples import Example, Renderer
+from kilofed.data.formats import Row
 from kilofed.data.notices import Warn, log_warning
-from kilofed.data.readers import Row
 from kilofed.errors import ModelError
 from kilofed.federation.workload import RunPreview
 from kilofed.models import loading
