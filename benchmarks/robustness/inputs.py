@@ -27,7 +27,6 @@ from pathlib import Path
 from types import FrameType
 
 from input_cases import data_case, known_keys, recipe_case, recipe_texts
-
 from kilofed.config import tables
 from kilofed.data.corpus import Corpus
 from kilofed.data.readers import layout
