@@ -1,13 +1,26 @@
 """What a run brought, said in plain sentences and plain numbers."""
 
+import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from tests.made_results import client, made
+from tests.made_results import MADE, client, made
 from tests.made_results import row as a_row
 
-from kilofed.config.recipe import Recipe
-from kilofed.records.results import Bytes, Results, TotalBytes
+from kilofed.config.fields import Value
+from kilofed.config.recipe import PrivacySpec, Recipe
+from kilofed.config.tables import changed
+from kilofed.errors import RunError
+from kilofed.privacy.mechanisms import load_mechanism
+from kilofed.records.codec import to_json
+from kilofed.records.results import Bytes, PrivacySpent, Results, ScoreRows, TotalBytes, read
+from kilofed.reports import report
+from kilofed.runs import commit
+from kilofed.runs.export import adapter
+from kilofed.runs.folder import recipe_of, write_json
+from kilofed.runs.loop import resume, run
 from kilofed.runs.results import over_seeds, verdict
 
 
@@ -103,3 +116,128 @@ def test_without_a_gap_none_is_closed(tmp_path: Path, centralized: float) -> Non
     found = over_seeds(Recipe(seeds=1), tmp_path, [one_seed(2.5, 100, "a", centralized)])
     assert found.closed is None
     assert not any("closes" in sentence for sentence in found.verdict)
+
+
+def test_repeats_release_a_model_each_and_spend_together(tmp_path: Path) -> None:
+    spec = PrivacySpec(kind="central", noise_multiplier=2.0, delta=1e-4)
+    alone = load_mechanism(spec)
+    every = [
+        replace(one_seed(1.0, 100, "a"), privacy=PrivacySpent("central", alone.epsilon(means), 1e-4, means))
+        for means in (3, 10, 41)
+    ]
+    found = over_seeds(Recipe(seeds=3, privacy=spec), tmp_path, every).privacy
+    assert found == PrivacySpent("central", alone.epsilon(54), 1e-4, 54)
+    assert found.epsilon is not None
+    assert found.epsilon > max(one.privacy.epsilon or 0 for one in every)
+    assert over_seeds(Recipe(seeds=2), tmp_path, [one_seed(1.0, 1, "a")] * 2).privacy == MADE.privacy
+
+
+@pytest.fixture(scope="module")
+def folders() -> list[Path]:
+    return []
+
+
+@pytest.fixture
+def private(tiny_recipe: Recipe, folders: list[Path], tmp_path_factory, tmp_path: Path) -> Path:
+    """A copy of a finished run of two rounds with noise, to be spoilt."""
+    if not folders:
+        words: dict[str, Value] = {"privacy.kind": "central", "evaluate.generate": 0, "evaluate.baselines": ["base"]}
+        folders.append(run(changed(tiny_recipe, words), out=tmp_path_factory.mktemp("runs") / "run").folder)
+    return Path(shutil.copytree(folders[0], tmp_path / "run"))
+
+
+def test_epsilon_is_of_the_means_that_were_committed(private: Path) -> None:
+    kept = commit.read(private)
+    known = read(private)
+    assert kept
+    assert known
+    assert kept.num_means == known.privacy.num_means == 2
+    (private / "results.json").unlink()
+    commit.write(private, replace(kept, num_means=7))
+    again = resume(private).results
+    assert again.privacy.num_means == 7
+    assert again.privacy.epsilon == load_mechanism(recipe_of(private).privacy).epsilon(7)
+
+
+@pytest.mark.parametrize("name", ["ledger.jsonl", "metrics.jsonl"])
+@pytest.mark.parametrize("finished", [True, False])
+def test_a_shorter_file_of_lines_lowers_no_epsilon(private: Path, name: str, finished: bool) -> None:
+    if not finished:
+        (private / "results.json").unlink()
+    rows = (private / name).read_text("utf-8").splitlines(keepends=True)
+    (private / name).write_text("".join(rows[: len(rows) // 2]), "utf-8")
+    with pytest.raises(RunError, match=rf"{name} has \d+ whole lines; when round 2 ended it had"):
+        resume(private)
+    if finished:
+        with pytest.raises(RunError, match=rf"{name} is not as it was when results\.json was written"):
+            report.write(private)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda text: text[: len(text) // 2],
+        lambda text: text.replace('"num_means": 2', '"num_means": 1'),
+        lambda text: text.replace('"epsilon": ', '"epsilon": 0'),
+        lambda text: text.replace('"loss": ', '"loss": 1'),
+        lambda text: text.replace('"sha256": "', '"sha256": "0'),
+        lambda text: "",
+    ],
+)
+def test_edited_results_are_worked_out_anew_and_said(private: Path, damage, caplog: pytest.LogCaptureFixture) -> None:
+    path = private / "results.json"
+    before, known = path.read_text("utf-8"), read(private)
+    path.write_text(damage(before), "utf-8")
+    assert path.read_text("utf-8") != before
+    with pytest.raises(RunError, match=r"results\.json "):
+        report.write(private)
+    again = resume(private).results
+    assert known
+    assert replace(again, peak_memory_bytes=0) == replace(known, peak_memory_bytes=0, run=str(private))
+    assert f"{path}" in caplog.text
+    assert "it is worked out anew" in caplog.text
+
+
+@pytest.mark.parametrize("gone", [True, False])
+def test_a_damaged_adapter_is_not_exported_and_is_made_anew(
+    private: Path, tmp_path: Path, gone: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = private / "adapter" / "adapter_model.safetensors"
+    whole = path.read_bytes()
+    if gone:
+        path.unlink()
+    else:
+        path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(
+        RunError, match=r"adapter/adapter_model\.safetensors is (missing|not as it was).*resume the run"
+    ):
+        adapter(private, tmp_path / "out")
+    resume(private)
+    assert path.read_bytes() == whole
+    assert "it is worked out anew" in caplog.text
+    adapter(private, tmp_path / "out")
+
+
+def test_results_of_another_state_are_not_believed(private: Path, caplog: pytest.LogCaptureFixture) -> None:
+    known = read(private)
+    assert known
+    write_json(private / "results.json", replace(known, state_sha256="ab" * 32, seconds=0.0).to_json())
+    again = resume(private).results
+    assert again.state_sha256 == known.state_sha256
+    assert "results.json is of another state than" in caplog.text
+
+
+@pytest.mark.parametrize("text", ["{", '{"rows": {}}', None])
+def test_damaged_or_foreign_rows_are_scored_anew_and_said(
+    private: Path, text: str | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    known = read(private)
+    assert known
+    (private / "results.json").unlink()
+    path = private / "baselines.json"
+    if text is None:
+        rows = {name: replace(row, loss=7.5) for name, row in known.rows.items()}
+        text = json.dumps(to_json(ScoreRows(rows, "0" * 16)))
+    path.write_text(text, "utf-8")
+    assert resume(private).results.rows == known.rows
+    assert "its rows are scored anew" in caplog.text

@@ -33,7 +33,7 @@ from kilofed.payload import Payload, Scalar
 from kilofed.records.results import Chart
 from kilofed.zeroth import seed_log, two_point
 from kilofed.zeroth.directions.spec import MAX_NUM_SEEDS, MIN_NUM_SEEDS
-from kilofed.zeroth.pools import NOTHING, SUMS, SeedPools, held_by_server, log_name
+from kilofed.zeroth.pools import NOTHING, SUMS, SeedPools, check_name, digest_name, held_by_server, log_name
 from kilofed.zeroth.seed_log import Floats, Report, Request
 
 BASE, HELD, BODY = "base", "held", "b"
@@ -105,6 +105,10 @@ class FedKSeed(Method):
             num = len(clients.ids) - len(clients.failures)
             state[log_name(server.round)] = self._round_sums(mean, num)
             metrics = {**self.pools.apply(server.seed, state, server.round), **_numbers(mean)}
+        state[check_name(server.round)] = seed_log.record_digests(server.round, state[log_name(server.round)])
+        if self.check_every and server.round == server.num_rounds:
+            digest = self.perturbed(server.model).digest(self.pools.point(server.seed, state))
+            state[digest_name(server.round + 1)] = seed_log.to_tensor(digest)
         self._record_held(state, clients, held)
         return dict(metrics)
 
@@ -132,7 +136,7 @@ class FedKSeed(Method):
         state, pools, digest = server.state, self.pools, seed_log.NO_DIGEST
         if self.check_every and (server.round - 1) % self.check_every == 0:
             digest = self.perturbed(server.model).digest(pools.point(server.seed, state))
-            state[f"digest.{server.round:06d}"] = seed_log.to_tensor(digest)
+            state[digest_name(server.round)] = seed_log.to_tensor(digest)
         request = Request(held_by_server(state)[0], digest, levels=pools.levels(state))
         table = {int(row[0]): (int(row[1]), int(row[2])) for row in state.get(HELD, torch.zeros(0, 3)).tolist()}
         holds = {client: table.get(client, (0, 0)) for client in ids}

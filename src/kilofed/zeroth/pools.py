@@ -246,3 +246,13 @@ def state_name(index: int) -> str:
 def log_name(round: int) -> str:
     """Name of a round's record in the server's state."""
     return f"log.{round:06d}"
+
+
+def check_name(round: int) -> str:
+    """Name of the digests of a round's record in the server's state."""
+    return f"check.{round:06d}"
+
+
+def digest_name(round: int) -> str:
+    """Name of the digest of the weights with which a round begins, in the server's state."""
+    return f"digest.{round:06d}"

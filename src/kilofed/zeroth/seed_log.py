@@ -3,6 +3,7 @@
 Source of the probabilities: FedKSeed-Pro (Qin et al. 2024, arXiv:2312.06353), `calculate_probabilities` in its code.
 """
 
+import hashlib
 import math
 import struct
 from collections.abc import Mapping
@@ -179,6 +180,18 @@ def unpack_reports(record: Tensor) -> dict[int, bytes]:
         replies[who], last = body, who
         at += _ENTRY.size + len(body)
     return replies
+
+
+def record_digests(round: int, record: Tensor) -> Tensor:
+    """(num_clients, 8) uint8: a hash of each report in the record of round `round`, in the order of clients.
+
+    A record of sums, where no single report is there, has one. Raises PayloadError: the record is damaged.
+    """
+    sums = record.is_floating_point()
+    parts = {-1: record.contiguous().numpy().tobytes()} if sums else unpack_reports(record)
+    bodies = [struct.pack("<qq", round, who) + body for who, body in parts.items()]
+    digests = [hashlib.blake2b(body, digest_size=8).digest() for body in bodies]
+    return to_tensor(b"".join(digests)).reshape(-1, 8)
 
 
 def _entry(data: bytes, at: int, head: struct.Struct, what: str) -> tuple[int, bytes]:
