@@ -155,3 +155,80 @@ def test_a_folder_that_cannot_be_made_and_a_file_that_cannot_be_read_are_named(t
     (tmp_path / "round-000001-0000.safetensors").mkdir()
     with pytest.raises(RunError, match=r"cannot read .*round-000001-0000"):
         States(tmp_path).before((2, 0))
+
+
+def kept(folder: Path, client: int = 3, run: str = "ab") -> States:
+    states = States(folder / str(client), client)
+    states.keep((1, 0), of(1), run)
+    states.keep((2, 1), of(2), run)
+    return states
+
+
+def test_a_state_of_another_client_run_or_message_is_refused_by_name(tmp_path: Path) -> None:
+    states, other = kept(tmp_path), kept(tmp_path, 10)
+    file = tmp_path / "3" / "round-000002-0001.safetensors"
+    assert value(states.before((3, 0), "ab")) == 2
+    with pytest.raises(
+        RunError, match=r"round-000002-0001\.safetensors holds another client state \(run ab, expected cd\)"
+    ):
+        states.before((3, 0), "cd")
+    whole = file.read_bytes()
+    file.write_bytes((tmp_path / "10" / file.name).read_bytes())
+    with pytest.raises(RunError, match=r"3/round-000002-0001\.safetensors .*\(client 10, expected 3\)"):
+        states.before((3, 0), "ab")
+    file.write_bytes((tmp_path / "3" / "round-000001-0000.safetensors").read_bytes())
+    with pytest.raises(RunError, match=r"\(round 1, expected 2; exchange 0, expected 1\)"):
+        states.before((3, 0), "ab")
+    file.write_bytes(whole)
+    assert value(states.before((3, 0), "ab")) == value(other.before((3, 0), "ab")) == 2
+
+
+@pytest.mark.parametrize("place", range(0, 600, 13))
+def test_a_flipped_bit_is_refused_by_name(tmp_path: Path, place: int) -> None:
+    states = kept(tmp_path)
+    file = tmp_path / "3" / "round-000002-0001.safetensors"
+    content = bytearray(file.read_bytes())
+    content[place % len(content)] ^= 1 << place % 8
+    file.write_bytes(content)
+    with pytest.raises(RunError, match=r"3/round-000002-0001\.safetensors is damaged"):
+        states.before((3, 0), "ab")
+
+
+def test_the_newest_of_the_rounds_up_to_one_is_told_by_its_digest(tmp_path: Path) -> None:
+    states = kept(tmp_path)
+    first, second = states.newest(1), states.newest(7)
+    assert States(tmp_path / "41", 41).newest(7) is None
+    assert states.newest(0) is None
+    assert first
+    assert second
+    assert (first.when, second.when) == ((1, 0), (2, 1))
+    again = kept(tmp_path / "again")
+    assert (again.newest(1), again.newest(7)) == (first, second)
+    assert kept(tmp_path / "other", run="cd").newest(7) != second
+
+
+def test_a_run_goes_on_with_the_state_that_it_ended_with_or_a_later_one_of_its_own(tmp_path: Path) -> None:
+    states = kept(tmp_path)
+    mark = states.newest(2)
+    states.hold_against(mark, 2, "ab")
+    states.hold_against(mark, 9, "ab")
+    states.keep((3, 0), of(3), "ab")
+    states.hold_against(mark, 2, "ab")  # Of a round that was killed.
+    states.hold_against(mark, 3, "ab")  # Of a client that answered too late.
+    States(tmp_path / "none", 0).hold_against(None, 2, "ab")
+    with pytest.raises(RunError, match="expected cd"):
+        states.hold_against(None, 2, "cd")
+    (tmp_path / "3" / "round-000002-0001.safetensors").unlink()
+    with pytest.raises(RunError, match=r"round-000002-0001\.safetensors is missing, .* round 2 ended \(there is none"):
+        states.hold_against(mark, 2, "ab")
+
+
+def test_an_older_state_is_not_gone_on_with(tmp_path: Path) -> None:
+    states = kept(tmp_path)
+    mark = states.newest(2)
+    (tmp_path / "3" / "round-000002-0001.safetensors").unlink()
+    with pytest.raises(RunError, match=r"is missing.*the newest there is round-000001-0000\.safetensors"):
+        states.hold_against(mark, 2, "ab")
+    states.keep((2, 1), of(5), "ab")
+    with pytest.raises(RunError, match=r"round-000002-0001\.safetensors is not the one with which round 2 ended"):
+        states.hold_against(mark, 2, "ab")

@@ -16,7 +16,6 @@ from kilofed.errors import RunError
 from kilofed.federation.ledger import Tally
 from kilofed.federation.states import States
 from kilofed.files import append_line
-from kilofed.payload import Payload
 from kilofed.runs import commit
 from kilofed.runs.commit import Lines
 from kilofed.runs.resuming import checked, cut_back
@@ -193,8 +192,7 @@ def rewritten(folder: Path) -> None:
     """A whole state of the right name with other numbers."""
     found = commit.read(folder)
     assert found
-    run = str(Payload.decode(newest(folder, 0).read_bytes()).scalars["run"])
-    States(folder / "clients" / "0", 0).keep(found.clients[0].when, {"seen": torch.tensor([9.0])}, run)
+    States(folder / "clients" / "0", 0).keep(found.clients[0].when, {"seen": torch.tensor([9.0])}, found.run)
 
 
 def reordered(folder: Path) -> None:
@@ -237,6 +235,15 @@ def test_another_runs_state_and_another_recipe_are_refused(recipe: Recipe, folde
     with pytest.raises(RunError, match=r"noise\.key is not the secret that the run began with"):
         checked(folder, recipe)
     assert checked(other, changed(recipe, {"engine.name": "pool", "name": "mine"})).commit
+
+
+def test_a_state_of_another_run_is_refused(recipe: Recipe, folder: Path, tmp_path: Path) -> None:
+    other = run(recipe, tmp_path / "other", 2)
+    shutil.copy(newest(other, 2), newest(folder, 2))
+    with pytest.raises(
+        RunError, match=r"clients/2/round-000002-0000\.safetensors holds another client state \(run \w+, expected"
+    ):
+        checked(folder, recipe)
 
 
 def test_newer_states_of_a_killed_round_are_no_damage(recipe: Recipe, folder: Path, tmp_path: Path) -> None:

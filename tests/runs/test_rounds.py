@@ -15,7 +15,9 @@ from kilofed.config.tables import changed
 from kilofed.errors import KilofedError, NonFiniteLoss
 from kilofed.federation.ledger import Ledger
 from kilofed.federation.parties import Client
+from kilofed.models import evaluation
 from kilofed.payload import Payload
+from kilofed.runs import commit
 from kilofed.runs.rounds import run_rounds
 from kilofed.runs.sites import Sites
 
@@ -118,3 +120,40 @@ def test_a_failed_round_leaves_the_state_of_the_one_before(
     run(recipe, tmp_path / "run")
     run(recipe, tmp_path / "whole")
     assert on_disk(tmp_path / "run") == on_disk(tmp_path / "whole")
+
+
+def test_a_method_that_is_done_early_is_scored_after_its_last_round(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(Path(__file__).parents[1])
+    run(changed(recipe, {"method": "fixtures.brief_method", "evaluate.every": 3}), tmp_path / "run")
+    _, lines, _ = on_disk(tmp_path / "run")
+    assert [line["round"] for line in lines] == [0, 1, 2]
+    assert [line["round"] for line in lines if "accuracy" in line] == [0, 2]
+
+
+KD = {"method": "kd", "method.public_rows": 3, "method.batch_size": 4, "method.top_k": 8, "data.public_share": 0.2}
+METHODS: list[dict[str, Value]] = [
+    {"method": "fedavg"},
+    {**KD},
+    {"method": "split"},
+    {"method": "fedkseed", "method.num_seeds": 64, "method.steps": 3, "method.lr": 1e-3, "adapter.kind": "full"},
+]
+
+
+@pytest.mark.parametrize("words", METHODS, ids=lambda words: str(words["method"]))
+def test_what_is_scored_after_a_round_is_what_its_state_delivers(
+    recipe: Recipe, tmp_path: Path, words: dict[str, Value]
+) -> None:
+    """Clients of this process train in the model that the server delivers from."""
+    recipe = changed(recipe, {**words, "rounds": 2, "evaluate.every": 1})
+    run(recipe, tmp_path / "run")
+    kept = commit.read(tmp_path / "run")
+    assert kept
+    sites = Sites(recipe)
+    server = sites.server(folder=tmp_path / "run")
+    server.state, server.round = dict(kept.state), kept.round
+    model = sites.method.deliver(server)
+    losses = [evaluation.score(model, sites.corpus.test_examples(client), 32).loss for client in range(len(SIZES))]
+    _, lines, _ = on_disk(tmp_path / "run")
+    assert lines[-1]["loss"] == pytest.approx(sum(losses) / len(SIZES), rel=1e-9)

@@ -263,12 +263,12 @@ def handle(method: Method, policy: Mechanism, client: Client, body: bytes) -> by
     ask = Payload.decode(body)
     address = Address.of(ask.scalars)
     try:
-        before = client.states.before(when := (address.round, address.exchange))
+        before = client.states.before(when := (address.round, address.exchange), address.run)
         client.round, client.state = address.round, dict(before)
         reply = _answer(method, policy, client, address, ask)
         answer = Payload(reply.tensors, {**reply.scalars, **address.answered(client.id)}).encode()
         if client.state or before:
-            client.states.keep(when, client.state)
+            client.states.keep(when, client.state, address.run)
     except Exception as error:
         return _failed(policy, client.id, address, error)
     return answer

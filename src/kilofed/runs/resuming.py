@@ -140,7 +140,7 @@ def _hold_clients(folder: Path, commit: Commit) -> None:
     below = folder / "clients"
     there = {int(path.name) for path in below.iterdir() if path.name.isdecimal()} if below.is_dir() else set()
     for client in sorted(there | commit.clients.keys()):
-        States(below / str(client), client).hold_against(commit.clients.get(client), commit.round, "")
+        States(below / str(client), client).hold_against(commit.clients.get(client), commit.round, commit.run)
 
 
 def of_ledger(row: Table) -> bytes:
