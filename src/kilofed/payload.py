@@ -252,24 +252,26 @@ def _read_header(body: bytes) -> tuple[Layout, int, int]:
     length = int.from_bytes(body[:8], "little")
     if len(body) < 8 or length > min(MAX_HEADER, len(body) - 8):
         raise ValueError(f"a header of {length} bytes")
-    header = body[: 8 + length]
-    found = _known.get(header)
-    if found is None:
-        found = _check_header(header)
-        if sum(map(len, _known)) + len(header) > MAX_KNOWN or len(_known) >= 256:
-            _known.clear()
-        if len(header) <= MAX_KNOWN:
+    if 8 + length > MAX_KNOWN:
+        found = _check_header(memoryview(body)[: 8 + length])
+    else:
+        header = body[: 8 + length]
+        known = _known.get(header)
+        found = known or _check_header(memoryview(header))
+        if known is None:
+            if sum(map(len, _known)) + len(header) > MAX_KNOWN or len(_known) >= 256:
+                _known.clear()
             _known[header] = found
-    layout, _, num_text = found
-    if len(body) != len(header) + _end(layout.runs) + num_text:
-        raise ValueError(f"the header stands for {len(header) + _end(layout.runs) + num_text} bytes")
+    layout, num_header, num_text = found
+    if len(body) != num_header + _end(layout.runs) + num_text:
+        raise ValueError(f"the header stands for {num_header + _end(layout.runs) + num_text} bytes")
     return found
 
 
-def _check_header(header: bytes) -> tuple[Layout, int, int]:
+def _check_header(header: memoryview) -> tuple[Layout, int, int]:
     """What `_read_header` returns. Raises ValueError, and what _BROKEN lists: not a header of `_make_header`."""
     found = {}
-    for name, spec in json.loads(header[8:].decode()).items():
+    for name, spec in json.loads(str(header[8:], "utf-8")).items():
         if not all(type(size) is int and 0 <= size < 1 << 58 for size in spec["shape"]):
             raise ValueError("a size that is no number of elements")
         found[name] = _READ[spec["dtype"]], torch.Size(spec["shape"])
