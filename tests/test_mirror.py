@@ -13,6 +13,7 @@ OF_THE_WHOLE = {
     "test_bad_input.py",
     "test_docs.py",
     "test_exports.py",
+    "test_fuzz.py",
     "test_killed.py",
     "test_layers.py",
     "test_mirror.py",

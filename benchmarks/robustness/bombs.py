@@ -16,7 +16,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import zstandard
-from message_damage import headed
 from torch import Tensor
 
 from kilofed.distillation import ensemble
@@ -27,6 +26,7 @@ from kilofed.split.server_half import BatchLimits
 from kilofed.zeroth import codec, seed_log
 from kilofed.zeroth.pools import SeedPools
 from kilofed.zeroth.seed_log import Report, Request
+from message_damage import headed
 
 MOST = 2.0
 K, STEPS = 1 << 20, 65_535

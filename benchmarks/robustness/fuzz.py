@@ -2,9 +2,10 @@
 
     python benchmarks/robustness/fuzz.py [--quick] [--inputs N] [--seed N] [--workers N] [--json]
 
-Honest messages of every kind (`messages.py`) are damaged (`message_damage.py`: flips, cuts, splices, lengths, headers, numbers;
-checksums and lengths are right again in four of five, so that the inner decoder is reached) and decoded. Errors that are no
-KilofedError, and accepted messages whose result is not what the decoder promises, are counted and printed with their bytes.
+Honest messages of every kind (`messages.py`) are damaged (`message_damage.py`: flips, cuts, splices, lengths, headers,
+numbers; checksums and lengths are right again in four of five, so that the inner decoder is reached) and decoded. Errors that
+are no KilofedError, and accepted messages whose result is not what the decoder promises, are counted and printed with their
+bytes.
 An input is a function of the seed and its number: workers and their number change nothing.
 
 Then the peak memory of refused bombs (`bombs.py`) against that of the honest message of the kind. The script fails on any
@@ -26,11 +27,11 @@ from random import Random
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
-from bombs import MOST, Peak, peaks
-from messages import KINDS, BrokenPromise, Message, corpus
-from message_damage import mutated
 
+from bombs import MOST, Peak, peaks
 from kilofed.errors import KilofedError
+from message_damage import mutated
+from messages import KINDS, BrokenPromise, Message, corpus
 
 PER_CHUNK = 5_000
 KEPT = 5

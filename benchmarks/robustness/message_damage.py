@@ -9,11 +9,11 @@ from random import Random
 
 import torch
 import zstandard
-from messages import DTYPES, Message, pick
 from torch import Tensor
 
 from kilofed.errors import PayloadError
 from kilofed.payload import Payload
+from messages import DTYPES, Message, pick
 
 NUMBERS = [0, 1, 2, 3, 5, 7, 16, 60, 127, 128, 129, 255, 256, 32767, 32768, 65535, 2**24 - 1, 2**24, 2**31 - 1, 2**31,
            2**32 - 1, 2**53, 2**57, 2**62, 2**63 - 1, 2**63, 2**64 - 1]  # fmt: skip
