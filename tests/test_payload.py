@@ -91,6 +91,12 @@ def test_order_of_names_does_not_matter(payload: Payload, random) -> None:  # ty
     assert Payload({n: payload.tensors[n] for n in shuffled}, payload.scalars).encode() == payload.encode()
 
 
+def test_order_of_scalars_does_not_matter() -> None:
+    one, other = Payload(scalars={"b": 1, "a": 0.5}), Payload(scalars={"a": 0.5, "b": 1})
+    assert one.encode() == other.encode()
+    assert list(Payload.decode(one.encode()).scalars) == ["a", "b"]
+
+
 @quick
 @given(st.floats(allow_nan=False, allow_infinity=False), st.integers(-(2**63), 2**63 - 1), st.integers(0, 2**31))
 def test_length_does_not_depend_on_the_numbers(loss: float, count: int, seed: int) -> None:
