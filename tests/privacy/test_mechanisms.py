@@ -1,13 +1,21 @@
 """Clipping, noise and accounting against closed forms, and what a policy lets out of a client."""
 
 import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
 from statistics import NormalDist
 
 import pytest
 import torch
 
-from kilofed.config.recipe import PrivacySpec
-from kilofed.errors import PayloadError, PrivacyError
+from kilofed.config.recipe import PrivacySpec, TrainSpec
+from kilofed.engines.inprocess import InProcess
+from kilofed.errors import DataError, KilofedError, PayloadError, PrivacyError
+from kilofed.federation.cohort import Cohort, Rules
+from kilofed.federation.ledger import Ledger
+from kilofed.federation.method import Method, handle, on_client, reads_data
+from kilofed.federation.parties import Client
 from kilofed.payload import Payload
 from kilofed.privacy.accounting import gaussian_epsilon
 from kilofed.privacy.mechanisms import CentralGaussian, Mechanism, RowGaussian, key_of_seed, load_mechanism
@@ -313,3 +321,111 @@ def test_under_central_an_error_says_its_kind_and_nothing_that_rows_may_have_sha
     assert said.startswith("DataError ")
     assert said == gaussian().failure("DataError", "another text")
     assert gaussian().failure("PrivacyError", "'fit' lets the server see single replies").startswith("'fit' lets")
+
+
+# The mechanism in a cohort: what the server does with it, on real messages.
+
+SIZES = {1: 3, 2: 10, 3: 41}
+START = Payload({"x": torch.zeros(20_000)})
+
+
+@dataclass(frozen=True)
+class Probe(Method):
+    """Clients move `x` by as much as their number of rows, and tell their weight."""
+
+    dtype: torch.dtype = torch.float32
+
+    @on_client
+    def fit(self, client: Client, ask: Payload) -> Payload:
+        step = torch.full((20_000,), SIZES[client.id] / 1e4, dtype=self.dtype)
+        return Payload({"x": ask.tensors["x"] + step}, {"weight": SIZES[client.id], "loss": 0.5})
+
+    @on_client(reads_data=False)
+    def profile(self, client: Client, ask: Payload) -> Payload:
+        return Payload({"x": torch.full((2,), SIZES[client.id] / 100)}, {"weight": SIZES[client.id]})
+
+
+PROBE = Probe()
+
+
+class OneSilent(InProcess):
+    """Client 3 never answers."""
+
+    def exchange(self, asks: Mapping[int, bytes]) -> Iterator[tuple[int, bytes]]:
+        yield from super().exchange({number: body for number, body in asks.items() if number != 3})
+
+
+def private_cohort(
+    policy: Mechanism, *, engine: type[InProcess] = InProcess, round: int = 1, method: Probe = PROBE
+) -> Cohort:
+    clients = {n: Client(id=n, data=[], train=TrainSpec(), num_rounds=2, seed=0) for n in SIZES}
+    handler = engine(list(SIZES), lambda n, body: handle(method, policy, clients[n], body))
+    asked = partial(reads_data, method)
+    return Cohort(list(SIZES), handler, Ledger(), policy, round=round, rules=Rules(1, True), reads_data=asked)
+
+
+LIKE = Payload(START.tensors, {"weight": 1, "loss": 0.0})
+
+
+def test_noise_and_divisor_are_those_of_the_clients_that_were_asked_not_of_those_who_came() -> None:
+    mean = private_cohort(gaussian(1.0, 30.0), engine=OneSilent).mean("fit", START, LIKE).tensors["x"].double()
+    # Clients 1 and 2 move by 1/sqrt(20,000) at most, which is 0.007; the noise is 30 / 3.
+    assert mean.std().item() == pytest.approx(10.0, rel=0.03)
+    quiet = private_cohort(gaussian(1000.0, 0.0), engine=OneSilent).mean("fit", START, LIKE).tensors["x"]
+    torch.testing.assert_close(quiet, torch.full((20_000,), (3 + 10) / 1e4 / 3))
+
+
+def test_no_client_weighs_more_whatever_it_says() -> None:
+    mean = private_cohort(gaussian(1000.0, 0.0)).mean("fit", START, LIKE)
+    torch.testing.assert_close(mean.tensors["x"], torch.full((20_000,), (3 + 10 + 41) / 3e4))
+    assert not mean.scalars
+    # What a client says without reading rows reaches the server with its weight, which still does not count.
+    like = Payload({"x": torch.zeros(2)}, {"weight": 1})
+    mean = private_cohort(gaussian(1000.0, 0.0)).mean("profile", Payload(), like)
+    torch.testing.assert_close(mean.tensors["x"], torch.full((2,), (3 + 10 + 41) / 300))
+
+
+def test_no_two_means_of_a_run_share_their_noise() -> None:
+    found = []
+    for number in (1, 2):
+        clients = private_cohort(gaussian(1.0, 30.0), round=number)
+        found += [clients.mean("fit", START, LIKE).tensors["x"].double() for _ in range(3)]
+    for i, one in enumerate(found):
+        for other in found[:i]:
+            assert abs(torch.corrcoef(torch.stack([one, other]))[0, 1].item()) < 5 / math.sqrt(20_000)
+    again = private_cohort(gaussian(1.0, 30.0), round=2).mean("fit", START, LIKE).tensors["x"].double()
+    assert torch.equal(again, found[3])
+
+
+def test_noise_meets_a_mean_before_it_is_rounded() -> None:
+    # float16 has steps of 0.5 at 1000. Clients 1 to 3 send 1000, 1000 and 1000.5; noise of 0.1 around 1000.17 reaches
+    # the next step in 20 of 100 numbers, and around 1000, where a rounded mean lies, in 1 of 100.
+    start = Payload({"x": torch.full((20_000,), 1000.0, dtype=torch.float16)})
+
+    @dataclass(frozen=True)
+    class Coarse(Probe):
+        @on_client
+        def fit(self, client: Client, ask: Payload) -> Payload:
+            return Payload({"x": ask.tensors["x"] + 0.5 * (client.id == 3)})
+
+    clip = 100.0
+    policy = gaussian(clip, 0.1 * 3 / clip)
+    mean = private_cohort(policy, method=Coarse()).mean("fit", start, start).tensors["x"]
+    assert mean.dtype == torch.float16
+    assert (mean > 1000).double().mean().item() == pytest.approx(NormalDist().cdf(-(0.25 - 1 / 6) / 0.1), abs=0.02)
+
+
+def test_words_of_a_failing_client_stay_with_it() -> None:
+    @dataclass(frozen=True)
+    class Talking(Probe):
+        @on_client
+        def fit(self, client: Client, ask: Payload) -> Payload:
+            raise DataError("the row of Ms Smith is empty") if client.id == 2 else KeyError("Ms Smith")
+
+    clients = private_cohort(gaussian(), method=Talking())
+    with pytest.raises(KilofedError) as stopped:
+        clients.mean("fit", START, LIKE)
+    assert "Smith" not in str(stopped.value)
+    assert not any("Smith" in text for text in clients.failures.values())
+    assert clients.failures[2].startswith("DataError (")
+    assert clients.failures[1].startswith("KeyError (")
