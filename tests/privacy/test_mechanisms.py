@@ -415,7 +415,7 @@ def test_noise_meets_a_mean_before_it_is_rounded() -> None:
     assert (mean > 1000).double().mean().item() == pytest.approx(NormalDist().cdf(-(0.25 - 1 / 6) / 0.1), abs=0.02)
 
 
-def test_words_of_a_failing_client_stay_with_it() -> None:
+def test_words_of_a_failing_client_stay_in_its_own_log(caplog: pytest.LogCaptureFixture) -> None:
     @dataclass(frozen=True)
     class Talking(Probe):
         @on_client
@@ -429,3 +429,5 @@ def test_words_of_a_failing_client_stay_with_it() -> None:
     assert not any("Smith" in text for text in clients.failures.values())
     assert clients.failures[2].startswith("DataError (")
     assert clients.failures[1].startswith("KeyError (")
+    assert "the row of Ms Smith is empty" in caplog.text
+    assert "KeyError: 'Ms Smith'" in caplog.text

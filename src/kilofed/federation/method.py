@@ -301,7 +301,10 @@ def _failed(policy: Mechanism, client: int, address: Address, error: Exception) 
     if not isinstance(error, KilofedError):
         log.error("client %d failed in %r", client, address.action, exc_info=error)
     text = str(error) if isinstance(error, KilofedError) else f"{kind}: {error}"
-    told = policy.failure(kind, text)[:MAX_ERROR_TEXT].encode("utf-8", "replace").decode("utf-8")
+    told = policy.failure(kind, text)
+    if told != text and isinstance(error, KilofedError):
+        log.error("client %d failed in %r, which the server is not told: %s", client, address.action, text)
+    told = told[:MAX_ERROR_TEXT].encode("utf-8", "replace").decode("utf-8")
     return Payload(scalars={ERROR: told, **address.answered(client)}).encode()
 
 
