@@ -108,7 +108,7 @@ def baseline(copy: Path, module: str, tests: Sequence[str]) -> Baseline:
 def _watch(copy: Path, module: str, tests: Sequence[str], out: Path) -> NoReturn:
     code = 1
     try:
-        watcher = _Watcher(str(copy / "src" / "kilofed" / f"{module}.py"))
+        watcher = _Watcher(copy / "src" / "kilofed" / f"{module}.py")
         code = _tests(copy, tests, [watcher], first=False)
         out.write_text(json.dumps([watcher.seconds, {k: sorted(v) for k, v in watcher.lines.items()}]), "utf-8")
     finally:
@@ -220,8 +220,8 @@ class _Killer:
 class _Watcher:
     """Takes down the lines of one file that each test runs, and its seconds."""
 
-    def __init__(self, path: str) -> None:
-        self._path = path
+    def __init__(self, path: Path) -> None:
+        self._path, self._method = str(path), path.stem
         self._now: set[int] = set()
         self.lines: dict[str, set[int]] = {"": self._now}
         self.seconds: dict[str, float] = {}
@@ -233,6 +233,14 @@ class _Watcher:
     def _line(self, frame: FrameType, event: str, argument: object) -> TraceFunction | None:
         self._now.add(frame.f_lineno)
         return self._line
+
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        """Of the tests of all methods, keep those of this one."""
+        items[:] = [
+            item
+            for item in items
+            if item.path.name != "test_all.py" or item.callspec.params.get("name") == self._method  # type: ignore[attr-defined]
+        ]
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_protocol(self, item: pytest.Item) -> Iterator[None]:

@@ -124,6 +124,9 @@ def _run_module(copy: Path, module: str, tests: list[str], options: argparse.Nam
         found.append(_told(module, job.mutant, outcome))
         if outcome.word == "survived":
             print(f"  lives: {_line(found[-1])}", file=sys.stderr, flush=True)
+    for told in found:
+        if told.outcome == "unreached":
+            print(f"  unreached: {_line(told)}", file=sys.stderr, flush=True)
     _say(module, len(every), found)
     return sorted(found, key=lambda told: told.line)
 
@@ -171,6 +174,7 @@ def _run_named(copy: Path, options: argparse.Namespace) -> list[Told]:
             jobs.append(Job(_as_mutant(copy, one), one.module, [f"tests/{test}" for test in one.tests], 600.0, one))
     for job, outcome in children.run(copy, jobs, options.workers):
         found.append(_told(job.module, job.mutant, outcome))
+        print(f"{outcome.word}: {job.mutant.where} ({outcome.by})", file=sys.stderr, flush=True)
     return found
 
 

@@ -74,12 +74,11 @@ class _Edit:
 
     @property
     def text(self) -> str:
-        """What is shown: its first line, at most 90 letters."""
+        """What is shown, in one line; of a statement with a block the first line."""
         node = getattr(self.shown, self.part) if self.part else self.shown
         if isinstance(node, ast.comprehension):
             node = ast.ListComp(ast.Constant(...), [node])
-        line = ast.unparse(ast.fix_missing_locations(node)).partition("\n")[0]
-        return line if len(line) <= 90 else line[:87] + "..."
+        return ast.unparse(ast.fix_missing_locations(node)).partition("\n")[0]
 
     def replace(self) -> object:
         """Put the value in; returns what was there."""
@@ -101,13 +100,19 @@ class _Edit:
 def mutants(tree: ast.Module) -> Iterator[Mutant]:
     """Every mutant of `tree`; the tree is the mutant until the next one is asked for, and then as it was."""
     number = 0
-    for node, where in _walk(tree, ""):
-        for edit in (*_expressions(node), *_calls(node), *_conditions(node), *_statements(node)):
+    for node, parent, where in _walk(tree, tree, ""):
+        for edit in (
+            *_constants(node, parent),
+            *_expressions(node),
+            *_calls(node),
+            *_conditions(node),
+            *_statements(node),
+        ):
             before = edit.text
             was = edit.replace()
             after = edit.kind if edit.kind.startswith(_DROPPED) else edit.text
             if after != before:
-                yield Mutant(number, edit.line, where, edit.kind, f"{before} -> {after}")
+                yield Mutant(number, edit.line, where, edit.kind, _change(before, after))
                 number += 1
             edit.undo(was)
 
@@ -121,13 +126,21 @@ def code_of(source: str, path: str, number: int) -> CodeType:
     raise IndexError(f"{path} has no mutant {number}")
 
 
-def _walk(node: ast.AST, where: str) -> Iterator[tuple[ast.AST, str]]:
-    """Nodes that may be changed, with the class and function that they lie in."""
+def _change(before: str, after: str) -> str:
+    """`before -> after`, each at most 80 letters from shortly before the place where they part."""
+    same = next((place for place, pair in enumerate(zip(before, after, strict=False)) if pair[0] != pair[1]), 0)
+    first = max(same - 50, 0) if len(before) > 80 else 0
+    shown = [("..." if first else "") + text[first : first + 80] for text in (before, after)]
+    return f"{shown[0]} -> {shown[1] if after[0:7] != _DROPPED else after}"
+
+
+def _walk(node: ast.AST, parent: ast.AST, where: str) -> Iterator[tuple[ast.AST, ast.AST, str]]:
+    """Nodes that may be changed, with the node above, and the class and function that they lie in."""
     if isinstance(node, ast.FunctionDef | ast.ClassDef):
         where = f"{where}.{node.name}".removeprefix(".")
-    yield node, where
+    yield node, parent, where
     for child in _children(node):
-        yield from _walk(child, where)
+        yield from _walk(child, node, where)
 
 
 def _children(node: ast.AST) -> Iterator[ast.AST]:
@@ -151,6 +164,16 @@ def _is_for_people(node: ast.AST) -> bool:
     return isinstance(node, ast.Call) and ast.unparse(node.func).partition(".")[0] in _FOR_PEOPLE
 
 
+def _constants(node: ast.AST, parent: ast.AST) -> Iterator[_Edit]:
+    if not isinstance(node, ast.Constant) or not isinstance(node.value, bool | int | float):
+        return
+    values = [not node.value] if isinstance(node.value, bool) else [node.value + 1, node.value - 1]
+    around = ast.expr | ast.keyword | ast.Assign | ast.AnnAssign | ast.AugAssign | ast.Return
+    shown = parent if isinstance(parent, around) else node
+    for value in values:
+        yield _Edit("constant", node, "value", value, shown)
+
+
 def _expressions(node: ast.AST) -> Iterator[_Edit]:
     if isinstance(node, ast.Compare):
         for place, operator in enumerate(node.ops):
@@ -161,11 +184,6 @@ def _expressions(node: ast.AST) -> Iterator[_Edit]:
             yield _Edit("arithmetic", node, "op", _COMPUTED[type(node.op)](), node)
     elif isinstance(node, ast.BoolOp):
         yield _Edit("and, or", node, "op", ast.Or() if isinstance(node.op, ast.And) else ast.And(), node)
-    elif isinstance(node, ast.Constant) and isinstance(node.value, bool):
-        yield _Edit("constant", node, "value", not node.value, node)
-    elif isinstance(node, ast.Constant) and isinstance(node.value, int | float):
-        for value in (node.value + 1, node.value - 1):
-            yield _Edit("constant", node, "value", value, node)
 
 
 def list_of(items: object) -> list[ast.AST]:

@@ -476,3 +476,22 @@ def test_the_forecast_is_what_the_ledger_counts(policy: Mechanism) -> None:
     for number in (1, 12, 123):
         assert ledger.per_client("down")[number] == sum(one.down for one in told[number])
         assert ledger.per_client("up")[number] == sum(one.up for one in told[number])
+
+
+# What privacy promises does not hang on who answers or on what they claim.
+
+
+def test_under_central_privacy_a_sum_is_divided_by_all_who_were_asked() -> None:
+    # Divided by those who came, the clip would no longer bound what one client adds to the mean.
+    small = Probe({n: Payload({"x": torch.full((2,), n / 10)}, {"weight": n}) for n in (1, 2, 3)})
+    clients = cohort(small, [1, 2, 3], CENTRAL, engine=Deaf, skip=True)
+    mean = clients.mean("tell", Payload(), WEIGHTED).tensors["x"]
+    torch.testing.assert_close(mean, torch.full((2,), (0.2 + 0.3) / 3))
+
+
+def test_a_policy_of_equal_weights_counts_no_weight_that_a_client_claims() -> None:
+    class Equal(Mechanism):
+        uniform = True
+
+    mean = cohort(three(), [1, 2, 3], Equal()).mean("tell", Payload(), WEIGHTED).tensors["x"]
+    torch.testing.assert_close(mean, torch.full((2,), 2.0))

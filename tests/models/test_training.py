@@ -357,3 +357,17 @@ def test_a_schedule_falls_from_round_to_round(tiny_model: Path) -> None:
         return moved_from(model, start)
 
     assert moved(1) > 1.5 * moved(2) > 2 * moved(3) > 0
+
+
+@pytest.mark.parametrize(("parts", "sizes"), [(1, [8]), (2, [4, 4]), (3, [3, 3, 2])])
+def test_a_batch_is_computed_in_as_many_parts_as_the_recipe_says(
+    model: nn.Module, parts: int, sizes: list[int]
+) -> None:
+    seen: list[int] = []
+
+    def noting(model: nn.Module, batch: training.Batch) -> torch.Tensor:
+        seen.append(len(batch.input_ids))
+        return training.loss(model, batch)
+
+    fit(model, [examples(8)], replace(SGD, accumulation=parts), noting)
+    assert seen == sizes

@@ -431,3 +431,13 @@ def test_words_of_a_failing_client_stay_in_its_own_log(caplog: pytest.LogCapture
     assert clients.failures[1].startswith("KeyError (")
     assert "the row of Ms Smith is empty" in caplog.text
     assert "KeyError: 'Ms Smith'" in caplog.text
+
+
+def test_noise_does_not_hang_on_the_order_of_names() -> None:
+    policy = CentralGaussian(1.0, 2.0, 1e-5, "ab" * 16)
+    tensors = {name: torch.zeros(5) for name in ("b", "a", "c")}
+    given = [
+        policy.server(Payload(some), Payload(), num_replies=3, expected=3, when=(1, 0)).tensors
+        for some in (tensors, dict(sorted(tensors.items())))
+    ]
+    assert all(torch.equal(given[0][name], given[1][name]) for name in tensors)
