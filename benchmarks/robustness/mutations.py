@@ -201,7 +201,15 @@ def _calls(node: ast.AST) -> Iterator[_Edit]:
     if isinstance(node.func, ast.Attribute) and node.func.attr in _FUNCTIONS:
         yield _Edit("function", node.func, "attr", _FUNCTIONS[node.func.attr], node)
     plain = len(node.args) > 1 and not any(isinstance(one, ast.Starred) for one in node.args[:2])
-    if plain and ast.unparse(node.func) not in {"isinstance", "issubclass", "cast", "getattr", "hasattr"}:
+    if plain and ast.unparse(node.func) not in {
+        "isinstance",
+        "issubclass",
+        "cast",
+        "getattr",
+        "hasattr",
+        "min",
+        "max",
+    }:
         yield _Edit("swapped arguments", node, "args", [node.args[1], node.args[0], *node.args[2:]], node)
 
 

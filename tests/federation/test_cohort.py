@@ -11,7 +11,7 @@ import torch
 
 from kilofed.config.recipe import Recipe, TrainSpec
 from kilofed.engines.inprocess import InProcess
-from kilofed.errors import ClientError, NonFiniteLoss, PrivacyError, TooFewReplies, WrongWeights
+from kilofed.errors import ClientError, NonFiniteLoss, PayloadError, PrivacyError, TooFewReplies, WrongWeights
 from kilofed.federation.address import Address
 from kilofed.federation.cohort import Cohort, Rules
 from kilofed.federation.expected import Expected, TensorLike
@@ -495,3 +495,36 @@ def test_a_policy_of_equal_weights_counts_no_weight_that_a_client_claims() -> No
 
     mean = cohort(three(), [1, 2, 3], Equal()).mean("tell", Payload(), WEIGHTED).tensors["x"]
     torch.testing.assert_close(mean, torch.full((2,), 2.0))
+
+
+def test_under_central_privacy_a_change_is_divided_by_all_who_were_asked_and_not_what_was_sent() -> None:
+    clients = cohort(scattered(0.0, 0.2, 0.3), [0, 1, 2], CENTRAL, engine=Deaf, skip=True)
+    mean = clients.mean("tell", Payload({"x": START}), WEIGHTED).tensors["x"]
+    torch.testing.assert_close(mean, START + 0.3 / 3)
+
+
+def test_replies_that_are_left_out_do_not_count_for_the_quorum() -> None:
+    three_of_four = Rules(quorum=4, outliers="leave_out")
+    clients = cohort(scattered(0.1, 0.2, 0.3, 200.0), [0, 1, 2, 3], rules=three_of_four)
+    with pytest.raises(TooFewReplies, match="3 of 4 clients are left after 'tell', quorum is 4; client 3: left out"):
+        clients.mean("tell", Payload({"x": START}), WEIGHTED)
+
+
+@pytest.mark.parametrize("claimed", [math.inf, math.nan, -1, True, "5"])
+def test_what_is_no_finite_number_from_0_is_no_weight(claimed: object) -> None:
+    with pytest.raises(PayloadError, match="expected a number from 0"):
+        cohort(three(), [1, 2, 3]).weight(1, claimed)
+
+
+def test_seconds_are_counted_where_a_reply_arrives() -> None:
+    ledger = Ledger()
+    cohort(three(), [1, 2], ledger=ledger).call("tell", Payload(), WEIGHTED)
+    rows = list(ledger.rows())
+    assert [row.seconds for row in rows if row.direction == "down"] == [0.0, 0.0]
+    assert all(0 < row.seconds < 60 for row in rows if row.direction == "up")
+
+
+def test_a_recipe_sets_the_rules() -> None:
+    recipe = Recipe(quorum=3, on_failure="skip", max_weight=9.0, outliers="clip", outlier_ratio=4.0)
+    assert Rules.of(recipe) == Rules(3, True, 9.0, "clip", 4.0)
+    assert not Rules.of(Recipe(on_failure="stop")).skip_failures

@@ -310,3 +310,25 @@ def test_of_two_names_of_a_methods_field_the_one_laid_over_last_counts(given: di
     found = load_method(MethodSpec("fedkseed", {"num_seeds": 64, **given}))
     assert isinstance(found, FedKSeed)
     assert found.rounds_per_pool == 5
+
+
+def test_a_module_that_nobody_trusts_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "untrusted_of_a_stranger").mkdir()
+    (tmp_path / "untrusted_of_a_stranger" / "method.py").write_text("raise AssertionError('it ran')", "utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(RecipeError, match="trust"):
+        load_method(MethodSpec("untrusted_of_a_stranger.method"))
+
+
+def test_messages_are_as_long_as_foreseen_unless_a_method_says_otherwise() -> None:
+    assert Probe.exact_bytes
+    assert not FedKSeed.exact_bytes
+
+
+def test_a_method_is_never_done_early_unless_it_says_so() -> None:
+    assert not Probe().done(Server(0, 3, TrainSpec()))
+
+
+@pytest.mark.parametrize(("rows", "seen"), [(0, 1), (3, 2 * 3), (41, 2 * 4)])
+def test_a_client_weighs_at_most_the_examples_that_it_can_train_on_and_at_least_1(rows: int, seen: int) -> None:
+    assert Probe().max_weight(TrainSpec(steps=2, batch_size=4), rows) == seen
