@@ -146,6 +146,8 @@ def _walk(node: ast.AST, parent: ast.AST, where: str) -> Iterator[tuple[ast.AST,
 def _children(node: ast.AST) -> Iterator[ast.AST]:
     if isinstance(node, ast.JoinedStr | ast.Raise):
         return
+    if isinstance(node, ast.FunctionDef) and any(ast.unparse(one) == "overload" for one in node.decorator_list):
+        return
     if isinstance(node, ast.Expr) and (isinstance(node.value, ast.Constant) or _is_for_people(node.value)):
         return
     if isinstance(node, ast.keyword) and node.arg == "strict":
