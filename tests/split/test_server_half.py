@@ -1,5 +1,6 @@
 """The server's half: validation of batches, client weights in a joint step, undone steps."""
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -114,6 +115,9 @@ def int32(*numbers: int) -> torch.Tensor:
         ({"rows": torch.ones(8, 16).bfloat16()}, r"rows of torch\.bfloat16"),
         ({"rows": torch.full((8, 16), torch.nan)}, "NaN or infinite"),
         ({"rows": torch.full((8, 16), -torch.inf)}, "NaN or infinite"),
+        ({"rows": torch.ones(8, 16).index_fill(0, torch.tensor(7), torch.nan)}, "NaN or infinite"),
+        ({"rows": torch.full((8, 16), 3e38)}, r"values up to 3e\+38; expected at most 1e\+06"),
+        ({"rows": -torch.full((8, 16), 1.1e6)}, r"values up to 1\.1e\+06; expected at most 1e\+06"),
         ({"labels": int32(*[1] * 7)}, "7 labels for 8 tokens in 2 rows"),
         ({"labels": int32(*[1] * 7, 259)}, "259 among its labels; expected 0 to 258"),
         ({"labels": int32(*[1] * 7, -1)}, "-1 among its labels"),
@@ -156,6 +160,26 @@ def test_classes_that_do_not_fit_are_refused(classes: torch.Tensor, message: str
         server_half.decode_batch(reply(targets="tokens"), CLASSES)
     with pytest.raises(PayloadError, match=r"which differs in \['labels'\]"):
         server_half.decode_batch(reply(targets="tokens"), replace(TOKENS, targets="none"))
+
+
+@pytest.mark.parametrize("sharing", ["averaged", "sequential", "joint"])
+def test_the_largest_values_that_pass_overflow_nothing(
+    model: torch.nn.Module, make_server: Callable[[Sharing], ServerHalf], sharing: Sharing
+) -> None:
+    largest, half = server_half.MAX_MAGNITUDE, make_server(sharing)
+    source = torch.Generator().manual_seed(0)
+    signs = torch.randn(8, 16, generator=source).sign()
+    given = server_half.decode_batch(reply() | {"rows": signs * largest}, TOKENS)
+    answer = half.train({0: given})[0]
+    assert math.isfinite(answer.loss)
+    assert answer.gradient_BTD.isfinite().all()
+    assert all(tensor.isfinite().all() for tensor in half.result({0: 1.0}).values())
+    # The same for gradients from heads that are at the clients.
+    half.begin_step(1, SGD.lr)
+    top = half.forward_to_head(0, replace(given, batch=None))
+    answer = half.train({0: ClientBatch(given.hidden_BTD, given.mask_BT, top_BTD=top.sign() * largest)})[0]
+    assert answer.gradient_BTD.isfinite().all()
+    assert all(tensor.isfinite().all() for tensor in half.result({0: 1.0}).values())
 
 
 def test_lengths_that_claim_the_largest_numbers_cost_nothing() -> None:

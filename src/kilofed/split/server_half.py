@@ -27,6 +27,8 @@ from kilofed.split import activation_codec
 Sharing = Literal["averaged", "sequential", "joint"]
 
 SHARED = -1
+MAX_MAGNITUDE = 1e6
+"""Of hidden states and their gradients: ten times what models have, and far from where a forward or a norm overflows."""
 LENGTHS, LABELS, CLASSES = "lengths", "labels", "classes"
 Targets = Literal["none", "tokens", "classes"]
 """What a client sends to learn from: nothing where labels stay with it."""
@@ -164,9 +166,13 @@ def _integers(sent: Tensor, name: str, least: int, most: int, but: int | None = 
 
 
 def check_finite(rows: Tensor) -> Tensor:
-    """Return `rows`. Raises PayloadError: a value is not finite."""
-    if not bool(rows.isfinite().all()):
+    """Return `rows`, not empty. Raises PayloadError: a value is not finite, or beyond MAX_MAGNITUDE."""
+    # Minimum and maximum, not a comparison: that would take as much memory again.
+    largest = max(-float(rows.min()), float(rows.max()))
+    if not math.isfinite(largest):
         raise PayloadError("the reply has NaN or infinite values")
+    if largest > MAX_MAGNITUDE:
+        raise PayloadError(f"the reply has values up to {largest:g}; expected at most {MAX_MAGNITUDE:g}")
     return rows
 
 
