@@ -107,6 +107,17 @@ def test_the_search_keeps_what_coarse_numbers_can_hold() -> None:
     assert 0.95 * 20.0 <= norm(found, start) <= 20.0
 
 
+def test_shrinking_in_one_step_that_loses_too_much_is_followed_by_a_search() -> None:
+    # Scaled plainly, updates lie between 0 and 0.4 on steps of 0.5: 37 of 100 round up, and the norm is 1.3 clips. Scaled
+    # by as much less, 17 of 100 round up, and the norm is 0.89 clips.
+    start = Payload({"a": torch.full((400,), 1000.0, dtype=torch.float16)})
+    reply = Payload({"a": 1000.0 + 0.5 * torch.arange(400).to(torch.float16)})
+    clip = 0.002 * norm(reply, start)
+    assert norm(scaled(reply, start, 0.002), start) > 1.3 * clip
+    assert norm(scaled(reply, start, 0.0015), start) < 0.9 * clip
+    assert 0.98 * clip <= norm(clipped(reply, start, clip), start) <= clip
+
+
 def test_float32_that_was_right_by_plain_scaling_keeps_those_bits() -> None:
     start = drawn(1, 1.0, torch.float32)
     right = 0
