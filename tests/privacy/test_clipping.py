@@ -115,7 +115,19 @@ def test_shrinking_in_one_step_that_loses_too_much_is_followed_by_a_search() -> 
     clip = 0.002 * norm(reply, start)
     assert norm(scaled(reply, start, 0.002), start) > 1.3 * clip
     assert norm(scaled(reply, start, 0.0015), start) < 0.9 * clip
-    assert 0.98 * clip <= norm(clipped(reply, start, clip), start) <= clip
+    found = clipped(reply, start, clip)
+    assert 0.98 * clip <= norm(found, start) <= clip
+    assert (found.tensors["a"] >= 1000).all()
+
+
+@pytest.mark.parametrize("scale", [0.00151, 0.0016, 0.0017, 0.0018, 0.0019, 0.0021, 0.0022, 0.0023])
+def test_a_search_comes_near_the_clip_from_wherever_it_begins(scale: float) -> None:
+    start = Payload({"a": torch.full((400,), 1000.0, dtype=torch.float16)})
+    reply = Payload({"a": 1000.0 - 0.5 * torch.arange(400).to(torch.float16)})
+    clip = scale * norm(reply, start)
+    found = clipped(reply, start, clip)
+    assert 0.98 * clip <= norm(found, start) <= clip
+    assert (found.tensors["a"] <= 1000).all()
 
 
 def test_float32_that_was_right_by_plain_scaling_keeps_those_bits() -> None:
