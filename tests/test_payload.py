@@ -424,3 +424,18 @@ def test_bytes_that_no_header_stands_for_are_refused() -> None:
     text = body.index(b'{"n"')
     with pytest.raises(PayloadError):
         Payload.decode(body[:text] + bytes(8) + body[text:])
+
+
+def test_headers_and_scalars_of_exactly_the_largest_size_pass_and_longer_ones_do_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # Names of one length have headers of one length, and each is made anew.
+    whole = Payload({"size a": torch.ones(2)}, {"word": "long"}).encode()
+    header, scalars = int.from_bytes(whole[:8], "little"), len(whole) - whole.index(b'{"word"')
+    monkeypatch.setattr("kilofed.payload.MAX_HEADER", header)
+    monkeypatch.setattr("kilofed.payload.MAX_SCALARS", scalars)
+    fits = Payload({"size b": torch.ones(2)}, {"word": "long"})
+    assert Payload.decode(fits.encode()).scalars == fits.scalars
+    for name, value in (("size that is longer", "long"), ("size c", "longer")):
+        with pytest.raises(PayloadError, match="send fewer tensors, shorter names or shorter words"):
+            Payload({name: torch.ones(2)}, {"word": value}).encode()

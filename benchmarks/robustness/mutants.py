@@ -110,7 +110,7 @@ def _run_module(copy: Path, module: str, tests: list[str], options: argparse.Nam
     if not options.all and len(chosen) > options.sample:
         drawn = random.Random(f"{options.seed}/{module}").sample(chosen, options.sample)
         chosen = sorted(drawn, key=lambda mutant: mutant.number)
-    own = f"tests/{Path(module).parent}/test_{Path(module).name}.py"
+    own = str(Path("tests", module).with_name(f"test_{Path(module).name}.py"))
     baseline = children.baseline(copy, module, [own, *(f"tests/{one}" for one in tests)])
     jobs, found = [], []
     for mutant in chosen:
@@ -133,7 +133,7 @@ def _run_module(copy: Path, module: str, tests: list[str], options: argparse.Nam
 
 def _selected(baseline: Baseline, own: str, mutant: mutations.Mutant, budget: float) -> list[str]:
     """Tests that come to the mutant's line: the module's own, then the quickest of others within `budget` seconds."""
-    reached = [test for test, lines in baseline.lines.items() if mutant.line in lines]
+    reached = [test for test, lines in baseline.lines.items() if lines & {mutant.line, mutant.statement}]
     if not mutant.where or mutant.line in baseline.on_import:
         reached = [test for test, lines in baseline.lines.items() if lines]
     seconds = baseline.seconds
@@ -180,7 +180,9 @@ def _run_named(copy: Path, options: argparse.Namespace) -> list[Told]:
 
 def _as_mutant(copy: Path, one: Named) -> mutations.Mutant:
     source = (copy / "src" / "kilofed" / f"{one.module}.py").read_text("utf-8")
-    return mutations.Mutant(0, one.line(source), one.name, "named", one.before.strip().partition("\n")[0])
+    return mutations.Mutant(
+        0, one.line(source), one.line(source), one.name, "named", one.before.strip().partition("\n")[0]
+    )
 
 
 def _line(told: Told) -> str:

@@ -46,6 +46,8 @@ class Mutant:
     number: int
     """Its place among all mutants of the module."""
     line: int
+    statement: int
+    """Line of the statement that it lies in."""
     where: str
     """The class and function that it lies in; empty outside of any."""
     kind: str
@@ -100,7 +102,7 @@ class _Edit:
 def mutants(tree: ast.Module) -> Iterator[Mutant]:
     """Every mutant of `tree`; the tree is the mutant until the next one is asked for, and then as it was."""
     number = 0
-    for node, parent, where in _walk(tree, tree, ""):
+    for node, parent, statement, where in _walk(tree, tree, 0, ""):
         for edit in (
             *_constants(node, parent),
             *_expressions(node),
@@ -112,7 +114,7 @@ def mutants(tree: ast.Module) -> Iterator[Mutant]:
             was = edit.replace()
             after = edit.kind if edit.kind.startswith(_DROPPED) else edit.text
             if after != before:
-                yield Mutant(number, edit.line, where, edit.kind, _change(before, after))
+                yield Mutant(number, edit.line, statement or edit.line, where, edit.kind, _change(before, after))
                 number += 1
             edit.undo(was)
 
@@ -134,13 +136,15 @@ def _change(before: str, after: str) -> str:
     return f"{shown[0]} -> {shown[1] if after[0:7] != _DROPPED else after}"
 
 
-def _walk(node: ast.AST, parent: ast.AST, where: str) -> Iterator[tuple[ast.AST, ast.AST, str]]:
-    """Nodes that may be changed, with the node above, and the class and function that they lie in."""
+def _walk(node: ast.AST, parent: ast.AST, statement: int, where: str) -> Iterator[tuple[ast.AST, ast.AST, int, str]]:
+    """Nodes that may be changed, with the node above, the line of the statement, and the class and function around."""
+    if isinstance(node, ast.stmt):
+        statement = node.lineno
     if isinstance(node, ast.FunctionDef | ast.ClassDef):
         where = f"{where}.{node.name}".removeprefix(".")
-    yield node, parent, where
+    yield node, parent, statement, where
     for child in _children(node):
-        yield from _walk(child, node, where)
+        yield from _walk(child, node, statement, where)
 
 
 def _children(node: ast.AST) -> Iterator[ast.AST]:
