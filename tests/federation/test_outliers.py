@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from kilofed.federation.outliers import far_out, scaled, update_norm
+from kilofed.federation.outliers import Start, far_out, scaled
 from kilofed.payload import Payload
 
 
@@ -13,13 +13,13 @@ def test_the_norm_is_of_what_changed_over_all_tensors(monkeypatch: pytest.Monkey
     monkeypatch.setattr("kilofed.federation.outliers._CHUNK", 3)
     start = torch.full((7,), 100.0)
     reply = Payload({"new": torch.full((2,), 2.0), "old": start + 3.0})
-    assert update_norm(reply, Payload({"old": start})) == pytest.approx(math.sqrt(2 * 4 + 7 * 9))
-    assert update_norm(reply, Payload()) == pytest.approx(math.sqrt(2 * 4 + 7 * 103**2))
-    assert update_norm(Payload({"n": torch.tensor([3, 4], dtype=torch.int8)}), Payload()) == 5.0
+    assert Start(Payload({"old": start})).norm(reply) == pytest.approx(math.sqrt(2 * 4 + 7 * 9))
+    assert Start(Payload()).norm(reply) == pytest.approx(math.sqrt(2 * 4 + 7 * 103**2))
+    assert Start(Payload()).norm(Payload({"n": torch.tensor([3, 4], dtype=torch.int8)})) == 5.0
 
 
 def test_large_numbers_do_not_overflow() -> None:
-    assert update_norm(Payload({"x": torch.full((4,), 3e38)}), Payload()) == pytest.approx(6e38)
+    assert Start(Payload()).norm(Payload({"x": torch.full((4,), 3e38)})) == pytest.approx(6e38)
 
 
 @pytest.mark.parametrize(
@@ -51,3 +51,11 @@ def test_an_update_is_scaled_in_its_own_dtype_and_values_are_moved_towards_the_s
     assert half.tensors["new"].tolist() == [2.0, 4.0]
     assert {tensor.dtype for tensor in half.tensors.values()} == {dtype}
     assert half.scalars == {"w": 3}
+
+
+def test_a_start_serves_replies_of_several_layouts() -> None:
+    start = Start(Payload({"a": torch.ones(3), "b": torch.full((2,), 2.0, dtype=torch.bfloat16)}))
+    one = Payload({"a": torch.full((3,), 3.0), "b": torch.full((2,), 4.0, dtype=torch.bfloat16), "c": torch.ones(1)})
+    other = Payload({"a": torch.full((3,), 3.0)})
+    for reply, norm in ((one, math.sqrt(12 + 8 + 1)), (other, math.sqrt(12)), (one, math.sqrt(21))):
+        assert start.norm(reply) == pytest.approx(norm)

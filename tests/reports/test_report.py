@@ -184,9 +184,10 @@ def test_what_users_wrote_is_text_and_never_markup(tmp_path: Path) -> None:
     assert page.text.count(NASTY) >= 6, "title, heading, method, verdict, action, failure, recipe"
 
 
-def add_failure(folder: Path, text: str) -> None:
+def add_failure(folder: Path, text: str, outlier: str = "") -> None:
+    told = {"failures": {"2": text}, **({"outliers": {"1": outlier}} if outlier else {})}
     with (folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
-        file.write(json.dumps({"round": 4, "loss": None, "failures": {"2": text}, "clients": []}) + "\n")
+        file.write(json.dumps({"round": 4, "loss": None, **told, "clients": []}) + "\n")
 
 
 def test_failures_are_listed_by_round_and_name(tmp_path: Path, folder: Path) -> None:
@@ -194,6 +195,14 @@ def test_failures_are_listed_by_round_and_name(tmp_path: Path, folder: Path) -> 
     make(tmp_path, rows=plain_rows(), results=MADE)
     add_failure(tmp_path, "the loss was NaN")
     assert ["4", NAMES[2], "the loss was NaN"] in Page(report.write(tmp_path)).rows
+
+
+def test_replies_unlike_the_others_are_listed_by_round_and_name(tmp_path: Path, folder: Path) -> None:
+    assert "Replies unlike the others" not in Page(folder / "report.html").text
+    make(tmp_path, rows=plain_rows(), results=MADE)
+    add_failure(tmp_path, "the loss was NaN", "<b>over 10 times</b> the median")
+    page = Page(report.write(tmp_path))
+    assert ["4", NAMES[1], "<b>over 10 times</b> the median"] in page.rows
 
 
 def test_the_page_needs_nothing_but_itself(folder: Path) -> None:

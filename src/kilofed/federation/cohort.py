@@ -115,6 +115,7 @@ class Cohort:
         ask: Payload | Mapping[int, Payload],
         like: Payload | Expected,
         *,
+        check: Check = lambda client, reply: None,
         clip_outliers: bool = False,
     ) -> Payload:
         """The weighted mean of the replies to `action`; single replies are never shown.
@@ -126,6 +127,7 @@ class Cohort:
         Args:
             ask: one payload for all, or one per id (then only those ids are asked).
             like: what each reply is like: names, dtypes and shapes, whatever the numbers.
+            check: refuses what only the method can tell is wrong; that is the client's failure.
             clip_outliers: clip where the rules say to warn only.
 
         Raises:
@@ -137,7 +139,7 @@ class Cohort:
         if policy.needs_aggregate and not isinstance(ask, Payload):
             raise PrivacyError(f"privacy.{policy.kind} needs one ask for all clients, {action!r} sends one to each")
         when = self._round, self._num_exchanges
-        total = self._sum(action, ask, like, clip_outliers=clip_outliers)
+        total = self._sum(action, ask, like, check, clip_outliers=clip_outliers)
         self._enough(action, total.num)
         if not total.weight:
             raise TooFewReplies(f"round {self._round}: all {total.num} replies to {action!r} have weight 0")
@@ -194,21 +196,24 @@ class Cohort:
             raise PayloadError(f"it sent weight {claimed:g}; its rows allow at most {most:g}")
         return min(float(claimed), self._rules.max_weight or math.inf)
 
+    def limited(self, norms: Mapping[int, float]) -> dict[int, float]:
+        """By what to multiply each reply whose norm is given, 1 for most; clients that the rules leave out are missing."""
+        what = self._rules.outliers
+        limit, far = self._far_out(norms, what)
+        if what == "leave_out":
+            return {client: 1.0 for client in norms if client not in far}
+        return {client: limit / norm if client in far and what == "clip" else 1.0 for client, norm in norms.items()}
+
     def without_outliers(
         self, replies: Mapping[int, Payload], ask: Payload | Mapping[int, Payload]
     ) -> dict[int, Payload]:
         """Replies to `call` that hold updates, with those far above the cohort's median treated as in `mean`."""
         asks = {client: ask if isinstance(ask, Payload) else ask[client] for client in replies}
-        norms = {client: outliers.update_norm(reply, asks[client]) for client, reply in replies.items()}
-        what = self._rules.outliers
-        limit, far = self._far_out(norms, what)
-        found = {}
-        for client, reply in replies.items():
-            if client in far and what == "clip":
-                reply = outliers.scaled(reply, asks[client], limit / far[client])
-            if client not in far or what != "leave_out":
-                found[client] = reply
-        return found
+        passed = self.limited({client: outliers.Start(asks[client]).norm(reply) for client, reply in replies.items()})
+        return {
+            client: replies[client] if factor == 1 else outliers.scaled(replies[client], asks[client], factor)
+            for client, factor in passed.items()
+        }
 
     def note(self, client: int, what: str) -> None:
         """Take down that something in a client's reply is unlike the others, which was taken all the same."""
@@ -257,17 +262,25 @@ class Cohort:
         self._enough(action, len(answered) if len(asks) == len(self.ids) else len(set(self.ids) - set(self.failures)))
 
     def _sum(
-        self, action: str, ask: Payload | Mapping[int, Payload], like: Payload | Expected, *, clip_outliers: bool
+        self,
+        action: str,
+        ask: Payload | Mapping[int, Payload],
+        like: Payload | Expected,
+        check: Check,
+        *,
+        clip_outliers: bool,
     ) -> WeightedSum:
         """The weighted sum of the replies, without what the rules say of outliers."""
         policy, what = self._policy, self._rules.outliers
         what = "clip" if clip_outliers and what == "warn" else what
         streams = policy.needs_aggregate or what == "warn"  # Else all are held until their median is known.
         total = WeightedSum()
+        start = outliers.Start(ask) if isinstance(ask, Payload) else None
         norms: dict[int, float] = {}
         kept: dict[int, tuple[Payload, float]] = {}
 
         def take(client: int, reply: Payload) -> None:
+            check(client, reply)
             asked = ask if isinstance(ask, Payload) else ask[client]
             weight = 1.0 if policy.uniform else self.weight(client, reply.scalars.get(WEIGHT, 1.0))
             reply = self._clipped(client, reply, asked)
@@ -278,7 +291,7 @@ class Cohort:
                 total.check(one)
                 kept[client] = one, weight
             if not policy.needs_aggregate:  # Else every update was clipped to one norm.
-                norms[client] = outliers.update_norm(one, asked)
+                norms[client] = (start or outliers.Start(asked)).norm(one)
 
         self._exchange(action, "mean", ask, like, take)
         limit, far = self._far_out(norms, what)

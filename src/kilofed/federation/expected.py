@@ -1,14 +1,14 @@
 """What a reply must be, known before it comes: names, dtypes, shapes and length, never read off another client's reply."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Self
 
 import torch
 
 from kilofed.errors import PayloadError
-from kilofed.payload import Payload, Scalar
+from kilofed.payload import Layout, Pack, Payload, Scalar
 
 Sizes = tuple[int | range, ...]
 """A tensor's shape; a range where a dimension differs from reply to reply."""
@@ -29,6 +29,8 @@ class Expected:
     tensors: Mapping[str, TensorLike]
     scalars: Mapping[str, type[int] | type[float] | type[str] | type[bool]] = field(default_factory=dict)
     """Kinds by name; int and float are both numbers."""
+    _passed: list[Layout | None] = field(default_factory=lambda: [None], repr=False, compare=False)
+    """The layout that passed last: replies of one layout share the object, and need one look."""
 
     @classmethod
     def like(cls, outline: Payload) -> Self:
@@ -53,27 +55,32 @@ class Expected:
 
     def only(self, left: Payload) -> Self:
         """These replies with no more than the names in `left`."""
-        return replace(
-            self,
+        return type(self)(
             tensors={name: one for name, one in self.tensors.items() if name in left.tensors},
             scalars={name: kind for name, kind in self.scalars.items() if name in left.scalars},
         )
 
     def check(self, reply: Payload) -> None:
         """Raise PayloadError unless `reply` has these tensors and scalars and no other."""
-        if odd := sorted(set(reply.tensors) ^ set(self.tensors))[:3]:
-            raise PayloadError(f"it sent other tensors than it was asked for: {_named(odd, reply.tensors)}")
-        if odd := sorted(set(reply.scalars) ^ set(self.scalars))[:3]:
+        layout = Pack.of(reply.tensors).layout
+        if layout is not self._passed[-1]:
+            self._check_tensors(layout)
+            self._passed[:] = [layout]
+        if odd := reply.scalars.keys() != self.scalars.keys() and sorted(set(reply.scalars) ^ set(self.scalars))[:3]:
             raise PayloadError(f"it sent other scalars than it was asked for: {_named(odd, reply.scalars)}")
-        for name, tensor in reply.tensors.items():
-            one = self.tensors[name]
-            if not _fits(tuple(tensor.shape), one.shape):
-                raise PayloadError(f"it sent {name} of shape {tuple(tensor.shape)}; expected {_words(one.shape)}")
-            if tensor.dtype != one.dtype:
-                raise PayloadError(f"it sent {name} as {tensor.dtype}; expected {one.dtype}")
         for name, value in reply.scalars.items():
             if not _same_kind(value, self.scalars[name]):
                 raise PayloadError(f"it sent the scalar {name}={value!r:.80}; expected {_kind(self.scalars[name])}")
+
+    def _check_tensors(self, layout: Layout) -> None:
+        if odd := sorted(set(layout.places) ^ set(self.tensors))[:3]:
+            raise PayloadError(f"it sent other tensors than it was asked for: {_named(odd, layout.places)}")
+        for name, place in layout.places.items():
+            one, shape, dtype = self.tensors[name], tuple(place.shape), layout.runs[place.run][0]
+            if not _fits(shape, one.shape):
+                raise PayloadError(f"it sent {name} of shape {shape}; expected {_words(one.shape)}")
+            if dtype != one.dtype:
+                raise PayloadError(f"it sent {name} as {dtype}; expected {one.dtype}")
 
 
 def _most(size: int | range) -> int:

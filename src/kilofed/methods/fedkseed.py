@@ -72,6 +72,9 @@ class FedKSeed(Method):
     pools when K directions limit learning; every earlier pool costs one more pass over the weights per forward."""
     max_scalar_gradient: Annotated[float, Gt(0), FormerName("max_slope")] = 1e6
     """Gradients of larger magnitude are skipped by clients and refused by the server."""
+    max_gradient_ratio: Annotated[float, Ge(0)] = 10.0
+    """The server limits gradients to this many times the median over clients of each one's largest; 0 limits none. With
+    disclose=sums it sees no gradients, and an update whose norm is above outlier_ratio times the median is scaled down."""
     check_every: Annotated[int, Ge(0)] = 1
     """Rounds between checks that all sites rebuild the same weights, one pass and a hash each; 0 never checks."""
 
@@ -99,6 +102,8 @@ class FedKSeed(Method):
             reports = self._reports(clients, asks)
             state[log_name(server.round)] = seed_log.pack_reports(reports)
             metrics = self.pools.apply(server.seed, state, server.round)
+            for client, num in self.pools.limits(state[log_name(server.round)]).items():
+                clients.note(client, f"{num} of its {self.steps} gradients are far above the cohort's and are limited")
         else:
             like = self._own_sums(Report(1, 0.0, (), np.zeros(0)), np.zeros((3, self.num_seeds)))
             mean = clients.mean("walk", next(iter(asks.values())), like, clip_outliers=True)
@@ -123,6 +128,7 @@ class FedKSeed(Method):
             self.bits_down,
             self.rounds_per_pool,
             self.max_scalar_gradient,
+            self.max_gradient_ratio,
         )
 
     def perturbed(self, model: nn.Module) -> two_point.PerturbedModel:

@@ -27,7 +27,7 @@ from kilofed.data.examples import Example
 from kilofed.distillation import ensemble
 from kilofed.distillation.ensemble import Scores
 from kilofed.distillation.passes import Distilled
-from kilofed.errors import ClientError, RecipeError
+from kilofed.errors import ClientError, PayloadError, RecipeError
 from kilofed.federation import wire
 from kilofed.federation.cohort import Cohort
 from kilofed.federation.method import Method, on_client
@@ -97,7 +97,7 @@ class KD(Method):
         rows = self.rows(server.public, server.seed, server.round)
         loading.write_trained(server.model, wire.shared(server.state))
         ask = self._ask(server.model, rows)
-        reply = clients.mean("tune", ask, self._reply(ask.tensors[LOG_PROBS]))
+        reply = clients.mean("tune", ask, self._reply(ask.tensors[LOG_PROBS]), check=self._check_reply)
         teacher = self.teacher(ask, reply)
         loading.write_trained(server.model, wire.shared(server.state))  # In-process clients use the same model.
         fitted = self._distil(server.model, rows, teacher, server.train, self.steps, server.rng("distil"))
@@ -117,6 +117,13 @@ class KD(Method):
         mean_NB = ensemble.decode(reply.tensors[LOG_PROBS], self.wire) if LOG_PROBS in reply.tensors else global_NB
         ensemble_NB = ensemble.ensemble(global_NB, mean_NB, reply.tensors.get(COUNTS))
         return _as_scores(ask, ensemble_NB)
+
+    def _check_reply(self, client: int, reply: Payload) -> None:
+        """Raise PayloadError unless the reply has log-probabilities, and weights from 0 to 1."""
+        sent = reply.tensors[LOG_PROBS]
+        ensemble.read(sent, self.wire, (sent.shape[0], sent.shape[1]))
+        if self.counts and not bool(((reply.tensors[COUNTS] >= 0) & (reply.tensors[COUNTS] <= 1)).all()):
+            raise PayloadError("it sent weights of positions outside 0 to 1")
 
     @on_client
     def tune(self, client: Client, ask: Payload) -> Payload:

@@ -252,6 +252,12 @@ def _part_like(own: Mapping[str, Tensor]) -> Payload:
     return Payload(own, {"weight": 1.0, "train_loss": 0.0})
 
 
+def _mean_norm(hidden: Tensor) -> float:
+    """Mean L2 norm of hidden states (..., D) or their gradients; padding is 0 and does not count."""
+    norms = hidden.double().norm(dim=-1)
+    return float(norms.sum() / (norms > 0).sum().clamp(min=1))
+
+
 class _Round:
     """One round as the server runs it."""
 
@@ -337,8 +343,13 @@ class _Round:
 
         asks = {client: self._ask(client, {STEP: number}) for client in asked}
         self._clients.call("forward", asks, self._batch_like, check=check)
+        passed = self._clients.limited({client: _mean_norm(batch.hidden_BTD) for client, batch in found.items()})
         self._update_alive(asked)
-        return {client: batch for client, batch in found.items() if client in self._alive}
+        return {
+            client: replace(found[client], hidden_BTD=found[client].hidden_BTD * factor)
+            for client, factor in passed.items()
+            if client in self._alive
+        }
 
     def _call_head(self, sent: Mapping[int, ClientBatch]) -> dict[int, Tensor]:
         """Gradients (N, D) with respect to the output of the last block; clients that failed are dropped."""
@@ -352,8 +363,9 @@ class _Round:
         asks = {client: self._ask(client, {}) for client in sorted(sent)}
         like = self._method.expected_rows(self._limits, self._method.gradients)
         self._clients.call("head", asks, like, check=check)
+        passed = self._clients.limited({client: _mean_norm(rows) for client, rows in found.items()})
         self._update_alive(asks, received=False)
-        return {client: rows for client, rows in found.items() if client in self._alive}
+        return {client: found[client] * factor for client, factor in passed.items() if client in self._alive}
 
     def _checked_steps(self, client: int, steps: int) -> int:
         """Raise PayloadError unless a client of its rows takes `steps` steps in a round."""

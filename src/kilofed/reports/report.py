@@ -140,7 +140,9 @@ def _words(reading: Reading) -> dict[str, object]:
     clients = facts.clients
     names = {client.id: client.name or str(client.id) for client in clients}
     rows = in_order(results.rows) if results else {}
-    failures = [failure for part in [reading, *reading.seeds] for failure in _failures(part, names)]
+    every = [done for part in [reading, *reading.seeds] for done in part.rounds]
+    failures = _by_client(((done.round, done.failures) for done in every), names)
+    outliers = _by_client(((done.round, done.outliers) for done in every), names)
     return {
         "reading": reading,
         "name": str(facts.recipe.get("name") or reading.folder.name),
@@ -168,6 +170,8 @@ def _words(reading: Reading) -> dict[str, object]:
         "actions": sorted({(action, verb) for action, verb, _ in traffic.by_action}),
         "failures": failures[:MAX_SHOWN],
         "num_failures": len(failures),
+        "outliers": outliers[:MAX_SHOWN],
+        "num_outliers": len(outliers),
         "verbs": {verb: sorted({a for a, v, _ in traffic.by_action if v == verb}) for verb in ("mean", "call")},
         "mismatch": not reading.seeds
         and results is not None
@@ -175,12 +179,11 @@ def _words(reading: Reading) -> dict[str, object]:
     }
 
 
-def _failures(reading: Reading, names: Mapping[int, str]) -> list[tuple[int, str, str]]:
-    """(round, client, what it said)."""
-    rounds = reading.rounds
-    return [
-        (done.round, names.get(client, str(client)), text) for done in rounds for client, text in done.failures.items()
-    ]
+def _by_client(
+    rounds: Iterable[tuple[int, Mapping[int, str]]], names: Mapping[int, str]
+) -> list[tuple[int, str, str]]:
+    """(round, client's name, text) of texts by client."""
+    return [(number, names.get(client, str(client)), text) for number, told in rounds for client, text in told.items()]
 
 
 def _sentence(reading: Reading) -> str:
