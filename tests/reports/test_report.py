@@ -395,4 +395,4 @@ def test_costs_are_shown_as_forecast_by_measured(tmp_path: Path) -> None:
     (folder / "run.json").write_text(json.dumps({**run, "plan": to_json(told)}), "utf-8")
     page = Page(report.write(folder))
     assert page.row("operations of a client, round 1")[-1] == "0.500"
-    assert page.row("operations of the server, round 1")[-1] == "2.00"
+    assert page.row("operations of the server, round 1")[-1] == "2.000"
