@@ -1,6 +1,8 @@
 """Small real parts for every test: a two-layer random Llama with a byte tokeniser, rows of equal and unequal clients."""
 
+import dataclasses
 import json
+import typing
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -9,6 +11,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from kilofed.config.bounds import Settings, bounds_of
 from kilofed.config.fields import Value
 from kilofed.config.recipe import Recipe
 from kilofed.config.tables import changed, from_table
@@ -133,3 +136,13 @@ def tiny_recipe(tiny_table: dict[str, Value]) -> Recipe:
 def uneven(tiny_recipe: Recipe, uneven_file: Path) -> Recipe:
     """Two rounds of FedAvg with LoRA on the rows of three clients by SIZES."""
     return changed(tiny_recipe, {"data.source": str(uneven_file)})
+
+
+def stated(settings: type[Settings]) -> dict[str, tuple[object, str]]:
+    """Default and bounds in words of each field that is a number."""
+    hints = typing.get_type_hints(settings, include_extras=True)
+    return {
+        item.name: (item.default, bounds_of(hints[item.name]).words)
+        for item in dataclasses.fields(settings)
+        if isinstance(item.default, int | float)
+    }

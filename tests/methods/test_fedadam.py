@@ -1,8 +1,10 @@
 """FedAdam against two steps worked out from FedAvg's means."""
 
 import torch
+from tests.conftest import stated
 
 from kilofed.federation.wire import shared
+from kilofed.methods.fedadam import FedAdam
 
 LR, TAU = 0.05, 0.01
 START = TAU**2
@@ -40,3 +42,12 @@ def test_its_moments_do_not_travel(federate) -> None:
     found, plain = federate("fedadam"), federate("fedavg")
     assert found.ledger.per_client("down") == plain.ledger.per_client("down")
     assert found.ledger.per_client("up") == plain.ledger.per_client("up")
+
+
+def test_defaults_and_bounds_are_those_that_runs_rely_on() -> None:
+    assert stated(FedAdam) == {
+        "server_lr": (0.01, "at least 0"),
+        "beta1": (0.9, "from 0 to below 1"),
+        "beta2": (0.99, "from 0 to below 1"),
+        "tau": (0.001, "above 0"),
+    }

@@ -1,8 +1,10 @@
 """FedAvgM collapses to FedAvg without momentum, and carries a round's update into the next with it."""
 
 import torch
+from tests.conftest import stated
 
 from kilofed.federation.wire import shared
+from kilofed.methods.fedavgm import FedAvgM
 
 
 def test_without_momentum_and_with_rate_one_it_is_fedavg_bit_for_bit(federate) -> None:
@@ -33,3 +35,10 @@ def test_its_momentum_does_not_travel(federate) -> None:
     found, plain = federate("fedavgm"), federate("fedavg")
     assert found.ledger.per_client("down") == plain.ledger.per_client("down")
     assert any(name.startswith("server.momentum.") for name in found.server.state)
+
+
+def test_defaults_and_bounds_are_those_that_runs_rely_on() -> None:
+    assert stated(FedAvgM) == {
+        "server_lr": (1.0, "at least 0"),
+        "momentum": (0.9, "from 0 to below 1"),
+    }

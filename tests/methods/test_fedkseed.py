@@ -7,6 +7,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
+from tests.conftest import stated
 
 from kilofed.config.recipe import TrainSpec
 from kilofed.engines.inprocess import InProcess
@@ -247,3 +248,18 @@ def test_a_client_that_failed_is_sent_all_that_it_may_have_missed(federate, away
     down = {(row.round, row.client): row.bytes for row in found.ledger.rows() if row.direction == "down"}
     assert down[2, 1] == down[2, 0]
     assert down[3, 1] > down[3, 0] == down[3, 2]
+
+
+def test_defaults_and_bounds_are_those_that_runs_rely_on() -> None:
+    assert stated(FedKSeed) == {
+        "num_seeds": (4096, "a power of two, from 64 to 1048576"),
+        "steps": (200, "from 1 to 65535"),
+        "batch_size": (1, "at least 1"),
+        "eps": (5e-4, "above 0"),
+        "lr": (3e-07, "at least 0"),
+        "bits_up": (6, "from 2 to 16, or 32"),
+        "bits_down": (5, "from 2 to 16, or 32"),
+        "rounds_per_pool": (0, "at least 0"),
+        "max_scalar_gradient": (1e6, "above 0"),
+        "check_every": (1, "at least 0"),
+    }

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from tests.conftest import stated
 
 from kilofed.errors import KilofedError, PrivacyError
 from kilofed.methods.fedmezo import FedMeZO, relative_deviations
@@ -65,3 +66,13 @@ def test_rates_from_single_replies_are_refused_under_central_privacy(federate) -
 def test_fields_out_of_range_are_refused(fields: dict[str, object], words: str) -> None:
     with pytest.raises(KilofedError, match=words):
         FedMeZO(**fields)  # type: ignore[arg-type]
+
+
+def test_defaults_and_bounds_are_those_that_runs_rely_on() -> None:
+    assert stated(FedMeZO) == {
+        "steps": (30, "at least 1"),
+        "batch_size": (1, "at least 1"),
+        "eps": (0.001, "above 0"),
+        "lr": (1e-05, "at least 0"),
+        "lr_range": (5e-06, "at least 0"),
+    }

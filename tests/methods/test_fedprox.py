@@ -3,6 +3,9 @@
 import math
 
 import torch
+from tests.conftest import stated
+
+from kilofed.methods.fedprox import FedProx
 
 
 def moved(federation, start) -> float:
@@ -40,3 +43,9 @@ def test_the_pull_is_towards_the_round_and_not_the_run(federate) -> None:
     start = federate("fedprox", rounds=0)
     one, three = (moved(federate("fedprox", rounds=n, mu=50.0, overrides=strong), start) for n in (1, 3))
     assert three > 1.5 * one
+
+
+def test_defaults_and_bounds_are_those_that_runs_rely_on() -> None:
+    assert stated(FedProx) == {
+        "mu": (0.01, "at least 0"),
+    }

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.conftest import stated
 from tests.loopback import served
 from torch import nn
 
@@ -18,6 +19,7 @@ from kilofed.federation.address import Address
 from kilofed.federation.method import method_names
 from kilofed.federation.workload import RunPreview
 from kilofed.methods import fedpt
+from kilofed.methods.fedpt import FedPT
 from kilofed.models import evaluation, loading, training
 from kilofed.payload import Payload
 from kilofed.proxy.large_model import open_large_model
@@ -469,3 +471,21 @@ def test_each_server_phase_teaches_the_next_stretch_of_rows(federate, monkeypatc
     rows = {tuple(row.input_ids) for row in found.sites.method.public_rows(found.server)[0]}
     assert len(rows) >= 4
     assert len(set(taught[0] + taught[1])) == 4  # No row comes twice before all have come once.
+
+
+def test_defaults_and_bounds_are_those_that_runs_rely_on() -> None:
+    assert stated(FedPT) == {
+        "alpha": (1.0, ""),
+        "fit_share": (True, ""),
+        "fit_epochs": (10, "at least 1"),
+        "distill_every": (1, "at least 1"),
+        "temperature": (1.0, "above 0"),
+        "steps": (10, "at least 1"),
+        "batch_size": (8, "at least 1"),
+        "lr": (5e-4, "above 0"),
+        "hard_label_weight": (0.0, "from 0 to 1"),
+        "top_k": (64, "at least 0"),
+        "validation_share": (0.25, "above 0 and below 1"),
+        "tolerance": (0.0, "at least 0"),
+        "target_loss": (0.0, "at least 0"),
+    }

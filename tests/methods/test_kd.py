@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.conftest import stated
 
 from kilofed.config.fields import Value
 from kilofed.config.recipe import Recipe
@@ -15,6 +16,7 @@ from kilofed.errors import ClientError, RecipeError
 from kilofed.federation.cohort import Cohort, Rules
 from kilofed.federation.ledger import Ledger
 from kilofed.federation.workload import Message, RunPreview
+from kilofed.methods.kd import KD
 from kilofed.models import loading
 from kilofed.payload import Payload
 from kilofed.runs.sites import Sites
@@ -225,3 +227,16 @@ def test_the_servers_model_is_its_own_again_after_clients_of_the_same_process(fe
     together, apart = (federate("kd", rounds=1, fresh=True, forgetful=away) for away in (False, True))
     assert together.sites.site(0).client.model is together.server.model
     assert together.content == apart.content
+
+
+def test_defaults_and_bounds_are_those_that_runs_rely_on() -> None:
+    assert stated(KD) == {
+        "steps": (20, "at least 1"),
+        "client_distill_steps": (10, "at least 0"),
+        "lr": (0.001, "at least 0"),
+        "batch_size": (16, "at least 1"),
+        "temperature": (2.0, "above 0"),
+        "top_k": (32, "at least 0"),
+        "public_rows": (0, "at least 0"),
+        "score_share": (1.0, "above 0 and at most 1"),
+    }

@@ -5,10 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.conftest import stated
 
 from kilofed.engines.inprocess import InProcess
 from kilofed.errors import ClientError, PrivacyError, RecipeError, TooFewReplies
 from kilofed.federation.cohort import Cohort, Rules
+from kilofed.methods.split import Split
 from kilofed.payload import Payload
 
 ALONE = {"data.partition.kind": "iid", "data.partition.num_clients": 1}
@@ -296,3 +298,10 @@ def test_clients_count_by_the_examples_they_trained_on(federate) -> None:
     assert_equal(alike.server.state, plain.server.state)
     assert_equal(by_rows, federate("fedavg", rounds=1, overrides=epoch).server.state)
     assert all(not torch.equal(by_rows[name], tensor) for name, tensor in alike.server.state.items())
+
+
+def test_defaults_and_bounds_are_those_that_runs_rely_on() -> None:
+    assert stated(Split) == {
+        "cut": (1, "at least 1"),
+        "average_every": (0, "at least 0"),
+    }
