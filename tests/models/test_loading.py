@@ -1,5 +1,7 @@
 """Models and adapters: what is trained, how it is taken out and put back, and what is left when it is folded in."""
 
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -216,3 +218,20 @@ def test_a_model_inside_an_installed_package_is_found_without_importing_it() -> 
 def test_a_package_without_the_model_is_refused(path: str, seen: str) -> None:
     with pytest.raises(ModelError, match=seen):
         loading.locate(ModelSpec(f"package:{path}"))
+
+
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_a_disk_without_room_for_the_adapter_is_said(tiny_model: Path, tmp_path: Path, kind: str) -> None:
+    script = (
+        "import resource, sys\nfrom pathlib import Path\n"
+        "from kilofed.config.recipe import AdapterSpec, ModelSpec\nfrom kilofed.errors import RunError\n"
+        "from kilofed.models import loading\n"
+        "model = loading.load_model(ModelSpec(path=sys.argv[1]), AdapterSpec(kind=sys.argv[3]), 0)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (300, 300))\n"
+        "try:\n    loading.save_adapter(model, Path(sys.argv[2]))\n"
+        "except RunError as error:\n    print(error)\n"
+    )
+    words = [sys.executable, "-c", script, str(tiny_model), str(tmp_path / "adapter"), kind]
+    said = subprocess.run(words, capture_output=True, text=True, check=True).stdout
+    assert said.startswith(f"cannot write {tmp_path}/adapter (")
+    assert said.endswith("make room or choose another folder, then resume\n")

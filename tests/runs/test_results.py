@@ -227,17 +227,21 @@ def test_results_of_another_state_are_not_believed(private: Path, caplog: pytest
     assert "results.json is of another state than" in caplog.text
 
 
+@pytest.mark.parametrize("finished", [True, False])
 @pytest.mark.parametrize("text", ["{", '{"rows": {}}', None])
 def test_damaged_or_foreign_rows_are_scored_anew_and_said(
-    private: Path, text: str | None, caplog: pytest.LogCaptureFixture
+    private: Path, text: str | None, finished: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
     known = read(private)
     assert known
-    (private / "results.json").unlink()
+    if not finished:
+        (private / "results.json").unlink()
     path = private / "baselines.json"
     if text is None:
         rows = {name: replace(row, loss=7.5) for name, row in known.rows.items()}
         text = json.dumps(to_json(ScoreRows(rows, "0" * 16)))
+    before = (private / "baselines.json").read_bytes()
     path.write_text(text, "utf-8")
     assert resume(private).results.rows == known.rows
     assert "its rows are scored anew" in caplog.text
+    assert path.read_bytes() == before

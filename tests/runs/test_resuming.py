@@ -119,6 +119,7 @@ def test_a_file_that_is_gone_is_missed(tmp_path: Path) -> None:
 def recipe(tiny_recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Recipe:
     """Three rounds of three clients with 3, 10 and 41 rows, whose state is kept; noise with a secret key."""
     monkeypatch.syspath_prepend(Path(__file__).parents[1])
+    monkeypatch.setenv("KILOFED_TRUST", "fixtures.stateful_method")
     rows = [
         {"client": f"site {client}", "instruction": f"add {n} and {client}", "response": f"is {n + client}"}
         for client, size in enumerate(SIZES)
@@ -205,7 +206,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "a bit of the state": (lambda f: flip(f / commit.FILE), r"state\.safetensors is not a whole state"),
     "no state": (lambda f: (f / commit.FILE).unlink(), r"state\.safetensors is missing, but ledger\.jsonl holds round 2"),
     "no key": (lambda f: (f / "noise.key").unlink(), r"noise\.key is missing"),
-    "another key": (lambda f: (f / "noise.key").write_text("ab" * 16), r"noise\.key is not the secret that the run began"),
+    "another key": (lambda f: (f / "noise.key").write_text("ab" * 16), r"state\.safetensors and .*noise\.key.* of one run"),
     "no ledger": (lambda f: (f / "ledger.jsonl").unlink(), r"ledger\.jsonl has 0 whole lines"),
     "rows in another order": (reordered, r"ledger\.jsonl is not as it was when round 2 ended"),
     "no metrics": (lambda f: (f / "metrics.jsonl").unlink(), r"metrics\.jsonl has 0 whole lines"),
@@ -232,7 +233,9 @@ def test_another_runs_state_and_another_recipe_are_refused(recipe: Recipe, folde
         checked(folder, changed(recipe, {"train.lr": 0.5}))
     other = run(recipe, tmp_path / "other", 2)  # The same but for its secret.
     shutil.copy(other / commit.FILE, folder)
-    with pytest.raises(RunError, match=r"noise\.key is not the secret that the run began with"):
+    with pytest.raises(
+        RunError, match=r"state\.safetensors and .*noise\.key, the secret of the noise, are not of one run"
+    ):
         checked(folder, recipe)
     assert checked(other, changed(recipe, {"engine.name": "pool", "name": "mine"})).commit
 

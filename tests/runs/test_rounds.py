@@ -126,6 +126,7 @@ def test_a_method_that_is_done_early_is_scored_after_its_last_round(
     recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.syspath_prepend(Path(__file__).parents[1])
+    monkeypatch.setenv("KILOFED_TRUST", "fixtures.brief_method")
     run(changed(recipe, {"method": "fixtures.brief_method", "evaluate.every": 3}), tmp_path / "run")
     _, lines, _ = on_disk(tmp_path / "run")
     assert [line["round"] for line in lines] == [0, 1, 2]

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import cast
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -25,6 +26,7 @@ from transformers import (
 from kilofed import hub
 from kilofed.config.recipe import AdapterSpec, ModelSpec
 from kilofed.errors import ModelError
+from kilofed.files import said
 from kilofed.models.halves import Part, trim
 from kilofed.models.heads import MeanClassifier
 
@@ -211,9 +213,12 @@ def without_adapter(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def save_adapter(model: nn.Module, folder: Path) -> None:
-    """Write the adapter in PEFT's format; a fully trained model as a model directory."""
-    with quiet():
-        cast(PreTrainedModel, model).save_pretrained(str(folder), safe_serialization=True)
+    """Write the adapter in PEFT's format; a fully trained model as a model directory. Raises RunError: no room for it."""
+    with said(f"cannot write {folder}"), quiet():
+        try:
+            cast(PreTrainedModel, model).save_pretrained(str(folder), safe_serialization=True)
+        except SafetensorError as error:
+            raise OSError(str(error)) from error
 
 
 def merged(model: nn.Module) -> PreTrainedModel:

@@ -18,6 +18,7 @@ from kilofed.costs import counter
 from kilofed.errors import RunError
 from kilofed.federation.method import with_present_names
 from kilofed.federation.parties import Server
+from kilofed.files import said
 from kilofed.models import loading
 from kilofed.models.evaluation import Scores, summarise
 from kilofed.privacy.mechanisms import Mechanism, load_mechanism
@@ -147,7 +148,8 @@ def _run_all(recipe: Recipe, folder: Path, watch: Watch) -> Run:
             counts = recipe.evaluate.costs and seed == recipe.seed  # They hardly differ, and counting takes time.
             one = replace(recipe, seed=seed, seeds=1, evaluate=replace(recipe.evaluate, costs=counts))
             below = folder / f"seed-{seed}"
-            below.mkdir(exist_ok=True)
+            with said(f"cannot make {below}"):
+                below.mkdir(exist_ok=True)
             with held(below):
                 begin_repeat(below, one)
                 every.append(_run_one(one, below, watch))

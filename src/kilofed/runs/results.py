@@ -166,7 +166,10 @@ def verdict(losses: Losses, closed: float | None = None) -> list[str]:
 
 def _kept(folder: Path) -> list[Path]:
     """Files of a finished run whose digests its results hold."""
-    return [folder / LEDGER, folder / METRICS, *sorted(p for p in (folder / "adapter").rglob("*") if p.is_file())]
+    alone = [folder / LEDGER, folder / METRICS, folder / "baselines.json"]
+    return [path for path in alone if path.exists()] + sorted(
+        p for p in (folder / "adapter").rglob("*") if p.is_file()
+    )
 
 
 def _mean_row(rows: Sequence[ScoreRow]) -> ScoreRow:

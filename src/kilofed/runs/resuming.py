@@ -62,7 +62,8 @@ def checked(folder: Path, recipe: Recipe) -> Begun:
     hold_to_recipe(path, commit, recipe)
     if commit.run != run:
         raise RunError(
-            f"{folder}/noise.key is not the secret that the run began with: put a copy of it back, or run the recipe anew"
+            f"{path} and {folder}/noise.key, the secret of the noise, are not of one run: put a copy of the one that was "
+            "changed back, or run the recipe anew"
         )
     cut_back(folder / LEDGER, of_ledger, commit.ledger, commit.round)
     metrics = cut_back(folder / METRICS, of_metrics, commit.metrics, commit.round)
