@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Literal
 
 import pytest
 import torch
@@ -528,3 +529,19 @@ def test_a_recipe_sets_the_rules() -> None:
     recipe = Recipe(quorum=3, on_failure="skip", max_weight=9.0, outliers="clip", outlier_ratio=4.0)
     assert Rules.of(recipe) == Rules(3, True, 9.0, "clip", 4.0)
     assert not Rules.of(Recipe(on_failure="stop")).skip_failures
+
+
+@pytest.mark.parametrize(
+    ("what", "factors"),
+    [
+        ("warn", {0: 1.0, 1: 1.0, 2: 1.0, 3: 1.0}),
+        ("clip", {0: 1.0, 1: 1.0, 2: 1.0, 3: 25 / 500}),
+        ("leave_out", {0: 1.0, 1: 1.0, 2: 1.0}),
+    ],
+)
+def test_norms_far_above_the_median_are_limited_as_the_rules_say(
+    what: Literal["warn", "clip", "leave_out"], factors: dict[int, float]
+) -> None:
+    clients = cohort(three(), [0, 1, 2, 3], rules=Rules(outliers=what))
+    assert clients.limited({0: 1.0, 1: 2.0, 2: 3.0, 3: 500.0}) == pytest.approx(factors)  # The median is 2.5.
+    assert list(clients.failures if what == "leave_out" else clients.outliers) == [3]
