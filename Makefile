@@ -1,7 +1,11 @@
 # The commands: `make run`, `make test`, `make docs`. Each makes .venv if it is absent.
 VENV := .venv
 PYTHON ?= python3
-PIP := $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
+INSTALL := $(PIP) install --quiet
+# By version and sha256. The lock files say all that is needed; nothing is built from what they do not say.
+LOCKED := $(INSTALL) --require-hashes --no-deps --no-build-isolation --requirement
+LOCKS := $(addprefix requirements/,build.lock run.lock cuda.lock)
 DEVELOPMENT := $(VENV)/.installed-development
 WORKERS ?= 2
 # A file's tests stay in one process: they share its models and its Ray.
@@ -27,14 +31,17 @@ lint: $(DEVELOPMENT)
 docs: $(DEVELOPMENT)
 	$(VENV)/bin/zensical build --clean --strict
 
-$(VENV)/.installed: pyproject.toml constraints.txt
+$(VENV)/.installed: pyproject.toml $(LOCKS)
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip --disable-pip-version-check install --quiet "pip>=25.1"
-	$(PIP) --editable .
+	$(LOCKED) requirements/build.lock
+	$(LOCKED) requirements/run.lock
+	! $(PIP) show torch | grep --quiet nvidia || $(LOCKED) requirements/cuda.lock
+	$(INSTALL) --no-deps --no-build-isolation --editable .
+	$(PIP) check
 	touch $@
 
-$(DEVELOPMENT): $(VENV)/.installed
-	$(PIP) --editable ".[flower,serve]" --group dev
+$(DEVELOPMENT): $(VENV)/.installed constraints.txt
+	$(INSTALL) --constraint constraints.txt --editable ".[flower,serve]" --group dev
 	touch $@
 
 clean:

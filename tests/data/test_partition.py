@@ -253,3 +253,9 @@ def test_a_skew_without_a_column_is_over_the_label_where_rows_are_classified() -
     rows = Rows([{"text": str(n), "label": str(n % 2)} for n in range(40)], [], "")
     spec = DataSpec(task="classify", partition=PartitionSpec(kind="pathological", num_clients=2, classes=1))
     assert [len({row["label"] for row in share.train}) for share in divide(rows, spec, 0)] == [1, 1]
+
+
+@pytest.mark.parametrize("kind", ["dirichlet", "pathological"])
+def test_labels_with_a_nul_at_their_end_are_labels(kind: Kind) -> None:
+    train: list[Row] = [{"text": str(i), "label": ("\0", "b\0", "b", "")[i % 4]} for i in range(60)]
+    assert sum(len(share.train) + len(share.test) for share in divide(rows(train), spec(kind), 0)) == 60

@@ -44,6 +44,16 @@ def test_rows_without_text_are_refused(to_classify: Renderer) -> None:
         examples([{"words": "ab"}], CLASSIFY, to_classify, CLASSES)
 
 
+def test_a_row_without_a_column_that_others_have_is_refused(
+    words: PreTrainedTokenizerBase, to_classify: Renderer
+) -> None:
+    renderer = Renderer(words, DataSpec(), "response")
+    with pytest.raises(DataError, match="public row 2 has no column response; it has instruction: fill it in or drop"):
+        examples([{"instruction": "a", "response": "b"}, {"instruction": "c"}], DataSpec(), renderer, ())
+    with pytest.raises(DataError, match="public row 1 has no column text; it has none"):
+        examples([{}, {"text": "ab"}], CLASSIFY, to_classify, CLASSES)
+
+
 def test_plain_text_serves_as_public_rows_of_answers(words: PreTrainedTokenizerBase) -> None:
     spec = DataSpec(template="plain", columns=ColumnsSpec(response="answer"))
     renderer = Renderer(words, spec, "response")

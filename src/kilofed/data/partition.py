@@ -156,7 +156,8 @@ def _labels(rows: Sequence[Row], part: PartitionSpec) -> list[str]:
     for number, row in enumerate(rows, 1):
         if part.column not in row:
             raise _no_column(part, f"row {number}", row)
-    return [str(row[part.column]) for row in rows]
+    # The library keeps labels in numpy, which drops NULs at their ends and then does not find them again.
+    return [str(row[part.column]).replace("\0", "\\0") for row in rows]
 
 
 def _no_column(part: PartitionSpec, what: str, row: Row) -> DataError:
