@@ -5,7 +5,7 @@ PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 INSTALL := $(PIP) install --quiet
 # By version and sha256. The lock files say all that is needed; nothing is built from what they do not say.
 LOCKED := $(INSTALL) --require-hashes --no-deps --no-build-isolation --requirement
-LOCKS := $(addprefix requirements/,build.lock run.lock cuda.lock)
+LOCKS := $(addprefix requirements/,build.lock run.lock torch-cpu.lock torch.lock)
 DEVELOPMENT := $(VENV)/.installed-development
 WORKERS ?= 2
 # A file's tests stay in one process: they share its models and its Ray.
@@ -35,7 +35,7 @@ $(VENV)/.installed: pyproject.toml $(LOCKS)
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	$(LOCKED) requirements/build.lock
 	$(LOCKED) requirements/run.lock
-	! $(PIP) show torch | grep --quiet nvidia || $(LOCKED) requirements/cuda.lock
+	$(LOCKED) requirements/torch-cpu.lock 2> /dev/null || $(LOCKED) requirements/torch.lock
 	$(INSTALL) --no-deps --no-build-isolation --editable .
 	$(PIP) check
 	touch $@

@@ -14,16 +14,17 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 BUILD = "pip>=25.1\nsetuptools\nhatchling\neditables\n"
 """What builds a source distribution, and kilofed itself."""
-CUDA = ("cuda-", "nvidia-", "triton")
-"""What only a wheel of torch with CUDA needs."""
-CPU_WHEEL = "6746dbcbeb526eb61330b76b41ff1b4eb848951103a892eeb080dfa2b264667b"
-"""Of torch-2.13.0+cpu-cp311-cp311-manylinux_2_28_x86_64.whl, with which kilofed is tested; PyPI has none of that kind."""
+TORCH = ("torch", "cuda-", "nvidia-", "triton")
+"""torch and what only its wheels with CUDA need."""
+CPU_WHEELS = ("6746dbcbeb526eb61330b76b41ff1b4eb848951103a892eeb080dfa2b264667b",)
+"""Of torch-2.13.0+cpu-cp311-cp311-manylinux_2_28_x86_64.whl, with which kilofed is tested. PyPI has no wheels of that kind,
+and no index that says the hashes of others could be asked."""
 
 ABOUT = {
     "build": "What the other files are installed with.",
-    "run": "What kilofed needs. The last hash of torch is that of a wheel for CPUs that PyPI does not have; other wheels\n"
-    "# from outside PyPI, such as those for CPUs of other systems, are refused: install them through constraints.txt.",
-    "cuda": "What torch's wheels for Linux from PyPI need besides.",
+    "run": "What kilofed needs, but for torch.",
+    "torch-cpu": "torch for CPUs, taken where pip knows of a place that has it: PyPI does not.",
+    "torch": "torch from PyPI, and what its wheels with CUDA need; taken where there is no wheel of torch-cpu.lock.",
 }
 
 
@@ -33,10 +34,11 @@ def main() -> None:
     uv = parser.parse_args().uv
     build = resolved(uv, BUILD)
     everything = resolved(uv, (ROOT / "pyproject.toml"))
-    cuda = {name: text for name, text in everything.items() if name.startswith(CUDA)}
-    run = {name: text for name, text in everything.items() if name not in cuda and name not in build}
-    run["torch"] += f" \\\n    --hash=sha256:{CPU_WHEEL}"
-    for name, found in (("build", build), ("run", run), ("cuda", cuda)):
+    torch = {name: text for name, text in everything.items() if name.startswith(TORCH)}
+    run = {name: text for name, text in everything.items() if name not in torch and name not in build}
+    hashes = "".join(f" \\\n    --hash=sha256:{one}" for one in CPU_WHEELS)
+    cpu = {"torch": torch["torch"].partition(" ")[0] + "+cpu" + hashes}
+    for name, found in (("build", build), ("run", run), ("torch-cpu", cpu), ("torch", torch)):
         text = f"# {ABOUT[name]} Written by scripts/lock.py.\n" + "".join(f"{one}\n" for one in found.values())
         (ROOT / "requirements" / f"{name}.lock").write_text(text, "utf-8")
 

@@ -2,10 +2,12 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import sysconfig
 import tarfile
+import tomllib
 import zipfile
 from pathlib import Path
 
@@ -98,3 +100,35 @@ def test_the_installed_command_runs_and_exports_outside_the_repository(installed
     assert "fedkseed" in outside(kilofed, "ls", "methods", cwd=tmp_path)
     outside(kilofed, "export", "run", "--merged", "merged", cwd=tmp_path)
     assert (tmp_path / "merged" / "config.json").exists()
+
+
+def locked() -> dict[str, tuple[str, list[str]]]:
+    """Version and hashes of each requirement in requirements/, by name."""
+    found: dict[str, tuple[str, list[str]]] = {}
+    for path in sorted((ROOT / "requirements").glob("*.lock")):
+        for one in re.split(r"\n(?=[a-z])", path.read_text("utf-8").replace(" \\\n", "")):
+            if pinned := re.match(r"([a-z0-9.-]+)==([^ ]+)", one):
+                version = pinned[2].removesuffix("+cpu")
+                assert found.setdefault(pinned[1], (version, []))[0] == version
+                assert pinned[1] == "torch" or not found[pinned[1]][1], f"{pinned[1]} stands in two files"
+                found[pinned[1]][1].extend(re.findall(r"--hash=sha256:([0-9a-f]{64})(?![0-9a-f])", one))
+    return found
+
+
+def named(requirement: str) -> str:
+    return re.split(r"[^A-Za-z0-9._-]", requirement)[0].lower().replace("_", "-")
+
+
+def test_everything_that_make_run_installs_has_a_version_that_is_tested_and_hashes() -> None:
+    found = locked()
+    assert all(hashes for _, hashes in found.values())
+    needed = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
+    assert {named(one) for one in [*needed["project"]["dependencies"], *needed["build-system"]["requires"]]} <= set(
+        found
+    )
+    lines = (ROOT / "constraints.txt").read_text("utf-8").splitlines()
+    tested = {named(line): line.partition("==")[2] for line in lines if not line.startswith("#")}
+    other = {
+        name: (version, tested[name]) for name, (version, _) in found.items() if tested.get(name, version) != version
+    }
+    assert not other, "run scripts/lock.py"
