@@ -49,13 +49,17 @@ def resolved(uv: str, wanted: str | Path) -> dict[str, str]:
         source = wanted if isinstance(wanted, Path) else Path(folder) / "wanted.in"
         if isinstance(wanted, str):
             source.write_text(wanted, "utf-8")
+        # torch from PyPI asks for a triton of its own; that of constraints.txt is for tests beside torch for CPUs.
+        lines = (ROOT / "constraints.txt").read_text("utf-8").splitlines()
+        tested = Path(folder) / "tested.txt"
+        tested.write_text("\n".join(line for line in lines if not line.startswith("triton==")), "utf-8")
         command = [
             uv,
             "pip",
             "compile",
             source,
             "--constraint",
-            ROOT / "constraints.txt",
+            tested,
             "--generate-hashes",
             "--quiet",
         ]

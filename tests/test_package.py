@@ -131,4 +131,4 @@ def test_everything_that_make_run_installs_has_a_version_that_is_tested_and_hash
     other = {
         name: (version, tested[name]) for name, (version, _) in found.items() if tested.get(name, version) != version
     }
-    assert not other, "run scripts/lock.py"
+    assert set(other) <= {"triton"}, "run scripts/lock.py"  # torch from PyPI asks for one of its own.
