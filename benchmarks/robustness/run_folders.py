@@ -128,7 +128,7 @@ def lasting(folder: Path, but: Collection[str] = ()) -> dict[str, str]:
             content = json.dumps([{k: v for k, v in row.items() if k not in VARIES} for row in rows]).encode()
         elif path.suffix == ".toml":
             content = json.dumps(tomllib.loads(content.decode()), sort_keys=True).encode()
-        elif path.name in ("results.json", "run.json"):
+        elif path.suffix == ".json":
             table = {k: v for k, v in json.loads(content).items() if k not in VARIES}
             content = json.dumps(table, sort_keys=True).encode()
         found[name] = hashlib.sha256(content).hexdigest()[:16]

@@ -13,6 +13,7 @@ from torch.nn.functional import scaled_dot_product_attention
 import kilofed
 from kilofed.config.recipe import Recipe
 from kilofed.costs import environment, measurement
+from kilofed.errors import RunError
 from kilofed.federation.address import Address
 from kilofed.payload import Payload
 from kilofed.runs.sites import Sites
@@ -113,3 +114,33 @@ def test_a_process_does_not_count_the_memory_of_the_one_that_started_it() -> Non
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert int(done.stdout) < 300e6 < large.nbytes  # torch itself takes more than half of that.
     assert large.nbytes < measurement.environment.own_peak_memory()
+
+
+def kept(folder: Path, run: str = "ab") -> Path:
+    """Costs of three unequal clients and of the server."""
+    for client, flops in ((3, 10), (10, 20), (41, 60)):
+        cost = measurement.Cost(flops, 0.5, 2, 1000 * client)
+        measurement.write(folder / "clients" / str(client) / measurement.FILE, cost, run)
+    measurement.write(folder / measurement.SERVER, measurement.Cost(7, 0.25, 1, 99), run)
+    return folder
+
+
+def test_costs_are_read_as_means_over_clients(tmp_path: Path) -> None:
+    found = measurement.read(kept(tmp_path), "ab")
+    assert found
+    assert (found.client.flops, found.client.num_messages, found.client.peak_memory_bytes) == (30, 2, 41_000)
+    assert (found.server.flops, found.server.seconds) == (7, 0.25)
+    (tmp_path / measurement.SERVER).unlink()
+    assert measurement.read(tmp_path, "ab") is None
+
+
+@pytest.mark.parametrize("name", ["server-cost.json", "clients/10/cost.json"])
+@pytest.mark.parametrize("damage", ["cut", "edit", "another run"])
+def test_damaged_or_foreign_costs_are_refused_by_name(tmp_path: Path, name: str, damage: str) -> None:
+    path, text = kept(tmp_path / "run") / name, (kept(tmp_path / "other", "cd") / name).read_text("utf-8")
+    if damage != "another run":
+        text = path.read_text("utf-8")
+        text = text[:-5] if damage == "cut" else text.replace('"flops": ', '"flops": 1')
+    path.write_text(text, "utf-8")
+    with pytest.raises(RunError, match=rf"{name} (is not JSON|does not hold what its sha256 says|is of another run)"):
+        measurement.read(tmp_path / "run", "ab")

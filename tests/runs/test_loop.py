@@ -24,6 +24,7 @@ from kilofed.records import codec
 from kilofed.records.results import ScoreRows
 from kilofed.reports import report
 from kilofed.runs import commit
+from kilofed.runs.lock import held
 from kilofed.runs.loop import Run
 
 SMALL = {"evaluate.generate": 0, "evaluate.baselines": []}
@@ -230,6 +231,33 @@ def test_a_wrong_recipe_makes_no_folder(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="did you mean fedavg"):
         kilofed.run("tiny", {"method": "fedavgg"}, out=tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("inner", [".", "seed-1"])
+def test_a_folder_that_is_in_use_is_left_alone(recipe: Recipe, tmp_path: Path, inner: str) -> None:
+    two = changed(recipe, {**SMALL, "rounds": 1, "seeds": 2, "evaluate.baselines": []})
+    folder = kilofed.run(two, out=tmp_path / "run").folder
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    with held(folder / inner), pytest.raises(RunError, match=r"is in use by this process since .* UTC: wait for it"):
+        kilofed.resume(folder)
+    after = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    assert {path for path in before if path.suffix != ".html" and before[path] != after[path]} == set()
+    assert kilofed.resume(folder).results.seeds == (0, 1)
+
+
+def test_while_it_runs_nobody_else_does(recipe: Recipe, tmp_path: Path) -> None:
+    class Rival(Told):
+        def round(self, number: int, total: int, metrics: Mapping[str, object]) -> None:
+            super().round(number, total, metrics)
+            with pytest.raises(RunError, match="is in use by this process"):
+                kilofed.resume(tmp_path / "run")
+            with pytest.raises(RunError, match="already exists"):
+                kilofed.run(recipe, out=tmp_path / "run")
+
+    watch = Rival()
+    kilofed.run(changed(recipe, SMALL), out=tmp_path / "run", watch=watch)
+    assert watch.rounds == [1, 2]
+    assert not (tmp_path / "run" / "run.lock").exists()
 
 
 def test_folders_are_numbered_when_none_is_named(

@@ -16,10 +16,12 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from kilofed.costs import environment
+from kilofed.errors import RunError
 from kilofed.federation.address import Address
 from kilofed.federation.site import Site
-from kilofed.files import replace_file
+from kilofed.files import replace_file, said
 from kilofed.payload import Payload
+from kilofed.records import codec
 from kilofed.records.results import Costs, PartyCost
 
 FILE = "cost.json"
@@ -91,10 +93,12 @@ class MeasuredSites:
         self.spent: dict[int, Cost] = {}
         """Costs of the clients of this process in the first round."""
         self._peak_was_reset = False
+        self._run = ""
 
     def handle(self, number: int, body: bytes) -> bytes:
         """The reply of client `number` to `body`. Raises PayloadError: it is not a message for a client."""
-        site, round = self._site_of(number), Address.of(Payload.peek(body)).round
+        site, address = self._site_of(number), Address.of(Payload.peek(body))
+        round, self._run = address.round, address.run
         if round == 1:
             with counted() as cost:
                 reply = site.handle(body)
@@ -109,21 +113,42 @@ class MeasuredSites:
         return reply
 
     def _write(self, number: int) -> None:
-        write(self._folder / str(number) / FILE, self.spent[number])
+        write(self._folder / str(number) / FILE, self.spent[number], self._run)
 
 
-def write(path: Path, cost: Cost) -> None:
-    """Write `cost` to the file `path`; creates its folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    replace_file(path, json.dumps(asdict(cost)).encode())
+@dataclass(frozen=True)
+class _Kept:
+    """A file with the costs of one party."""
+
+    __pydantic_config__ = codec.STRICT
+
+    flops: int
+    seconds: float
+    num_messages: int
+    peak_memory_bytes: int
+    run: str
+    sha256: str = ""
 
 
-def read(folder: Path) -> Costs | None:
+def write(path: Path, cost: Cost, run: str) -> None:
+    """Write `cost`, of the run of that identity, to the file `path`; creates its folder. Raises RunError."""
+    with said(f"cannot make {path.parent}"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    replace_file(path, json.dumps(codec.to_json(_Kept(**asdict(cost), run=run))).encode())
+
+
+def read(folder: Path, run: str) -> Costs | None:
     """Costs of clients and server in the first round of the run in `folder`; None if not measured.
 
     Figures of `client` are means over clients; its memory is the maximum over clients.
+
+    Args:
+        run: the run's identity.
+
+    Raises:
+        RunError: a file is damaged, or is of another run; by its name.
     """
-    clients = [_read(path) for path in sorted((folder / "clients").glob(f"*/{FILE}"))]
+    clients = [_read(path, run) for path in sorted((folder / "clients").glob(f"*/{FILE}"))]
     if not clients or not (folder / SERVER).exists():
         return None
     mean = PartyCost(
@@ -132,8 +157,12 @@ def read(folder: Path) -> Costs | None:
         num_messages=fmean(cost.num_messages for cost in clients),
         peak_memory_bytes=max(cost.peak_memory_bytes for cost in clients),
     )
-    return Costs(mean, PartyCost(**asdict(_read(folder / SERVER))))
+    server = _read(folder / SERVER, run)
+    return Costs(mean, PartyCost(server.flops, server.seconds, server.num_messages, server.peak_memory_bytes))
 
 
-def _read(path: Path) -> Cost:
-    return Cost(**json.loads(path.read_text("utf-8")))
+def _read(path: Path, run: str) -> _Kept:
+    found = codec.from_file(_Kept, path)
+    if found.run != run:
+        raise RunError(f"{path} is of another run: put a copy of it back, or run the recipe anew")
+    return found

@@ -105,7 +105,7 @@ def recipe_of(folder: Path) -> Recipe:
     if edited := _differences(kept, found):
         raise RunError(
             f"{folder}/recipe.toml was edited after the run began ({', '.join(edited)}): undo that to resume, "
-            "or start a new run with the edited recipe"
+            "or start a new run with the edited recipe (run.json beside it tells what the run began with)"
         )
     return from_table(kept)
 

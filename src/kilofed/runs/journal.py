@@ -1,6 +1,7 @@
 """What is committed after each round: rows of the ledger, a line of metrics, then the state that says what they hold."""
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -69,10 +70,9 @@ class Journal:
 
     def _note_states(self, cohort: Sequence[int], round: int) -> None:
         below = self._folder / "clients"
-        if not below.is_dir():
-            return
+        there = set(os.listdir(below)) if below.is_dir() else set()  # Of ten thousand clients most may have none.
         for client in cohort:
-            if mark := States(below / str(client), client).newest(round):
+            if str(client) in there and (mark := States(below / str(client), client).newest(round)):
                 self._clients[client] = mark
 
 

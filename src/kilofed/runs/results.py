@@ -60,7 +60,7 @@ def of_run(recipe: Recipe, folder: Path, rows: Rows, policy: Mechanism, charts: 
         exchanges=exchanges,
         seconds=round(sum(done.seconds or 0.0 for done in rounds), 3),
         peak_memory_bytes=environment.peak_memory(),
-        costs=measurement.read(folder),
+        costs=measurement.read(folder, last.run),
         privacy=_spent(recipe, policy, last.num_means),
         closed=_closed(rows),
         verdict=tuple(verdict(losses, _closed(rows))),

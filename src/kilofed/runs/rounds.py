@@ -54,7 +54,9 @@ def run_rounds(
             ids = drawn(engine.client_ids(), recipe, number)
             cohort = sites.cohort(ids, engine, journal.ledger, round=number, policy=policy, run=journal.run)
             counts = recipe.evaluate.costs and number == 1
-            metrics = _round(sites, server, cohort, _counted(clients, folder) if counts else nullcontext())
+            metrics = _round(
+                sites, server, cohort, _counted(clients, folder, journal.run) if counts else nullcontext()
+            )
             if extra := engine.overhead() - framing:
                 metrics["framing_bytes"], framing = extra, engine.overhead()
             if number % recipe.evaluate.every == 0 or number == recipe.rounds or method.done(server):
@@ -89,14 +91,14 @@ def _round(sites: Sites, server: Server, cohort: Cohort, counted: AbstractContex
 
 
 @contextmanager
-def _counted(clients: measurement.MeasuredSites, folder: Path) -> Iterator[None]:
+def _counted(clients: measurement.MeasuredSites, folder: Path, run: str) -> Iterator[None]:
     """Keep what the server's side of the first round costs."""
     with measurement.counted() as cost:
         yield
     here = clients.spent.values()  # Clients of this process were counted in.
     cost.flops -= sum(one.flops for one in here)
     cost.seconds -= sum(one.seconds for one in here)
-    measurement.write(folder / measurement.SERVER, cost)
+    measurement.write(folder / measurement.SERVER, cost, run)
 
 
 def _scores(sites: Sites, model: nn.Module) -> dict[str, object]:
