@@ -155,7 +155,7 @@ def fuzz(kind: str, number: int, seed: int, workers: int) -> dict[str, object]:
     began, counts, wrong, growth = time.monotonic(), Counter[str](), [], 0
     batches = [(kind, range(start, min(start + BATCH, number)), seed) for start in range(0, number, BATCH)]
     context = multiprocessing.get_context("forkserver")
-    with ProcessPoolExecutor(workers, context, max_tasks_per_child=20) as pool:
+    with ProcessPoolExecutor(workers, context) as pool:
         for some, texts, grown in pool.map(work, *zip(*batches, strict=True)):
             counts.update(some)
             wrong += texts
