@@ -5,6 +5,7 @@ import io
 import os
 import tracemalloc
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -123,3 +124,33 @@ def test_rows_that_no_longer_fit_on_the_disk_are_said_when_they_are_added(
     monkeypatch.setattr(Path, "open", lambda *_, **__: Full())
     with pytest.raises(RunError, match=r"cannot write .*ledger\.jsonl \(No space left on device\)"):
         Ledger(tmp_path / "ledger.jsonl").add(ROWS[0])
+
+
+def tally_of(rows: list[Row]) -> tuple[int, str]:
+    ledger = Ledger()
+    for row in rows:
+        ledger.add(row)
+    return ledger.tally.num, ledger.tally.sha256
+
+
+def test_the_tally_knows_every_row_and_its_place_but_not_its_seconds() -> None:
+    whole = tally_of(ROWS)
+    assert whole[0] == len(ROWS)
+    assert tally_of([replace(row, seconds=9.5) for row in ROWS]) == whole
+    others = [ROWS[:-1], ROWS[::-1], [ROWS[1], ROWS[0], *ROWS[2:]], [*ROWS, ROWS[-1]]]
+    changes: list[dict[str, Any]] = [
+        {"round": 3}, {"exchange": 2}, {"action": "fix"}, {"verb": "call"}, {"direction": "up"}, {"client": 41}, {"bytes": 9},
+    ]  # fmt: skip
+    others += [[*ROWS[:-1], replace(ROWS[-1], **change)] for change in changes]
+    assert len({tally_of(rows)[1] for rows in others} | {whole[1]}) == len(others) + 1
+
+
+def test_the_tally_goes_on_where_the_file_ended(tmp_path: Path) -> None:
+    with closing(Ledger(tmp_path / "ledger.jsonl")) as ledger:
+        for row in ROWS[:3]:
+            ledger.add(row)
+    with closing(Ledger(tmp_path / "ledger.jsonl")) as ledger:
+        for row in ROWS[3:]:
+            ledger.add(row)
+        assert (ledger.tally.num, ledger.tally.sha256) == tally_of(ROWS)
+        assert ledger.num_means == 2

@@ -84,3 +84,40 @@ def test_descriptions_are_the_docstrings_in_one_line() -> None:
     inner = codec.schema(Outer)["$defs"]["Inner"]  # type: ignore[index]
     assert inner["description"] == "One of several."
     assert inner["properties"]["loss"]["description"] == "Nats, per token."
+
+
+@dataclass(frozen=True)
+class Sealed:
+    """A file that carries its digest."""
+
+    __pydantic_config__ = codec.STRICT
+
+    losses: Mapping[int, float]
+    inner: Inner | None
+    sha256: str = ""
+
+
+SEALED = Sealed({10: 1, 9: 0.1, 2: -0.0}, Inner(1e-300))
+
+
+def test_a_sealed_file_comes_back_whatever_its_order_and_white_space() -> None:
+    table = codec.to_json(SEALED)
+    assert len(str(table["sha256"])) == 64
+    assert codec.from_text(Sealed, json.dumps(table, indent=3), "it") == SEALED
+    assert codec.from_text(Sealed, json.dumps(dict(reversed(table.items()))), "it") == SEALED
+    assert codec.to_json(codec.from_text(Sealed, json.dumps(table), "it")).keys() == table.keys()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"losses": {10: 1, 9: 0.2, 2: 0.0}}, {"losses": {10: 1, 9: 0.1}}, {"inner": None}, {"sha256": "0" * 64}],
+)
+def test_an_edited_file_is_not_believed(change: dict[str, object]) -> None:
+    text = json.dumps({**codec.to_json(SEALED), **change})
+    with pytest.raises(RunError, match=r"f\.json does not hold what its sha256 says"):
+        codec.from_text(Sealed, text, "f.json")
+
+
+def test_a_file_of_a_release_without_digests_is_read() -> None:
+    table = {key: value for key, value in codec.to_json(SEALED).items() if key != "sha256"}
+    assert codec.from_text(Sealed, json.dumps(table), "it") == SEALED
