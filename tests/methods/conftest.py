@@ -72,10 +72,10 @@ class Federation:
             self.failures.append(dict(cohort.failures))
         return self
 
-    def forecast(self) -> dict[int, dict[str, int]]:
-        """Bytes of the next round by client and direction."""
+    def preview(self) -> RunPreview:
+        """The next round, before it runs."""
         method, recipe = self.sites.method, self.recipe
-        preview = RunPreview(
+        return RunPreview(
             recipe,
             self.server,
             lambda client: self.sites.corpus.train_examples(client, method.client_model(recipe, client)),
@@ -83,7 +83,10 @@ class Federation:
             self.sites.client_ids(),
             self.done + 1,
         )
-        told = forecast(method, preview, self.sites.policy)
+
+    def forecast(self) -> dict[int, dict[str, int]]:
+        """Bytes of the next round by client and direction."""
+        told = forecast(self.sites.method, self.preview(), self.sites.policy)
         return {
             client: {"down": sum(one.down for one in sent), "up": sum(one.up for one in sent)}
             for client, sent in told.items()

@@ -11,11 +11,12 @@ from kilofed.config.fields import Value
 from kilofed.config.recipe import Recipe
 from kilofed.config.tables import changed
 from kilofed.distillation import ensemble
+from kilofed.distillation.passes import Distilled
 from kilofed.engines.inprocess import InProcess
 from kilofed.errors import ClientError, RecipeError
 from kilofed.federation.cohort import Cohort, Rules
 from kilofed.federation.ledger import Ledger
-from kilofed.federation.workload import Message, RunPreview
+from kilofed.federation.workload import WHOLE, Message, RunPreview
 from kilofed.methods.kd import KD
 from kilofed.models import loading
 from kilofed.payload import Payload
@@ -240,3 +241,20 @@ def test_defaults_and_bounds_are_those_that_runs_rely_on() -> None:
         "public_rows": (0, "at least 0"),
         "score_share": (1.0, "above 0 and at most 1"),
     }
+
+
+def test_what_is_computed_is_foreseen_pass_by_pass(federate) -> None:
+    # Three public rows in batches of four, one step of distilling and two of training; half of the rows are two.
+    found = federate("kd", rounds=1, score_share=0.5)
+    preview, costs = found.preview(), found.sites.method.costs()
+    distil, *train, score = costs.client(preview, 2).passes
+    assert (distil.rows, distil.learns, distil.kind) == (3, True, Distilled(8))
+    assert [(one.rows, one.learns, one.kind) for one in train] == [(4, True, WHOLE), (2, True, WHOLE)]
+    assert (score.rows, score.learns, score.kind) == (2, False, Distilled(8))
+    first, *steps = costs.server(preview).passes
+    assert (first.rows, first.learns, first.kind, first.times) == (3, False, Distilled(0), 2.0)
+    assert [(one.rows, one.learns, one.kind) for one in steps] == [(3, True, Distilled(8))] * 2
+    before = federate("kd", rounds=0, score_share=0.5)
+    assert [one.kind for one in costs.client(before.preview(), 2).passes] == [WHOLE, WHOLE, Distilled(8)]
+    every = federate("kd", rounds=0, top_k=0)
+    assert every.sites.method.costs().server(every.preview()).passes[0].times == 1.0

@@ -195,3 +195,16 @@ def test_a_seed_that_is_drawn_twice_moves_by_both_of_its_gradients(tiny: nn.Modu
     assert min(abs(first), abs(other), abs(second)) > 0
     assert found.end.chain[-1].a[9] == pytest.approx(0.01 - lr * (first + second), rel=1e-5)
     assert found.end.chain[-1].a[4] == pytest.approx(-lr * other, rel=1e-5)
+
+
+def test_in_a_chain_of_pools_only_the_last_one_moves() -> None:
+    folded, current = SeedPool(K, 1).at(np.full(K, 0.25, np.float32)), SeedPool(K, 2).at(np.zeros(K, np.float32))
+    point = Point((folded, current))
+    assert point.pool is current.pool
+    moved, placed = point.moved(5, 0.5), point.at(np.full(K, 0.125, np.float32))
+    for other in (moved, placed):
+        assert other.chain[0] is folded
+        assert other.pool is current.pool
+        assert len(other.chain) == 2
+    assert moved.chain[1].a.tolist() == [0.5 * (k == 5) for k in range(K)]
+    assert placed.chain[1].a.tolist() == [0.125] * K
