@@ -526,6 +526,7 @@ def test_seconds_are_counted_where_a_reply_arrives() -> None:
 
 
 def test_a_recipe_sets_the_rules() -> None:
+    assert Rules() == Rules.of(Recipe(on_failure="stop")) == Rules(1, False, 0.0, "warn", 10.0)
     recipe = Recipe(quorum=3, on_failure="skip", max_weight=9.0, outliers="clip", outlier_ratio=4.0)
     assert Rules.of(recipe) == Rules(3, True, 9.0, "clip", 4.0)
     assert not Rules.of(Recipe(on_failure="stop")).skip_failures
@@ -545,3 +546,10 @@ def test_norms_far_above_the_median_are_limited_as_the_rules_say(
     clients = cohort(three(), [0, 1, 2, 3], rules=Rules(outliers=what))
     assert clients.limited({0: 1.0, 1: 2.0, 2: 3.0, 3: 500.0}) == pytest.approx(factors)  # The median is 2.5.
     assert list(clients.failures if what == "leave_out" else clients.outliers) == [3]
+
+
+def test_a_weight_of_all_its_rows_is_taken_and_a_larger_one_refused() -> None:
+    clients = cohort(three(), [1, 2, 3], rows={1: 3, 2: 10, 3: 41})
+    assert [clients.weight(client, rows) for client, rows in ((1, 3), (2, 10), (3, 41))] == [3.0, 10.0, 41.0]
+    with pytest.raises(PayloadError, match=r"it sent weight 10\.5; its rows allow at most 10"):
+        clients.weight(2, 10.5)

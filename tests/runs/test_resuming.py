@@ -72,6 +72,15 @@ def test_a_last_line_cut_anywhere_goes(tmp_path: Path, kept: int) -> None:
     assert lines(path) == ['{"round":1}', '{"round":2}']
 
 
+def test_a_committed_line_without_its_end_is_refused(tmp_path: Path) -> None:
+    # It reads as it was, but the next line would be glued to it.
+    path = written(tmp_path / "lines", 1, 2)
+    committed = Lines(2, _tally(path, 2))
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(RunError, match=r"line 2 is damaged \(it is cut\)"):
+        cut_back(path, of_line, committed, 2)
+
+
 def test_a_last_line_cut_inside_a_character_goes(tmp_path: Path) -> None:
     path = written(tmp_path / "lines", 1)
     committed = Lines(1, _tally(path, 1))
