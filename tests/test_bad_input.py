@@ -210,7 +210,7 @@ def test_too_few_clients_left_after_skipping_stop_the_run(
     poison(monkeypatch, tilde)
     source = rows_of_one_poisoned_client(tmp_path / "rows.jsonl")
     said = refused("run", recipe, f"data={source}", "on_failure=skip", "quorum=3", *QUICK)
-    assert said.startswith("TooFewReplies: round 1: 2 of 3 clients answered 'fit', quorum is 3")
+    assert said.startswith("TooFewReplies: round 1: 2 of 3 clients are left after 'fit', quorum is 3")
 
 
 @pytest.fixture(scope="module")
