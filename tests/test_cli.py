@@ -11,7 +11,7 @@ from kilofed.cli import main
         (["run", "tiny", "ruonds=3"], "RecipeError: ruonds is not a field of Recipe (did you mean rounds?)\n"),
         (["run", "tinny"], "RecipeError: tinny is neither a shipped recipe nor a .toml file (did you mean tiny?)\n"),
         (["run", "tiny", "full"], "RecipeError: 2 recipes are named (tiny, full); expected one, then key=value\n"),
-        (["resume", "nowhere"], "RunError: nowhere is not a run folder (no readable run.json and recipe.toml)"),
+        (["resume", "nowhere"], "RunError: nowhere is not a run folder (it has no run.json)"),
         (["show", "fedagv"], "RecipeError: fedagv is no method, recipe or table of a recipe (did you mean fedavg?)\n"),
         (["export", "nowhere"], "RunError: nothing to export; give --merged DIR or --adapter DIR\n"),
     ],

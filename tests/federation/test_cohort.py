@@ -283,6 +283,13 @@ def test_words_of_a_client_stand_on_one_line_and_command_no_terminal() -> None:
 # Weights and norms.
 
 
+def test_a_weight_is_checked_in_a_call_too() -> None:
+    method = Probe({n: Payload(X.tensors, {"weight": 10**n}) for n in (0, 1, 2)})
+    clients = cohort(method, [0, 1, 2], rows=dict.fromkeys((0, 1, 2), 41), skip=True)
+    assert sorted(clients.call("tell", Payload(), WEIGHTED)) == [0, 1]
+    assert clients.failures[2] == "it sent weight 100; its rows allow at most 41"
+
+
 def test_weights_are_lowered_to_the_recipes_largest() -> None:
     reply = cohort(three(), [1, 2, 3], rules=Rules(max_weight=2.0)).mean("tell", Payload(), WEIGHTED)
     torch.testing.assert_close(reply.tensors["x"], torch.full((2,), (1 * 1 + 2 * 2 + 2 * 3) / 5))

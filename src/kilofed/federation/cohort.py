@@ -178,6 +178,8 @@ class Cohort:
 
         def take(client: int, reply: Payload) -> None:
             check(client, reply)
+            if WEIGHT in reply.scalars:
+                self.weight(client, reply.scalars[WEIGHT])
             replies[client] = reply
 
         self._exchange(action, "call", ask, like, take)
