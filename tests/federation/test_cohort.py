@@ -560,3 +560,13 @@ def test_a_weight_of_all_its_rows_is_taken_and_a_larger_one_refused() -> None:
     assert [clients.weight(client, rows) for client, rows in ((1, 3), (2, 10), (3, 41))] == [3.0, 10.0, 41.0]
     with pytest.raises(PayloadError, match=r"it sent weight 10\.5; its rows allow at most 10"):
         clients.weight(2, 10.5)
+
+
+def test_a_method_may_ask_for_clipping_where_the_rules_only_warn() -> None:
+    def mean(what: Literal["warn", "clip", "leave_out"], clip: bool) -> list[float]:
+        clients = cohort(scattered(0.1, 0.2, 0.3, 200.0), [0, 1, 2, 3], rules=Rules(outliers=what))
+        ask = Payload({"x": START})
+        return clients.mean("tell", ask, WEIGHTED, clip_outliers=clip).tensors["x"].tolist()
+
+    assert mean("warn", True) == mean("clip", False) == mean("clip", True) != mean("warn", False)
+    assert mean("leave_out", True) == mean("leave_out", False) != mean("clip", True)

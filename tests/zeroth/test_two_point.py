@@ -208,3 +208,12 @@ def test_in_a_chain_of_pools_only_the_last_one_moves() -> None:
         assert len(other.chain) == 2
     assert moved.chain[1].a.tolist() == [0.5 * (k == 5) for k in range(K)]
     assert placed.chain[1].a.tolist() == [0.125] * K
+
+
+def test_weights_can_be_read_after_a_forward_without_gradients(tiny: nn.Module) -> None:
+    perturbed, point, batch = perturbed_of(tiny), origin({3: 0.02}), training.collate(BATCH)
+    before = perturbed_of(tiny).digest(point)
+    with torch.inference_mode(), perturbed.at(point) as model:
+        training.loss(model, batch)
+    assert perturbed.digest(point) == before
+    assert len(before) == 8
