@@ -148,6 +148,7 @@ def test_method_that_the_page_shows_second_runs_by_its_name(
     (package / "__init__.py").write_text("")
     (package / "signs.py").write_text(blocks(ROOT / "docs" / "add-a-method.md", "python")[1], "utf-8")
     monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setenv("KILOFED_TRUST", "shown_package.signs")
     recipe = changed(tiny_recipe, {"method.name": "shown_package.signs", "method.step": 0.01})
     run = kilofed.run(recipe, out=tmp_path / "run")
     assert run.rows["federated"].loss != run.rows["base"].loss

@@ -88,7 +88,7 @@ def weight(value: Scalar) -> Tampers:
     def tamper(scene: Scene, body: bytes) -> bytes:
         reply = Payload.decode(body)
         if "b" in reply.tensors:
-            number = min(int(value), 2**32 - 1) if isinstance(value, int | float) and value >= 0 else 0
+            number = min(int(value), 2**32 - 1) if type(value) in (int, float) and value >= 0 else 0
             packed = struct.pack("<I", number) + seed_log.to_bytes(reply.tensors["b"])[4:]
             return Payload({"b": seed_log.to_tensor(packed)}, reply.scalars).encode()
         return Payload(reply.tensors, {**reply.scalars, "weight": value}).encode()

@@ -21,7 +21,7 @@ NASTY = [
     "9" * 400, str(2**63), str(2**64), "0xff", "0o17", "0b1", "1_000", "true", "false", '""', '"a"', '"fedavg"',
     '"none"',
     '"\\u0000"', '"\\ud800"', '"' + "x" * 5000 + '"', "'''a\nb'''", '"../.."', '"./"', '"."', '".x"', '".."', '"a..b"',
-    '"fed avg"', '"os.path"', '"kilofed.nothing"', '"kilofed.methods"', '"no.such.module"', '"FedAvg"',
+    '"fed avg"', '"os.path"', '"kilofed..nothing"', '"kilofed.methods"', '"no.such.module"', '"FedAvg"',
     '"__init__"', "1979-05-27",
     "07:32:00", "1979-05-27T07:32:00Z", "1979-05-27T07:32:00", "[]", "[[]]", "[1]", '["a"]', '[1, "a"]', "[nan]",
     "{}", "{a = 1}",
