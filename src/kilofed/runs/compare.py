@@ -302,7 +302,7 @@ def _run(folder: Path, recipe: Recipe) -> None:
     began = (folder / "run.json").exists()
     words = ["resume", str(folder)] if began else ["run", str(written), "--out", str(folder)]
     print(f"== {recipe.name}", file=sys.stderr, flush=True)
-    # Without -P, a file of the current folder with kilofed's name would run in place of this one; the variable is for its children.
+    # Without -P, the current folder's files could run in place of kilofed; the variable is for its children.
     command, environment = [sys.executable, "-P", "-m", "kilofed", *words], {**os.environ, "PYTHONSAFEPATH": "1"}
     done = subprocess.run(command, stdout=subprocess.DEVNULL, env=environment, check=False)
     if done.returncode:
