@@ -168,3 +168,16 @@ def test_levels_out_of_range_are_refused() -> None:
         seed_log.sampling_weights(codec.encode_scalars([0.0, 1e30], bits=32), num_seeds=2)
     with pytest.raises(PayloadError, match="a message of 64 numbers; expected 4096"):
         seed_log.sampling_weights(seed_log.encode_levels(np.ones(64)), num_seeds=4096)
+
+
+@pytest.mark.parametrize("num_steps", [1, 3, 200])
+def test_no_report_is_longer_than_one_in_float32_whose_steps_were_all_skipped(num_steps: int) -> None:
+    longest = Report(41, 0.5, tuple(range(num_steps)), np.zeros(num_steps)).pack(32)
+    assert len(longest) == Report.max_bytes(num_steps)
+
+
+def test_sums_that_noise_made_negative_count_as_none_and_no_amplitude_is_above_1() -> None:
+    counts, amplitudes = np.array([-0.5, 1.0, 3.0]), np.array([2.0, 1.0, -9.0])
+    found = seed_log.normalized_amplitudes(amplitudes, counts, "pro")
+    assert np.array_equal(found, seed_log.normalized_amplitudes(amplitudes.clip(0), counts.clip(0), "pro"))
+    assert 0 <= found.min() < 0.999 < found.max() <= 1
