@@ -92,7 +92,7 @@ def cohort(
         policy,
         round=round,
         rules=rules or Rules(quorum, skip),
-        heaviest=(rows or dict.fromkeys(ids, math.inf)).__getitem__,
+        max_weight_of=(rows or dict.fromkeys(ids, math.inf)).__getitem__,
         reads_data=partial(reads_data, method),
     )
 
@@ -207,6 +207,20 @@ def test_a_reply_unlike_what_was_asked_for_is_named_and_never_enters_the_mean(
     alone = cohort(Probe(honest), others).mean("tell", Payload(), WEIGHTED)
     assert torch.equal(clients.mean("tell", Payload(), WEIGHTED).tensors["x"], alone.tensors["x"])
     assert list(clients.failures) == [liar]
+
+
+def test_who_was_not_asked_and_who_answers_twice_is_not_heard() -> None:
+    class Echoing(InProcess):
+        """Client 1 answers twice, and client 9 was never asked."""
+
+        def exchange(self, asks: Mapping[int, bytes]) -> Iterator[tuple[int, bytes]]:
+            replies = dict(super().exchange(asks))
+            yield from [(1, replies[1]), (1, replies[1]), *sorted(replies.items())[1:], (9, replies[1])]
+
+    ledger = Ledger()
+    mean = cohort(three(), [1, 2, 3], engine=Echoing, ledger=ledger).mean("tell", Payload(), WEIGHTED)
+    assert mean.encode() == cohort(three(), [1, 2, 3]).mean("tell", Payload(), WEIGHTED).encode()
+    assert [row.client for row in ledger.rows() if row.direction == "up"] == [1, 2, 3]
 
 
 def test_one_client_among_many_cannot_say_what_is_right_by_answering_first() -> None:

@@ -82,7 +82,7 @@ class Cohort:
         ids: clients drawn for this round, ascending.
         round: number of the round, from 1.
         run: the run's identity; replies to another run's messages are refused.
-        heaviest: largest weight that a client may claim.
+        max_weight_of: largest weight that a client may claim.
         reads_data: whether the replies to an action come from clients' rows, so that the policy holds for them.
     """
 
@@ -96,7 +96,7 @@ class Cohort:
         round: int,
         rules: Rules = Rules(),
         run: str = NO_RUN,
-        heaviest: Callable[[int], float] = lambda client: math.inf,
+        max_weight_of: Callable[[int], float] = lambda client: math.inf,
         reads_data: Callable[[str], bool] = lambda action: True,
     ) -> None:
         self.ids = sorted(ids)
@@ -106,7 +106,7 @@ class Cohort:
         """What is unlike the other clients in a reply that was taken all the same, by client."""
         self._engine, self._ledger, self._policy = engine, ledger, policy
         self._round, self._rules, self._run = round, rules, run
-        self._heaviest, self._reads_data = heaviest, reads_data
+        self._max_weight_of, self._reads_data = max_weight_of, reads_data
         self._num_exchanges = 0
 
     def mean(
@@ -191,7 +191,7 @@ class Cohort:
         Raises:
             PayloadError: it is no number, below 0, or more than its rows allow.
         """
-        most = self._heaviest(client)
+        most = self._max_weight_of(client)
         if isinstance(claimed, bool | str) or not isinstance(claimed, int | float) or not 0 <= claimed < math.inf:
             raise PayloadError(f"it sent weight {claimed!r:.80}; expected a number from 0")
         if claimed > most:
@@ -250,6 +250,9 @@ class Cohort:
         answered = set()
         since = time.perf_counter()
         for client, body in self._engine.exchange(asks):
+            if client not in asks or client in answered:
+                log.warning("round %d: client %d answers without being asked and is not heard", self._round, client)
+                continue
             now = time.perf_counter()
             self._ledger.add(Row(self._round, exchange, action, verb, "up", client, len(body), round(now - since, 6)))
             since = now

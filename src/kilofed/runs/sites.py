@@ -139,7 +139,7 @@ class Sites:
             round=round,
             rules=Rules.of(recipe),
             run=run,
-            heaviest=lambda client: method.max_weight(recipe.train, self._num_rows(client)),
+            max_weight_of=lambda client: method.max_weight(recipe.train, self._num_rows(client)),
             reads_data=partial(reads_data, method),
         )
 
