@@ -212,11 +212,12 @@ def parquet_bytes(rows: list[dict[str, str]], draw: random.Random) -> bytes:
     """Rows as parquet with columns of a type of their own."""
     number = len(rows)
     late = pyarrow.array([2**62] * number, pyarrow.int64())
+    no_text = pyarrow.array([b"\xff"] * number, pyarrow.binary())
     kinds: list[Callable[[], pyarrow.Array]] = [
         lambda: pyarrow.array([f"words {n}" for n in range(number)]),
         lambda: pyarrow.array([[{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]] * number),
         lambda: pyarrow.array([b"\xff\xfe"] * number),
-        lambda: pyarrow.Array.from_buffers(pyarrow.utf8(), number, pyarrow.array([b"\xff"] * number).buffers()),
+        lambda: pyarrow.Array.from_buffers(pyarrow.utf8(), number, no_text.buffers()),
         lambda: late.cast(pyarrow.timestamp(draw.choice(("ms", "us", "ns"))), safe=False),
         lambda: late.view(pyarrow.duration(draw.choice(("s", "us", "ns")))),
         lambda: pyarrow.array([2**31 - 1] * number, pyarrow.int32()).view(pyarrow.date32()),

@@ -137,6 +137,15 @@ def test_a_client_whose_rows_have_no_answer_is_named(recipe: Recipe, tmp_path: P
             corpus.train_examples(1)
 
 
+def test_a_sentence_stays_short_whatever_a_client_is_called(recipe: Recipe, tmp_path: Path) -> None:
+    rows: list[Row] = [{"client": "x" * 100_000, "instruction": "x", "response": ""}] * 3
+    source = str(write(tmp_path / "long.jsonl", rows))
+    corpus = Corpus(changed(recipe, {"data.source": source, "data.holdout": 0.0}), Tokenizers())
+    with pytest.raises(DataError) as refused:
+        corpus.train_examples(0)
+    assert len(str(refused.value)) < 300
+
+
 def test_one_clients_rows_alone_give_the_examples_that_it_has_among_the_others(recipe: Recipe, tmp_path: Path) -> None:
     whole = Corpus(recipe, Tokenizers())
     for number, share in enumerate(whole.shares):

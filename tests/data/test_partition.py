@@ -212,6 +212,8 @@ def test_a_client_without_enough_rows_is_named() -> None:
     train: list[Row] = [*made(6), {"text": "x", "client": "small"}]
     message = refusal(rows(train), spec("column", column="client", min_rows=2))
     assert message.startswith("client small has 1 training rows; expected at least 2")
+    train[-1] = {"text": "x", "client": "x" * 100_000}
+    assert len(refusal(rows(train), spec("column", column="client", min_rows=2))) < 300
 
 
 def test_a_client_with_equal_rows_only_cannot_hold_any_out() -> None:

@@ -109,7 +109,7 @@ class Corpus:
             examples = renderer(self.shares[client].train)
             if not examples:
                 raise DataError(
-                    f"client {self.shares[client].name}: no row has an answer within data.max_length="
+                    f"client {self.shares[client].name:.80}: no row has an answer within data.max_length="
                     f"{self._data.max_length} tokens; raise it, or check data.columns"
                 )
             self._train[client, id(renderer)] = examples

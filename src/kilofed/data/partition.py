@@ -186,7 +186,7 @@ def _hold_out(share: Share, holdout: float) -> Share:
 def _check_size(share: Share, least: int) -> None:
     if len(share.train) < least:
         raise DataError(
-            f"client {share.name} has {len(share.train)} training rows; expected at least {least}: "
+            f"client {share.name:.80} has {len(share.train)} training rows; expected at least {least}: "
             "use fewer clients, another partition, or a smaller data.partition.min_rows or data.holdout"
         )
 
