@@ -113,7 +113,8 @@ def test_pre_training_asks_only_about_shown_entities() -> None:
 @pytest.mark.slow
 def test_quick_run_exports_a_pair_and_resumes_to_the_same_weights(tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "scripts/pretrain_pair.py"), "--quick", "--work", str(tmp_path)]
-    subprocess.run(command, check=True, capture_output=True)
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
     tokenizers = [AutoTokenizer.from_pretrained(tmp_path / "assets" / size) for size in ("small", "large")]
     text = "def f(x):\n    return  x + 1  # é\n"
     assert all(tokenizer.decode(tokenizer(text)["input_ids"]) == text for tokenizer in tokenizers)

@@ -13,7 +13,7 @@ import pytest
 from kilofed.config.recipe import EngineSpec, Recipe
 from kilofed.config.tables import to_table
 from kilofed.engines import open_engine
-from kilofed.errors import ModelError, RunError
+from kilofed.errors import RunError
 from kilofed.federation.address import Address
 from kilofed.federation.cohort import Cohort
 from kilofed.federation.ledger import Ledger
@@ -61,12 +61,15 @@ def test_fedavg_ends_in_the_same_bytes_as_in_process(name: str, tiny_recipe: Rec
 @pytest.mark.slow
 @needs_flower
 @pytest.mark.filterwarnings("ignore")
-def test_an_actor_that_cannot_start_says_why(tiny_recipe: Recipe, tmp_path: Path) -> None:
+def test_a_site_that_cannot_be_opened_in_an_actor_says_why(tiny_recipe: Recipe, tmp_path: Path) -> None:
     gone = replace(tiny_recipe, model=replace(tiny_recipe.model, path=str(tmp_path / "gone")))
     text = json.dumps(to_table(gone))
     with closing(open_engine(EngineSpec("flower", timeout=300), [0, 1], text, tmp_path, Sites(gone).handle)) as engine:
-        with pytest.raises(ModelError, match=r"^model directory .*gone does not exist"):
-            list(engine.exchange({0: Payload(scalars=Address("fit", "mean", 1, 0).scalars).encode()}))
+        asked = Address("fit", "mean", 1, 0)
+        ((_, body),) = engine.exchange({0: Payload(scalars=asked.scalars).encode()})
+    reply = Payload.decode(body)
+    assert re.match(r"model directory .*gone does not exist", str(reply.scalars["@error"]))
+    assert reply.scalars["@"] == asked.answered(0)["@"]
 
 
 @pytest.mark.slow
