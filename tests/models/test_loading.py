@@ -146,6 +146,21 @@ def test_a_saved_adapter_is_one_that_peft_loads(spec: ModelSpec, tmp_path: Path)
     assert torch.equal(logits(again.eval()), logits(model))
 
 
+def test_an_adapter_takes_the_place_of_whatever_lay_there(spec: ModelSpec, tmp_path: Path) -> None:
+    model = shaken(loading.load_model(spec, LORA, 0))
+    loading.save_adapter(model, tmp_path / "fresh")
+    old = tmp_path / "old"
+    old.mkdir()
+    (old / "README.md").write_bytes(b"\xa0 is no text")
+    (old / "stale.bin").write_bytes(b"x")
+    (tmp_path / ".old.part").mkdir()
+    (tmp_path / ".old.part" / "half").write_bytes(b"x")
+    loading.save_adapter(model, old)
+    one, other = ({path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("fresh", "old"))
+    assert one == other
+    assert not (tmp_path / ".old.part").exists()
+
+
 def test_a_saved_full_model_is_one_that_transformers_loads(spec: ModelSpec, tmp_path: Path) -> None:
     model = shaken(loading.load_model(spec, FULL, 0))
     loading.save_adapter(model, tmp_path / "whole")

@@ -89,3 +89,11 @@ def test_a_folder_that_is_no_run_is_refused_and_left_alone(tmp_path: Path) -> No
     with pytest.raises(RunError, match=r"is not a run folder \(it has no run\.json\)"):
         read(tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_copy_of_the_recipe_that_is_no_text_is_named(tmp_path: Path) -> None:
+    make(tmp_path)
+    assert read(tmp_path).recipe_text == ""
+    (tmp_path / "recipe.toml").write_bytes(b"name = '\xa0'")
+    with pytest.raises(RunError, match=r"recipe\.toml cannot be read .*: delete it"):
+        read(tmp_path)

@@ -21,6 +21,8 @@ def write(folder: Path, recipe: Recipe) -> Path:
 
 def test_a_folder_that_was_never_begun_is_taken_and_its_parts_go(tiny_recipe: Recipe, tmp_path: Path) -> None:
     (tmp_path / ".results.json.part").write_text("{", "utf-8")
+    (tmp_path / ".adapter.part").mkdir()
+    (tmp_path / ".adapter.part" / ".inner.part").write_text("{", "utf-8")
     (tmp_path / "run.json").write_text("{}", "utf-8")
     assert run_folder.new_folder(tiny_recipe, tmp_path) == tmp_path
     run_folder.begin(tmp_path, tiny_recipe)

@@ -3,6 +3,7 @@
 import contextlib
 import importlib.util
 import logging
+import shutil
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources
@@ -213,12 +214,21 @@ def without_adapter(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def save_adapter(model: nn.Module, folder: Path) -> None:
-    """Write the adapter in PEFT's format; a fully trained model as a model directory. Raises RunError: no room for it."""
+    """Write the adapter in PEFT's format, a fully trained model as a model directory, in the place of what is there.
+
+    Raises:
+        RunError: no room for it.
+    """
+    part = folder.with_name(f".{folder.name}.part")
     with said(f"cannot write {folder}"), quiet():
+        shutil.rmtree(part, ignore_errors=True)
         try:
-            cast(PreTrainedModel, model).save_pretrained(str(folder), safe_serialization=True)
+            cast(PreTrainedModel, model).save_pretrained(str(part), safe_serialization=True)
         except SafetensorError as error:
             raise OSError(str(error)) from error
+        # PEFT would read a README that lies there, whoever wrote it.
+        shutil.rmtree(folder, ignore_errors=True)
+        part.rename(folder)
 
 
 def merged(model: nn.Module) -> PreTrainedModel:

@@ -78,7 +78,7 @@ def read(folder: Path) -> Reading:
     seeds = [read(path) for path in sorted(folder.glob("seed-*"), key=_seed) if path.is_dir()]
     return Reading(
         folder,
-        recipe.read_text("utf-8") if recipe.exists() else "",
+        _text_of(recipe),
         known := facts.read(folder),
         from_table(cast(Table, known.recipe)),
         done,
@@ -86,6 +86,14 @@ def read(folder: Path) -> Reading:
         merge([measure(ledger.read(folder / LINES[0])), *(seed.traffic for seed in seeds)]),
         seeds,
     )
+
+
+def _text_of(recipe: Path) -> str:
+    """The recipe as its copy has it; empty without one. Raises RunError: it is no text."""
+    try:
+        return recipe.read_text("utf-8") if recipe.exists() else ""
+    except (OSError, UnicodeDecodeError) as error:
+        raise RunError(f"{recipe} cannot be read ({error}): delete it, which is a copy for the reader") from error
 
 
 def hold_to_files(folder: Path, digests: Mapping[str, str]) -> None:

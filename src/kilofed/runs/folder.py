@@ -7,6 +7,7 @@ import hashlib
 import json
 import logging
 import re
+import shutil
 import tomllib
 from collections.abc import Mapping
 from datetime import UTC, datetime
@@ -140,8 +141,11 @@ def first_seed(folder: Path) -> Path:
 
 def clear(folder: Path) -> None:
     """Remove what a killed process was in the middle of writing."""
-    for part in folder.rglob(".*.part"):
-        part.unlink()
+    for part in list(folder.rglob(".*.part")):
+        if part.is_dir():
+            shutil.rmtree(part)
+        else:
+            part.unlink(missing_ok=True)  # It may lie in a folder that is gone by now.
 
 
 def noise_key(recipe: Recipe, folder: Path) -> str:
