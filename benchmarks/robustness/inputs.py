@@ -160,7 +160,7 @@ def fuzz(kind: str, number: int, seed: int, workers: int) -> dict[str, object]:
     """All cases of one kind, spread over processes."""
     began, counts, wrong, growth = time.monotonic(), Counter[str](), [], 0
     batches = [(kind, range(start, min(start + BATCH, number)), seed) for start in range(0, number, BATCH)]
-    context = multiprocessing.get_context("forkserver")
+    context = multiprocessing.get_context("fork")
     with ProcessPoolExecutor(workers, context) as pool:
         for some, texts, grown in pool.map(work, *zip(*batches, strict=True)):
             counts.update(some)
