@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import typing
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -17,6 +18,18 @@ from kilofed.config.recipe import Recipe
 from kilofed.config.tables import changed, from_table
 
 torch.set_num_threads(1)
+
+SAFE_PATH = "PYTHONSAFEPATH"
+_BEFORE = os.environ.get(SAFE_PATH)
+
+
+@pytest.fixture(autouse=True)
+def path_of_scripts() -> None:
+    """The command, called in this process, keeps scripts' own folders from the path of all that is started after it."""
+    os.environ.pop(SAFE_PATH, None)
+    if _BEFORE is not None:
+        os.environ[SAFE_PATH] = _BEFORE
+
 
 SIZES = {"few": 3, "some": 10, "many": 41}
 """Rows of each client where nothing speaks for equal ones: means that forget a weight show."""
