@@ -30,6 +30,8 @@ from kilofed.federation.ledger import Ledger
 from kilofed.payload import Payload
 from kilofed.runs.sites import Sites
 
+os.environ["KILOFED_TRUST"] = "outside.echo"  # Its clients run code that kilofed does not bring.
+
 Case = tuple[str, str, bool, int, int]
 """(engine, adapter targets, fresh, number of clients, rounds)."""
 
