@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from kilofed.errors import PayloadError
+from kilofed.payload import Payload
 from kilofed.split import activation_codec
 
 
@@ -92,3 +93,13 @@ def test_levels_and_scales_that_encode_does_not_write_are_refused() -> None:
         activation_codec.decode({**good, "rows": levels}, 50, 24, "int8")
     with pytest.raises(PayloadError, match="a negative scale"):
         activation_codec.decode({**good, "scales": scales}, 50, 24, "int8")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+def test_what_is_expected_is_what_is_encoded_up_to_its_most_rows(dtype: activation_codec.WireDtype) -> None:
+    like = activation_codec.expected(5, 7, dtype)
+    for num in (1, 5):
+        like.check(Payload(activation_codec.encode(torch.randn(num, 7), dtype)[0]))
+    for num, width in ((6, 7), (5, 8)):
+        with pytest.raises(PayloadError, match=r"it sent (rows|scales) of shape"):
+            like.check(Payload(activation_codec.encode(torch.randn(num, width), dtype)[0]))

@@ -21,7 +21,6 @@ from kilofed.config.recipe import ModelSpec, Recipe
 from kilofed.data.examples import Example
 from kilofed.errors import NonFiniteLoss, PayloadError, RecipeError
 from kilofed.federation.cohort import Cohort
-from kilofed.federation.expected import Expected, TensorLike
 from kilofed.federation.method import Method, on_client
 from kilofed.federation.parties import Client, Server
 from kilofed.federation.presentation import Presentation
@@ -143,24 +142,6 @@ class Split(Method):
         longest, labels = server.max_length or MAX_LENGTH, not self.holds_head
         return BatchLimits.of(server.model, server.train, length=longest, dtype=self.activations, labels=labels)
 
-    def expected_batch(self, limits: BatchLimits) -> Expected:
-        """A client's reply to `forward`: hidden states of at most a batch of rows, their lengths, and their labels."""
-        rows = self.expected_rows(limits, self.activations)
-        (most,) = {one.shape[0] for one in rows.tensors.values()}
-        per_row, per_token = (range(1, limits.num_rows + 1),), (most,)
-        numbers = {server_half.LENGTHS: TensorLike(torch.int32, per_row)}
-        if limits.targets == "classes":
-            numbers[server_half.CLASSES] = TensorLike(torch.int32, per_row)
-        elif limits.targets == "tokens":
-            numbers[server_half.LABELS] = TensorLike(torch.int32, per_token)
-        return Expected({**rows.tensors, **numbers}, {STEPS: int})
-
-    def expected_rows(self, limits: BatchLimits, dtype: activation_codec.WireDtype) -> Expected:
-        """Encoded hidden states of at most a batch of rows, or their gradients."""
-        most = range(1, limits.num_rows * limits.length + 1)
-        one_row = Expected.like(Payload(_zero_rows(1, limits.width, dtype)))
-        return Expected({name: TensorLike(one.dtype, (most, *one.shape[1:])) for name, one in one_row.tensors.items()})
-
     def presentation(self) -> "ReconstructionCharts":
         return ReconstructionCharts(self)
 
@@ -266,7 +247,7 @@ class _Round:
         own, others = method.shares(server)
         self._half = ServerHalf(server.model, method.cut, others, server.train, method.server_part, server.rng)
         self._own, self._limits = own, method.limits(server)
-        self._batch_like = method.expected_batch(self._limits)
+        self._batch_like = self._limits.expected({STEPS: int})
         self._alive = list(clients.ids)
         self._turns = Counter[int]()
         self._outbox: dict[int, dict[str, Tensor]] = {client: dict(own) for client in self._alive}
@@ -361,7 +342,9 @@ class _Round:
             found[client] = server_half.check_finite(rows)
 
         asks = {client: self._ask(client, {}) for client in sorted(sent)}
-        like = self._method.expected_rows(self._limits, self._method.gradients)
+        like = activation_codec.expected(
+            self._limits.num_rows * self._limits.length, self._limits.width, self._method.gradients
+        )
         self._clients.call("head", asks, like, check=check)
         passed = self._clients.limited({client: _mean_norm(rows) for client, rows in found.items()})
         self._update_alive(asks, received=False)

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from kilofed.errors import PayloadError
+from kilofed.federation.expected import Expected, TensorLike
+from kilofed.payload import Payload
 from kilofed.privacy.mechanisms import ROWS
 
 WireDtype = Literal["float32", "bfloat16", "int8"]
@@ -57,6 +59,13 @@ def encode(rows_ND: Tensor, dtype: WireDtype, residual_D: Tensor | None = None) 
     levels_ND = (corrected_ND / steps_N1).round().clamp(-_MAX_LEVEL, _MAX_LEVEL)
     residual_D = (corrected_ND - levels_ND * scales_N.float()[:, None]).sum(0)
     return {ROWS: levels_ND.nan_to_num().to(torch.int8), SCALES: scales_N}, residual_D
+
+
+def expected(most: int, width: int, dtype: WireDtype) -> Expected:
+    """What a message with 1 to `most` encoded rows of `width` channels is like."""
+    one_row = Expected.like(Payload(encode(torch.zeros(1, width), dtype)[0]))
+    sizes = range(1, most + 1)
+    return Expected({name: TensorLike(one.dtype, (sizes, *one.shape[1:])) for name, one in one_row.tensors.items()})
 
 
 def has_rows(tensors: Mapping[str, Tensor]) -> bool:

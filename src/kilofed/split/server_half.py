@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from kilofed.config.recipe import TrainSpec
 from kilofed.data.examples import IGNORED
 from kilofed.errors import ModelError, NonFiniteLoss, PayloadError
+from kilofed.federation.expected import Expected, TensorLike
 from kilofed.federation.sums import WeightedSum
 from kilofed.models import halves, training
 from kilofed.models.halves import Halves
@@ -60,6 +61,15 @@ class BatchLimits:
         outputs = config.num_labels if head is None else head.weight.shape[0]  # type: ignore[union-attr]
         kind: Targets = "none" if not labels else "classes" if head is None else "tokens"
         return cls(spec.batch_size, length, halves.width(model), dtype, kind, int(outputs))  # type: ignore[arg-type]
+
+    def expected(self, scalars: Mapping[str, type[int]]) -> Expected:
+        """What a message with such a batch is like: hidden states, lengths of rows, targets, and `scalars`."""
+        most = self.num_rows * self.length
+        rows = activation_codec.expected(most, self.width, self.dtype)
+        names = {"none": {}, "classes": {CLASSES: self.num_rows}, "tokens": {LABELS: most}}[self.targets]
+        numbers = {LENGTHS: self.num_rows, **names}
+        whole = {name: TensorLike(torch.int32, (range(1, num + 1),)) for name, num in numbers.items()}
+        return Expected({**rows.tensors, **whole}, scalars)
 
 
 @dataclass(frozen=True)
